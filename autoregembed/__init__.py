@@ -1,0 +1,42 @@
+"""Fused training kernels for AutoRegEmbed text embeddings (arXiv 2502.11401)."""
+
+from autoregembed.losses import (
+    AlignmentLoss,
+    AlignmentOutput,
+    CompressionLoss,
+    InfoNCELoss,
+    LinearLogprob,
+    alignment_loss,
+    compression_loss,
+    info_nce,
+    linear_logprob,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlignmentLoss",
+    "AlignmentOutput",
+    "CompressionLoss",
+    "Decoder",
+    "Encoder",
+    "InfoNCELoss",
+    "LinearLogprob",
+    "alignment_loss",
+    "compression_loss",
+    "info_nce",
+    "linear_logprob",
+]
+
+
+def __getattr__(name: str):
+    # Encoder and Decoder need Transformers; everything above runs with torch alone.
+    if name == "Encoder":
+        from autoregembed.encoder import Encoder
+
+        return Encoder
+    if name == "Decoder":
+        from autoregembed.decoder import Decoder
+
+        return Decoder
+    raise AttributeError(f"module 'autoregembed' has no attribute {name!r}")

@@ -1,0 +1,167 @@
+"""Compressed embeddings and targets to log p(target | z), through a frozen causal LM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from autoregembed.encoder import base_model, max_positions, require_finite
+from autoregembed.ops import linear_logprob
+from autoregembed.packing import Ids, Packed, check_ids, pack, run_packed, use_packed_attention
+
+Z_SCALES = ("none", "match")
+
+
+class Decoder(nn.Module):
+    """A frozen causal LM that reads z as K input embeddings and scores target tokens and the closing eos.
+
+    The model is put into eval mode and none of its parameters require grad afterwards; gradients flow through it to z.
+
+    Args:
+        model: a Hugging Face causal LM, not the encoder's own.
+        eos_token_id: ends every target; by default the model config's (the first, where it lists several).
+        z_scale: "none" feeds z as it comes (the released code); "match" scales every compressed vector to the RMS of
+            the model's input embeddings, since the last hidden states of an LM are an order of magnitude larger.
+        attention: "auto", "flash_attention_2", "varlen" or "sdpa".
+        impl: the route of `linear_logprob`.
+
+    Raises:
+        ValueError: no eos, NaN weights, an unknown option, or a head whose logits are not
+            softcap(scale · (hidden Wᵀ + bias)) — found out by comparing with the model's own logits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_token_id: int | None = None,
+        z_scale: str = "none",
+        attention: str = "auto",
+        impl: str = "auto",
+    ):
+        super().__init__()
+        if z_scale not in Z_SCALES:
+            raise ValueError(f"z_scale: found {z_scale!r}, allowed are {Z_SCALES}")
+        self.model = model.eval().requires_grad_(False)
+        self.z_scale = z_scale
+        self.impl = impl
+        config = model.config.get_text_config()
+        if eos_token_id is None:
+            eos_token_id = config.eos_token_id
+        if isinstance(eos_token_id, (list, tuple)):
+            eos_token_id = eos_token_id[0]
+        if eos_token_id is None:
+            raise ValueError("eos_token_id: found None here and in the model's config, allowed is a token id")
+        self.eos_token_id = int(eos_token_id)
+        require_finite(model)
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ValueError(f"model: found an lm_head of type {type(head).__name__}, allowed is a plain nn.Linear")
+        check_ids("eos_token_id", [[self.eos_token_id]], head.weight.shape[0])
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        self._verify_head()
+        self.attention = use_packed_attention(model, attention)
+        self.register_buffer("input_rms", None, persistent=False)
+        if z_scale == "match":
+            with torch.no_grad():
+                embedding = model.get_input_embeddings()
+                ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+                squares = [embedding(part).double().square().sum() for part in ids.split(8192)]
+                self.input_rms = (sum(squares) / (len(ids) * config.hidden_size)).sqrt().float()
+
+    @torch.no_grad()
+    def _verify_head(self) -> None:
+        head = self.model.get_output_embeddings()
+        ids = torch.tensor([[self.eos_token_id, 0]], device=head.weight.device)
+        wanted = self.model(input_ids=ids).logits[0].double()
+        hidden = base_model(self.model)(input_ids=ids).last_hidden_state[0]
+        found = self.scale * head(hidden).double()
+        if self.softcap is not None:
+            found = self.softcap * torch.tanh(found / self.softcap)
+        tolerance = 32 * torch.finfo(hidden.dtype).eps * (1 + wanted.abs().max())
+        if not (found - wanted).abs().max() <= tolerance:
+            raise ValueError(
+                f"model: found logits that are not softcap(scale · (hidden Wᵀ + bias)) with softcap={self.softcap}, "
+                f"scale={self.scale} (difference {float((found - wanted).abs().max()):.3g}); this head is not supported"
+            )
+
+    def rescale(self, z: Tensor) -> Tensor:
+        """z (B, K, D) as the decoder reads it, by `z_scale`."""
+        if self.input_rms is None:
+            return z
+        work = torch.promote_types(z.dtype, torch.float32)
+        rms = z.to(work).square().mean(-1, keepdim=True).sqrt()
+        return (z.to(work) * (self.input_rms / rms.clamp(min=torch.finfo(work).tiny))).to(z.dtype)
+
+    def num_tokens(self, targets: Sequence[Ids]) -> int:
+        """Supervised rows N: target tokens and one eos each."""
+        return sum(map(len, targets)) + len(targets)
+
+    def _pack(self, z: Tensor, targets: Sequence[Ids], source: Tensor) -> tuple[Packed, Tensor, Tensor, Tensor]:
+        """The packed input of S pairs: K rows of z, then all target tokens; eos is a label and never an input.
+
+        Returns the pack, its input embeddings (T, D), the rows whose hidden states are scored (N,) and labels (N,).
+        """
+        k = z.shape[1]
+        device = z.device
+        packed = pack([[0] * k + list(target) for target in targets], device)
+        starts = packed.cu_seqlens[:-1].long()  # (S,)
+        z_rows = (starts[:, None] + torch.arange(k, device=device)).flatten()
+        embedded = self.model.get_input_embeddings()(packed.ids)
+        z_rows_values = z[source[packed.order]].flatten(0, 1).to(embedded.dtype)
+        rows = (packed.position_ids >= k - 1).nonzero().squeeze(1)
+        # Row t scores token t+1; the last row of a pair scores eos.
+        labels = packed.ids.roll(-1)
+        labels[packed.cu_seqlens[1:].long() - 1] = self.eos_token_id
+        return packed, embedded.index_copy(0, z_rows, z_rows_values), rows, labels[rows]
+
+    def logprob(self, z: Tensor, targets: Sequence[Ids], source: Tensor | Sequence[int] | None = None) -> Tensor:
+        """log p(target | z) in nats, summed over target tokens and eos.
+
+        Args:
+            z: (B, K, D) compressed embeddings.
+            targets: S targets as token ids, without eos.
+            source: (S,) the row of z that each target is scored under; by default target i under row i.
+
+        Returns:
+            (S,) float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: wrong shapes, an empty target, or one longer than the model's positions.
+            IndexError: an id outside the vocabulary, or a source outside z.
+        """
+        weight = self.model.get_output_embeddings().weight
+        if z.ndim != 3 or z.shape[2] != self.model.get_input_embeddings().weight.shape[1]:
+            raise ValueError(f"z: found shape {tuple(z.shape)}, allowed is (B, K, D) with the decoder's D")
+        check_ids("targets", targets, weight.shape[0])
+        if source is None:
+            if len(targets) != len(z):
+                raise ValueError(f"targets: found {len(targets)}, allowed without source is one for each of {len(z)} z")
+            source = range(len(z))
+        if len(source) != len(targets):
+            raise ValueError(f"source: found {len(source)}, allowed is one for each of the {len(targets)} targets")
+        if len(targets) == 0:
+            return z.sum(dtype=torch.promote_types(z.dtype, torch.float32)) * 0 + z.new_zeros(0)
+        source = torch.as_tensor(source, dtype=torch.int64)
+        if not 0 <= int(source.min()) <= int(source.max()) < len(z):
+            raise IndexError(f"source: found {source.min()}..{source.max()}, allowed are 0..{len(z) - 1}")
+        packed, inputs, rows, labels = self._pack(self.rescale(z), targets, source.to(z.device))
+        limit = max_positions(self.model)
+        if limit is not None and packed.max_length > limit:
+            raise ValueError(
+                f"targets: found one of {packed.max_length} positions with z, allowed are {limit} (the model's); "
+                "truncate the target"
+            )
+        hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
+        lengths = packed.cu_seqlens.diff() - (z.shape[1] - 1)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        head = self.model.get_output_embeddings()
+        scores = linear_logprob(
+            hidden, head.weight, labels, bias=head.bias, softcap=self.softcap, scale=self.scale,
+            cu_seqlens=cu_seqlens, impl=self.impl,
+        )  # fmt: skip
+        return scores[packed.rank]

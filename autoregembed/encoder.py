@@ -1,0 +1,140 @@
+"""Texts to compressed embeddings: z, the last hidden states of a causal LM at its K compress tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from autoregembed.packing import Ids, check_ids, pack, run_packed, use_packed_attention
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The part of a causal LM (PEFT-wrapped or not) that maps ids to last hidden states."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model.get_decoder() if hasattr(model, "lm_head") or hasattr(model, "get_decoder") else model
+
+
+def max_positions(model: nn.Module) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raises ValueError naming the first parameter that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
+            raise ValueError(f"model: found a non-finite value in {name}, allowed are finite weights")
+
+
+def text_embedding(z: Tensor) -> Tensor:
+    """normalize(mean_k z): (B, K, D) -> (B, D), the vector that search uses."""
+    return F.normalize(z.mean(1), dim=-1)
+
+
+class Encoder(nn.Module):
+    """`bos · text · suffix · compress tokens` through a causal LM, packed, to z.
+
+    Args:
+        model: a Hugging Face causal LM (or its base model, or a PeftModel around one). Its attention is set to a
+            route that understands packs; nothing else of it is changed.
+        compress_token_ids: the K ids whose embeddings the model reads last; they must lie within its embedding matrix.
+        suffix_ids: ids between text and compress tokens (the instruction with its newlines), the default for all texts.
+        bos_token_id: None for models without one.
+        attention: "auto", "flash_attention_2", "varlen" or "sdpa".
+        own_compress_rows: keep the K compress embeddings in a parameter of its own, `compress_rows` (K, D), so that
+            they can have their own learning rate and be trained where the embedding matrix is frozen.
+            `fold_compress_rows()` writes them into the matrix.
+
+    Raises:
+        ValueError, IndexError: ids outside the embedding matrix, an attention route that cannot run, NaN weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        compress_token_ids: Ids,
+        suffix_ids: Ids = (),
+        bos_token_id: int | None = None,
+        attention: str = "auto",
+        own_compress_rows: bool = False,
+    ):
+        super().__init__()
+        self.model = model
+        self.compress_token_ids = list(compress_token_ids)
+        self.suffix_ids = list(suffix_ids)
+        self.bos_token_id = bos_token_id
+        embedding = model.get_input_embeddings()
+        vocabulary = embedding.weight.shape[0]
+        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary)
+        if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
+            raise ValueError(f"compress_token_ids: found {self.compress_token_ids}, allowed are distinct ids")
+        if self.suffix_ids:
+            check_ids("suffix_ids", [self.suffix_ids], vocabulary)
+        if bos_token_id is not None:
+            check_ids("bos_token_id", [[bos_token_id]], vocabulary)
+        require_finite(model)
+        self.attention = use_packed_attention(model, attention)
+        self.compress_rows = None
+        if own_compress_rows:
+            self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())
+
+    @property
+    def num_compress_tokens(self) -> int:
+        return len(self.compress_token_ids)
+
+    @torch.no_grad()
+    def fold_compress_rows(self) -> None:
+        """Writes `compress_rows` into the model's embedding matrix; a no-op without them."""
+        if self.compress_rows is not None:
+            self.model.get_input_embeddings().weight[self.compress_token_ids] = self.compress_rows
+
+    def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
+        """The token ids that the model reads for each text."""
+        if suffix_ids is not None and len(suffix_ids) != len(ids):
+            raise ValueError(f"suffix_ids: found {len(suffix_ids)}, allowed is one for each of the {len(ids)} texts")
+        head = [] if self.bos_token_id is None else [self.bos_token_id]
+        return [
+            [*head, *text, *(self.suffix_ids if suffix_ids is None else suffix_ids[i]), *self.compress_token_ids]
+            for i, text in enumerate(ids)
+        ]
+
+    def forward(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> Tensor:
+        """Encodes B texts in one packed pass.
+
+        Args:
+            ids: B texts as token ids, without bos, suffix or compress tokens.
+            suffix_ids: B suffixes that replace the default one.
+
+        Returns:
+            z (B, K, D) in the model's dtype.
+
+        Raises:
+            ValueError: no text, an empty one, or one longer than the model's positions.
+            IndexError: an id outside the embedding matrix.
+        """
+        embedding = self.model.get_input_embeddings()
+        if len(ids) == 0:
+            raise ValueError("ids: found no text, allowed is at least one")
+        check_ids("ids", ids, embedding.weight.shape[0])
+        packed = pack(self.sequences(ids, suffix_ids), embedding.weight.device)
+        limit = max_positions(self.model)
+        if limit is not None and packed.max_length > limit:
+            raise ValueError(
+                f"ids: found a text of {packed.max_length} tokens with its suffix and compress tokens, allowed are "
+                f"{limit} (the model's positions); truncate the text"
+            )
+        ends = packed.cu_seqlens[1:].long()[packed.rank]  # (B,)
+        k = self.num_compress_tokens
+        rows = ends[:, None] - k + torch.arange(k, device=ends.device)  # (B, K)
+        if self.compress_rows is None:
+            hidden = run_packed(base_model(self.model), packed, input_ids=packed.ids[None])
+        else:
+            x = embedding(packed.ids)
+            x = x.index_copy(0, rows.flatten(), self.compress_rows.to(x.dtype).repeat(len(ids), 1))
+            hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
+        return hidden[rows]

@@ -1,0 +1,233 @@
+"""Packed batches: many token sequences in one row, no padding, and the attention that keeps them apart."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """B sequences end to end, sorted by length so that equal lengths are neighbours."""
+
+    ids: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (B+1,) int32
+    position_ids: Tensor  # (T,) int64, from 0 in every sequence
+    max_length: int
+    order: Tensor  # (B,) int64: sequence order[i] of the caller lies at place i
+    rank: Tensor  # (B,) int64: the caller's sequence i lies at place rank[i]
+
+    def kwargs(self) -> dict:
+        """What a Transformers base model needs besides `input_ids` or `inputs_embeds`."""
+        return {
+            "position_ids": self.position_ids[None],
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.max_length,
+            "max_length_k": self.max_length,
+            "use_cache": False,
+        }
+
+
+def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed:
+    """Packs non-empty id sequences.
+
+    Raises:
+        ValueError: no sequence, or an empty one.
+    """
+    if len(sequences) == 0:
+        raise ValueError("sequences: found none, allowed is at least one")
+    lengths = torch.tensor([len(s) for s in sequences])
+    if int(lengths.min()) == 0:
+        raise ValueError(f"sequences: found an empty one at {int(lengths.argmin())}, allowed is at least one token")
+    order = lengths.argsort(stable=True)
+    lengths = lengths[order]
+    cu = F.pad(lengths.cumsum(0), (1, 0))
+    flat = list(itertools.chain.from_iterable(sequences[i] for i in order.tolist()))
+    position_ids = torch.arange(len(flat)) - cu[:-1].repeat_interleave(lengths)
+    return Packed(
+        ids=torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True),
+        cu_seqlens=cu.int().to(device, non_blocking=True),
+        position_ids=position_ids.to(device, non_blocking=True),
+        max_length=int(lengths[-1]),
+        order=order.to(device, non_blocking=True),
+        rank=order.argsort().to(device, non_blocking=True),
+    )
+
+
+def check_ids(name: str, sequences: Sequence[Ids], vocabulary: int) -> None:
+    """Raises IndexError naming the first id outside [0, vocabulary), ValueError naming an empty sequence."""
+    for row, ids in enumerate(sequences):
+        if len(ids) == 0:
+            raise ValueError(f"{name}: found an empty sequence at {row}, allowed is at least one token")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= vocabulary:
+            raise IndexError(
+                f"{name}: found id {low if low < 0 else high} in sequence {row}, allowed are 0..{vocabulary - 1}"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention over a pack, through Transformers' AttentionInterface.
+
+SDPA, VARLEN, FLASH = "autoregembed_sdpa", "autoregembed_varlen", "flash_attention_2"
+_ROUTES = {"sdpa": SDPA, "varlen": VARLEN, "flash_attention_2": FLASH}
+_packed_forward = contextvars.ContextVar("autoregembed_packed_forward", default=False)
+
+
+def attention_routes(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Every attention route with "ok" or the reason why it cannot run there; "auto" takes the first "ok"."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    gpu_only = "ok" if device.type == "cuda" and half else f"needs CUDA and 16 bits, found {device.type} and {dtype}"
+    flash, varlen = gpu_only, gpu_only
+    if gpu_only == "ok" and importlib.util.find_spec("flash_attn") is None:
+        flash = "flash-attn is not installed"
+    if gpu_only == "ok" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        varlen = "torch.nn.attention.varlen is not in this torch"
+    return {"flash_attention_2": flash, "varlen": varlen, "sdpa": "ok"}
+
+
+def use_packed_attention(model: PreTrainedModel, route: str = "auto") -> str:
+    """Sets the attention of `model` to a route that understands packs; unpacked calls of it go to SDPA as before.
+
+    Returns the name of the route taken.
+
+    Raises:
+        ValueError: an unknown route, or one that cannot run for this model.
+    """
+    parameter = next(model.parameters())
+    routes = attention_routes(parameter.device, parameter.dtype)
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None and routes["varlen"] == "ok":
+        routes["varlen"] = "torch.nn.attention.varlen has no softcap, which this model needs"
+    if route == "auto":
+        route = next(name for name, state in routes.items() if state == "ok")
+    if route not in routes:
+        raise ValueError(f"attention: found {route!r}, allowed are 'auto', {', '.join(map(repr, routes))}")
+    if routes[route] != "ok":
+        raise ValueError(f"attention: found {route!r}, which cannot run here: {routes[route]}")
+    # Recurrent or convolutional layers would carry state from one packed text into the next.
+    mixers = {t for t in getattr(config, "layer_types", None) or [] if "attention" not in t}
+    if mixers:
+        raise ValueError(f"model: found layers of type {sorted(mixers)}, allowed are causal attention layers only")
+    model.set_attn_implementation(_ROUTES[route])
+    return route
+
+
+@contextlib.contextmanager
+def packed_forward():
+    """Inside, models build no attention mask: the pack's `cu_seqlens` and causality say all there is to say."""
+    token = _packed_forward.set(True)
+    try:
+        yield
+    finally:
+        _packed_forward.reset(token)
+
+
+def run_packed(model: torch.nn.Module, packed: Packed, **inputs: Tensor) -> Tensor:
+    """Last hidden states (T, D) of a base model over one pack; `inputs` is `input_ids=` or `inputs_embeds=`."""
+    with packed_forward():
+        return model(**inputs, **packed.kwargs()).last_hidden_state.squeeze(0)
+
+
+def _mask(*args, **kwargs):
+    return None if _packed_forward.get() else sdpa_mask(*args, **kwargs)
+
+
+def _refuse(attention_mask, kwargs) -> None:
+    if attention_mask is not None:
+        raise ValueError("attention_mask: found one in a packed forward, allowed is None")
+    for name in ("position_bias", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"{name}: this model's attention needs it, packed attention has no such term")
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float, mask: Tensor) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scaling / softcap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Causal attention within each sequence of a pack: one SDPA call for every run of equal lengths, no padding."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    _refuse(attention_mask, kwargs)
+    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
+    sizes = [length * count for length, count in runs]
+    # (1, H, T, d) -> per run (count, H, length, d). `split` and not slices: its backward is one concatenation.
+    parts = [x.squeeze(0).transpose(0, 1).split(sizes) for x in (query, key, value)]
+    out = []
+    for (length, count), *qkv in zip(runs, *parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+        banded = window is not None and length > window
+        if softcap is not None:
+            mask = _window_mask(length, window if banded else length, q.device)
+            y = _softcapped(q, k, v, scaling or q.shape[-1] ** -0.5, softcap, mask)
+        else:
+            mask = _window_mask(length, window, q.device) if banded else None
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not banded, scale=scaling, enable_gqa=True
+            )
+        out.append(y.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)[None], None  # (1, T, H, d)
+
+
+def _varlen(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """torch.nn.attention.varlen: one kernel over the whole pack, on CUDA."""
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is None:
+        return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    _refuse(attention_mask, kwargs)
+    if dropout:
+        raise NotImplementedError("dropout: torch.nn.attention.varlen has none; set attention_dropout to 0")
+    window = kwargs.get("sliding_window")
+    parameters = inspect.signature(varlen_attn).parameters
+    if "window_size" in parameters:
+        options = {"window_size": (-1 if window is None else window - 1, 0)}
+    elif window is None:
+        options = {"is_causal": True}
+    else:
+        raise NotImplementedError("sliding_window: torch.nn.attention.varlen of this torch has none")
+    groups = query.shape[1] // key.shape[1]
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = groups > 1
+    elif groups > 1:
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+    length = kwargs["max_length_q"]
+    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scaling, **options)
+    return y[None], None
+
+
+for _name, _function in ((SDPA, _sdpa), (VARLEN, _varlen)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, _mask)

@@ -1,0 +1,96 @@
+"""The specification: every op in plain PyTorch, one formula a line, in whatever precision its inputs have.
+
+These are the oracles of the test-suite and of `impl="reference"`. They keep the (N, V) logits and let autograd do
+the rest. Equations are those of Deng et al., "Following the Autoregressive Nature of LLM Embeddings via
+Compression and Alignment", EMNLP 2025 (arXiv 2502.11401).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,  # (S+1,)
+) -> Tensor:
+    """log softmax(softcap(scale · (hidden Wᵀ + bias)))[target], (N,), or its sums over sequences, (S,)."""
+    if hidden.dtype in (torch.float16, torch.bfloat16):
+        hidden, weight = hidden.float(), weight.float()
+    logits = scale * F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    valid = target != ignore_index
+    z_y = logits.gather(1, target.where(valid, 0)[:, None]).squeeze(1)
+    logprob = torch.where(valid, z_y - logits.logsumexp(1), 0.0)
+    if cu_seqlens is None:
+        return logprob
+    bounds = cu_seqlens.tolist()
+    sums = [logprob[i:j].sum() for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
+    return torch.stack(sums) if sums else logprob.sum()[None][:0]
+
+
+def alignment_loss(
+    query_positive: Tensor,  # (B,)    a = log p(p | z_q)
+    positive_positive: Tensor,  # (B,)    b = log p(p | z_p)
+    query_negatives: Tensor,  # (B, M)  c_j = log p(n_j | z_q)
+    reference_positive: Tensor | None = None,  # (B,)    r_a
+    reference_negatives: Tensor | None = None,  # (B, M)  r_c
+    *,
+    beta: float = 0.1,
+    temperature: float = 0.1,
+    reference: str = "add",
+    negatives: str = "independent",
+    mask: Tensor | None = None,  # (B, M) bool, False where there is no negative
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns (loss, mean s1, mean s2, share of pairs with a > c), each ()."""
+    a, b, c = query_positive, positive_positive, query_negatives
+    mask = torch.ones_like(c, dtype=torch.bool) if mask is None else mask
+    c = torch.where(mask, c, 0.0)
+    margin = a[:, None] - c
+    if reference != "none":
+        assert reference_positive is not None and reference_negatives is not None
+        reference_margin = reference_positive[:, None] - torch.where(mask, reference_negatives, 0.0)
+        signed = reference_margin if reference == "add" else -reference_margin
+    else:
+        signed = torch.zeros_like(margin)
+    s1 = torch.sigmoid(beta * (a - b).abs())
+    s2 = torch.sigmoid(beta * (margin + signed))
+    x = (s1[:, None] - s2) / temperature
+    pairs = mask.sum()
+    if negatives == "independent":
+        loss = torch.where(mask, F.softplus(x), 0.0).sum() / pairs.clamp(min=1)
+    else:
+        x = torch.where(mask, x, -torch.inf)
+        joint = torch.cat([torch.zeros_like(x[:, :1]), x], 1).logsumexp(1)
+        loss = joint.sum() / mask.any(1).sum().clamp(min=1)
+    with torch.no_grad():
+        mean_s2 = torch.where(mask, s2, 0.0).sum() / pairs.clamp(min=1)
+        accuracy = (mask & (margin > 0)).sum() / pairs.clamp(min=1)
+        mean_s1 = s1.sum() / max(len(a), 1)
+    return loss, mean_s1, mean_s2, accuracy.to(loss.dtype)
+
+
+def info_nce(
+    query: Tensor,  # (B, D)
+    passages: Tensor,  # (P, D)
+    target: Tensor | None = None,  # (B,)
+    *,
+    temperature: float = 0.05,
+) -> Tensor:
+    """Mean over queries of −log softmax(cos(q, passages) / temperature)[target]; target i → passage i by default."""
+    if target is None:
+        target = torch.arange(len(query), device=query.device)
+    if len(query) == 0:
+        return query.sum() + passages.sum() * 0
+    logits = F.normalize(query, dim=-1) @ F.normalize(passages, dim=-1).T / temperature
+    return (logits.logsumexp(1) - logits.gather(1, target[:, None]).squeeze(1)).mean()
