@@ -1,0 +1,5 @@
+import sys
+
+from autoregembed.cli import main
+
+sys.exit(main())

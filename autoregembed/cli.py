@@ -1,0 +1,167 @@
+"""The `autoregembed` command: train, encode, eval, doctor."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+
+console = Console(stderr=False)
+
+
+def _train_parser() -> ArgumentParser:
+    from autoregembed.train import Config
+
+    parser = ArgumentParser(prog="autoregembed train", exit_on_error=False, description="Train one stage.")
+    parser.add_argument("--config", action="config", help="a YAML file with any of the fields below")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def read_config(arguments: list[str]):
+    """`[CONFIG.yaml] [--field value ...]` to a validated `train.Config`; flags win over the file.
+
+    Raises:
+        ConfigError: an unknown field, named with the nearest valid one, or a value of the wrong type or range.
+    """
+    from autoregembed.train import Config, ConfigError
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--config", *arguments]
+    fields = list(Config.__dataclass_fields__)
+    names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
+    if "--config" in arguments:
+        path = Path(arguments[arguments.index("--config") + 1])
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"config: found {str(path)!r}, which cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"config: found {type(values).__name__} in {str(path)!r}, allowed is a mapping of fields")
+        names += map(str, values)
+    for name in names:
+        if name not in (*fields, "config", "help", "print_config"):
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name}: found an unknown field{hint} Allowed are {', '.join(fields)}")
+    try:
+        parsed: Namespace = _train_parser().parse_args(arguments)
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    return Config(**{name: parsed[name] for name in fields})
+
+
+def _doctor() -> None:
+    """What is installed, which routes run here, and why the others do not."""
+    import torch
+
+    from autoregembed import __version__, ops
+
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    table = Table("part", "state", title=f"autoregembed {__version__}", title_justify="left")
+    table.add_row("python", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
+    packages = (
+        "torch", "transformers", "datasets", "accelerate", "peft", "sentence-transformers", "triton", "flash-attn", "gguf"
+    )  # fmt: skip
+    for name in packages:
+        try:
+            table.add_row(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(name, "not installed")
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
+        table.add_row(f"device {device}", name)
+        table.add_row("  impl=auto", ops._resolve("auto", torch.device(device)))
+        for route, state in ops.available_impls(device).items():
+            table.add_row(f"  impl={route}", state)
+        if importlib.util.find_spec("transformers") is None:
+            continue
+        from autoregembed.packing import attention_routes
+
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        for route, state in attention_routes(torch.device(device), dtype).items():
+            table.add_row(f"  attention={route} ({str(dtype)[6:]})", state)
+    console.print(table)
+
+
+def _encode(model: str, texts: str, output: str) -> None:
+    """Embeds the lines of a text file, or of stdin, into a .safetensors file."""
+    from safetensors.torch import save_file
+    from sentence_transformers import SentenceTransformer
+
+    with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
+        lines = [line.rstrip("\n") for line in file]
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(f"texts: found an empty text in line {number}, allowed is at least one token")
+    if not lines:
+        raise ValueError(f"texts: found no line in {texts!r}, allowed is at least one")
+    embeddings = SentenceTransformer(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
+    save_file({"embeddings": embeddings.cpu().contiguous()}, output)
+    console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
+
+
+def _evaluate(model: str, sts: str, split: str | None, json_file: str | None) -> None:
+    """Spearman's correlation of cosine similarity with human scores, for an exported model."""
+    from sentence_transformers import SentenceTransformer
+
+    from autoregembed.evaluate import load_sts
+    from autoregembed.evaluate import sts as evaluate_sts
+
+    exported = SentenceTransformer(model)
+    pairs = load_sts(sts, split)
+
+    def embed(texts: list[str]):
+        return exported.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
+
+    result = {"model": model, "data": sts, "pairs": len(pairs), **evaluate_sts(embed, pairs)}
+    console.print_json(json.dumps(result))
+    if json_file:
+        Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 2 bad input, 130 interrupted with the state saved."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = ArgumentParser(prog="autoregembed", description=__doc__)
+    commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand(
+        "train", ArgumentParser(description="Train one stage."), help="train CONFIG.yaml [--field value ...]"
+    )
+    for name, function in (("encode", _encode), ("eval", _evaluate), ("doctor", _doctor)):
+        sub = ArgumentParser(description=function.__doc__)
+        sub.add_function_arguments(function)
+        commands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
+    try:
+        if arguments[:1] == ["train"]:
+            if "-h" in arguments or "--help" in arguments:
+                _train_parser().print_help()
+                return 0
+            from autoregembed.train import train
+
+            console.print_json(json.dumps(train(read_config(arguments[1:]), console)))
+            return 0
+        parsed = parser.parse_args(arguments)
+        options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
+        {"encode": _encode, "eval": _evaluate, "doctor": _doctor}[parsed.command](**options)
+        return 0
+    except KeyboardInterrupt as stop:
+        console.print(str(stop) or "interrupted")
+        return 130
+    except (ValueError, TypeError, IndexError, OSError, RuntimeError) as error:
+        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

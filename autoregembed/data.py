@@ -1,0 +1,255 @@
+"""Rows to token ids, once; and the batches of each step, a pure function of seed and step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from datasets import Dataset, IterableDataset, load_dataset
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+def load_rows(source: str, split: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+    """A local jsonl, json, csv, tsv or parquet file (the text forms also gzipped), or a data set of the hub.
+
+    Raises:
+        FileNotFoundError: `source` looks like a file and there is none.
+        ValueError: an empty data set or an unknown file type.
+    """
+    path = Path(source)
+    suffixes = [s for s in path.suffixes[-2:] if s != ".gz"]
+    builder = _BUILDERS.get(suffixes[-1].lower()) if suffixes else None
+    if path.is_file():
+        if builder is None:
+            raise ValueError(f"data: found {source!r}, allowed are files ending in {', '.join(_BUILDERS)} (or .gz)")
+        options = {"delimiter": "\t"} if suffixes[-1].lower() == ".tsv" else {}
+        rows = load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
+    elif builder is not None:
+        raise FileNotFoundError(f"data: found no file {source!r}")
+    else:
+        rows = load_dataset(source, split=split or "train", streaming=streaming)
+    if not streaming and len(rows) == 0:
+        raise ValueError(f"data: found no rows in {source!r}, allowed is at least one")
+    return rows
+
+
+def require_columns(rows: Dataset | IterableDataset, *alternatives: tuple[str, ...]) -> tuple[str, ...]:
+    """The first of several sets of column names that `rows` has; ValueError naming what is missing otherwise."""
+    columns = rows.column_names or list(next(iter(rows)))
+    for names in alternatives:
+        if set(names) <= set(columns):
+            return names
+    wanted = " or ".join("{" + ", ".join(names) + "}" for names in alternatives)
+    missing = sorted(set(alternatives[0]) - set(columns))
+    raise ValueError(f"data: found columns {sorted(columns)}, allowed are {wanted}; missing {missing}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How text becomes ids: text and suffix are tokenised apart, so truncation never reaches the instruction.
+
+    The encoder reads `bos · text · "\\n" · instruction · "\\n" · compress tokens`, at most `max_length` tokens; the
+    decoder scores at most `max_target_length` target tokens and eos.
+    """
+
+    tokenizer: object
+    num_compress_tokens: int
+    bos_token_id: int | None
+    instruction: str
+    max_length: int = 512
+    max_target_length: int = 512
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+
+    def suffix(self, instruction: str | None = None) -> list[int]:
+        return self.ids(f"\n{self.instruction if instruction is None else instruction}\n")
+
+    def text(self, ids: list[int], suffix: list[int]) -> list[int]:
+        room = self.max_length - len(suffix) - self.num_compress_tokens - (self.bos_token_id is not None)
+        if room < 1:
+            raise ValueError(
+                f"max_length: found {self.max_length}, allowed is at least {self.max_length - room + 1} for this "
+                f"instruction of {len(suffix)} tokens and {self.num_compress_tokens} compress tokens"
+            )
+        return ids[:room]
+
+    def fingerprint(self) -> str:
+        parts = (
+            tokenizer_fingerprint(self.tokenizer), self.num_compress_tokens, self.bos_token_id, self.instruction,
+            self.max_length, self.max_target_length,
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def _nonempty(ids: list[int], column: str, row: int) -> list[int]:
+    if not ids:
+        raise ValueError(f"data: found an empty {column!r} in row {row}, allowed is at least one token")
+    return ids
+
+
+def _texts(value, column: str, row: int) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"data: found {value!r} as {column!r} in row {row}, allowed is a string or a list of strings")
+    return values
+
+
+def _map(rows, function, prompt: Prompt, version: str, num_proc: int | None):
+    columns = rows.column_names or list(next(iter(rows)))
+    options = {"batched": True, "with_indices": True, "remove_columns": columns}
+    if isinstance(rows, IterableDataset):
+        return rows.map(function, **options)
+    # Our own fingerprint: that of the function's closure would change with the tokenizer's state.
+    fingerprint = hashlib.sha256(f"{rows._fingerprint}|{prompt.fingerprint()}|{version}".encode()).hexdigest()[:16]
+    num_proc = num_proc if num_proc and num_proc > 1 and len(rows) >= 1000 * num_proc else None
+    return rows.map(function, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenise")
+
+
+def compression_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
+    """Stage 1: {context, output, instruction?} to {text_ids, suffix_ids, target_ids}, truncated."""
+    require_columns(rows, ("context", "output"))
+
+    def tokenise(batch, indices):
+        out = {"text_ids": [], "suffix_ids": [], "target_ids": []}
+        for i, row in enumerate(indices):
+            suffix = prompt.suffix(batch["instruction"][i] if "instruction" in batch else None)
+            context = _nonempty(prompt.ids(_texts(batch["context"][i], "context", row)[0]), "context", row)
+            output = _nonempty(prompt.ids(_texts(batch["output"][i], "output", row)[0]), "output", row)
+            out["text_ids"].append(prompt.text(context, suffix))
+            out["suffix_ids"].append(suffix)
+            out["target_ids"].append(output[: prompt.max_target_length])
+        return out
+
+    return _map(rows, tokenise, prompt, "compression-1", num_proc)
+
+
+def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
+    """Stage 2: one row per (query, positive) to {query_ids, positive_ids, negative_ids, suffix_ids, target_ids}.
+
+    `target_ids` is [positive, *negatives] as the decoder scores them; the others are as the encoder reads them. Columns: {query, pos, neg} with strings or lists
+    (BGE; several positives make several rows), MEDI's [instruction, text] pairs, or {anchor, positive, negative}.
+    The negatives are optional, and so is an `instruction` column.
+    """
+    names = require_columns(rows, ("query", "pos"), ("anchor", "positive"))
+    negative = {"pos": "neg", "positive": "negative"}[names[1]]
+
+    def tokenise(batch, indices):
+        out = {"query_ids": [], "positive_ids": [], "negative_ids": [], "suffix_ids": [], "target_ids": []}
+        for i, row in enumerate(indices):
+            query, positives = batch[names[0]][i], batch[names[1]][i]
+            negatives = batch[negative][i] if negative in batch and batch[negative][i] is not None else []
+            instruction = batch["instruction"][i] if "instruction" in batch else None
+            if isinstance(query, list):  # MEDI: every text is an [instruction, text] pair
+                if len(query) != 2 or len(positives) != 2 or (negatives and len(negatives) != 2):
+                    raise ValueError(f"data: found {query!r} in row {row}, allowed is a string or [instruction, text]")
+                instruction, query = query
+                positives, negatives = positives[1:], negatives[1:]
+            suffix = prompt.suffix(instruction)
+            query_ids = _nonempty(prompt.ids(_texts(query, names[0], row)[0]), names[0], row)
+            negative_ids = [_nonempty(prompt.ids(t), negative, row) for t in _texts(negatives, negative, row)]
+            for positive in _nonempty(_texts(positives, names[1], row), names[1], row):
+                positive_ids = _nonempty(prompt.ids(positive), names[1], row)
+                out["query_ids"].append(prompt.text(query_ids, suffix))
+                out["positive_ids"].append(prompt.text(positive_ids, suffix))
+                out["negative_ids"].append([prompt.text(t, suffix) for t in negative_ids])
+                out["suffix_ids"].append(suffix)
+                out["target_ids"].append([t[: prompt.max_target_length] for t in (positive_ids, *negative_ids)])
+        return out
+
+    return _map(rows, tokenise, prompt, "alignment-1", num_proc)
+
+
+def content_fingerprint(rows: Dataset) -> str:
+    """Hash of every id in the tokenised rows, in order: the identity of the data that reference scores belong to."""
+    digest = xxhash.xxh3_128()
+    for batch in rows.with_format(None).iter(batch_size=1000):
+        for column in sorted(batch):
+            digest.update(f"{column}{batch[column]}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def batches(
+    rows: Dataset | IterableDataset,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[list[dict]]:
+    """Endless batches of `batch_size` rows for this rank, from optimiser step `start` on.
+
+    A mapped data set is permuted anew every epoch (by seed and epoch) and read without a break between epochs, so the
+    rows of a step depend on the seed and the step alone. Each row carries its place as "row".
+    """
+    if isinstance(rows, IterableDataset):
+        yield from _streamed(rows, batch_size, seed=seed, start=start, rank=rank, world=world)
+        return
+    n, step = len(rows), start
+    permutations: dict[int, list[int]] = {}
+    while True:
+        first = (step * world + rank) * batch_size
+        places = range(first, first + batch_size)
+        needed = {p // n for p in places}
+        permutations = {e: permutations[e] if e in permutations else _permutation(n, seed, e) for e in sorted(needed)}
+        indices = [permutations[p // n][p % n] for p in places]
+        yield [{**row, "row": i} for row, i in zip(rows.select(indices).to_list(), indices, strict=True)]
+        step += 1
+
+
+def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def _streamed(rows, batch_size: int, *, seed: int, start: int, rank: int, world: int):
+    epoch, skip = 0, start * world * batch_size + rank * batch_size
+    batch: list[dict] = []
+    place = 0
+    while True:
+        shuffled = rows.shuffle(seed=seed + epoch, buffer_size=10_000)
+        found = False
+        for row in shuffled:
+            found = True
+            mine = place >= skip and (place // batch_size - rank) % world == 0
+            place += 1
+            if mine:
+                batch.append({**row, "row": place - 1})
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+        if not found:
+            raise ValueError("data: found no rows in the stream, allowed is at least one")
+        epoch += 1
+
+
+def cut(lengths: list[int], token_budget: int | None) -> list[list[int]]:
+    """Cuts a batch into micro-batches: the places of rows, longest first, at most `token_budget` tokens in each.
+
+    A row that is longer than the budget makes a micro-batch of its own.
+    """
+    places = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if token_budget is None:
+        return [places] if places else []
+    parts: list[list[int]] = []
+    room = 0
+    for place in places:
+        if not parts or lengths[place] > room:
+            parts.append([])
+            room = token_budget
+        parts[-1].append(place)
+        room -= lengths[place]
+    return parts

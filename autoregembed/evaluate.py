@@ -1,0 +1,114 @@
+"""Embeddings of texts, and how well they rank: STS by Spearman's correlation, retrieval by nDCG and recall."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from autoregembed import data
+from autoregembed.encoder import Encoder, text_embedding
+
+Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
+
+
+@torch.inference_mode()
+def embed(
+    encoder: Encoder, tokenizer, texts: Sequence[str], *, max_length: int = 512, token_budget: int = 4096
+) -> Tensor:
+    """normalize(mean_k z) of each text, (n, D) float32 on the CPU, in the order of `texts`.
+
+    Texts are tokenised as in training and truncated so that instruction and compress tokens stay.
+
+    Raises:
+        ValueError: no text, or one without a token; the row is named.
+    """
+    if len(texts) == 0:
+        raise ValueError("texts: found none, allowed is at least one")
+    prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, "", max_length)
+    ids = [prompt.text(prompt.ids(text), encoder.suffix_ids) for text in texts]
+    empty = [row for row, x in enumerate(ids) if not x]
+    if empty:
+        raise ValueError(f"texts: found an empty text in row {empty[0]}, allowed is at least one token")
+    out = torch.empty(len(texts), encoder.model.get_input_embeddings().weight.shape[1])
+    training = encoder.training
+    encoder.eval()
+    try:
+        for part in data.cut([len(s) for s in encoder.sequences(ids)], token_budget):
+            out[part] = text_embedding(encoder([ids[i] for i in part]).float()).cpu()
+    finally:
+        encoder.train(training)
+    return out
+
+
+def load_sts(source: str, split: str | None = None):
+    """Rows {sentence1, sentence2, score} of a csv, jsonl, json or parquet file or a hub data set.
+
+    Raises:
+        ValueError: a column is missing, or there is no row.
+    """
+    rows = data.load_rows(source, split)
+    data.require_columns(rows, ("sentence1", "sentence2", "score"))
+    return rows
+
+
+def spearman(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
+    """Spearman's rank correlation, ties at their mean rank."""
+    return float(spearmanr(x, y).statistic)
+
+
+def sts(embed: Embed, pairs) -> dict[str, float]:
+    """{"spearman": correlation of cosine similarity with the human scores}; every distinct text is embedded once."""
+    first, second, scores = (list(pairs[name]) for name in ("sentence1", "sentence2", "score"))
+    texts = list(dict.fromkeys([*first, *second]))
+    place = {text: i for i, text in enumerate(texts)}
+    e = embed(texts)
+    a, b = (e[[place[t] for t in column]] for column in (first, second))
+    return {"spearman": spearman((a * b).sum(1), scores)}
+
+
+def retrieval(
+    embed: Embed,
+    queries: dict[str, str],
+    corpus: dict[str, str],
+    qrels: dict[str, dict[str, int]],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[str, float]:
+    """nDCG@10 (gain = relevance, discount log2(rank + 1)) and recall@k by cosine similarity, means over queries.
+
+    Queries without a relevant document are left out. Equal scores rank in the corpus' order.
+
+    Raises:
+        ValueError: no query has a relevant document in the corpus, or a relevance names an unknown document.
+    """
+    unknown = next((d for q in qrels.values() for d in q if d not in corpus), None)
+    if unknown is not None:
+        raise ValueError(f"qrels: found document {unknown!r}, allowed are those of the corpus")
+    wanted = [q for q in queries if any(r > 0 for r in qrels.get(q, {}).values())]
+    if not wanted:
+        raise ValueError("qrels: found no relevant document for any query, allowed is at least one")
+    ids = list(corpus)
+    documents, questions = embed(list(corpus.values())), embed([queries[q] for q in wanted])
+    deepest = min(max(10, *ks), len(ids))
+    totals = {"ndcg@10": 0.0, **{f"recall@{k}": 0.0 for k in ks}}
+    for part, names in zip(questions.split(256), _chunks(wanted, 256), strict=True):
+        ranking = (part @ documents.T).sort(dim=1, descending=True, stable=True).indices[:, :deepest]
+        for name, row in zip(names, ranking.tolist(), strict=True):
+            relevance = {d: r for d, r in qrels[name].items() if r > 0}
+            gains = [relevance.get(ids[i], 0) for i in row]
+            ideal = sorted(relevance.values(), reverse=True)
+            totals["ndcg@10"] += _dcg(gains[:10]) / _dcg(ideal[:10])
+            for k in ks:
+                totals[f"recall@{k}"] += sum(g > 0 for g in gains[:k]) / len(relevance)
+    return {name: total / len(wanted) for name, total in totals.items()}
+
+
+def _chunks(items: list, size: int):
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _dcg(gains: Sequence[float]) -> float:
+    return sum(g / math.log2(rank + 2) for rank, g in enumerate(gains))

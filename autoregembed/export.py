@@ -1,0 +1,98 @@
+"""A folder that plain `SentenceTransformer(path)` loads, without trusting any code.
+
+The tail (instruction and compress tokens) is written into the tokenizer's post-processor, where truncation cannot reach
+it. Pooling: WordWeights gives the compress tokens weight 1 and all others 0, Pooling takes the weighted mean, Normalize
+makes it a unit vector; together they are normalize(mean_k z).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+
+from autoregembed.checkpoint import atomic_folder
+from autoregembed.encoder import Encoder, base_model
+
+
+def merged(encoder: Encoder) -> nn.Module:
+    """A copy of the encoder's model with adapters merged and compress rows in its embedding matrix."""
+    copied = copy.deepcopy(encoder)
+    copied.fold_compress_rows()
+    model = copied.model.merge_and_unload() if hasattr(copied.model, "merge_and_unload") else copied.model
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def _tokenizer(encoder: Encoder, tokenizer, max_length: int):
+    """The tokenizer whose post-processor writes `bos · text · suffix · compress tokens`."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: found {type(tokenizer).__name__}, allowed is a fast tokenizer")
+    tokenizer = copy.deepcopy(tokenizer)
+    head = [] if encoder.bos_token_id is None else [encoder.bos_token_id]
+    tail = [*encoder.suffix_ids, *encoder.compress_token_ids]
+    # A template item may stand for several ids; its strings are names only and need not be in the vocabulary.
+    specials = [("<head>", head), ("<tail>", tail)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{'<head> ' if head else ''}$A <tail>",
+        pair=f"{'<head> ' if head else ''}$A $B <tail>",
+        special_tokens=[{"id": n, "ids": ids, "tokens": [f"{n[:-1]}{i}>" for i in ids]} for n, ids in specials if ids],
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "right"
+    tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def export(
+    encoder: Encoder,
+    tokenizer,
+    folder: str | Path,
+    *,
+    max_length: int = 512,
+    overwrite: bool = False,
+) -> Path:
+    """Writes `folder`, whole or not at all.
+
+    Args:
+        encoder: adapters are merged and compress rows folded in a copy; the encoder itself stays as it is.
+        tokenizer: the fast tokenizer of its training.
+        folder: new or empty, unless `overwrite`.
+        max_length: tokens of a text with instruction and compress tokens.
+
+    Raises:
+        FileExistsError: `folder` is in use.
+        ValueError: a slow tokenizer, or `max_length` leaves no room for text.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer, WordWeights
+
+    fixed = len(encoder.sequences([[]])[0])
+    if max_length <= fixed:
+        raise ValueError(f"max_length: found {max_length}, allowed is more than {fixed}, the tokens around a text")
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        model = base_model(merged(encoder)).eval()
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        source = temporary / "source"
+        model.save_pretrained(source)
+        _tokenizer(encoder, tokenizer, max_length).save_pretrained(source)
+        rows = model.get_input_embeddings().weight.shape[0]
+        compress = {f"<{i}>": 1.0 for i in encoder.compress_token_ids}
+        modules = [
+            Transformer(str(source), max_seq_length=max_length, model_kwargs={"dtype": getattr(torch, dtype)}),
+            WordWeights([f"<{i}>" for i in range(rows)], compress, unknown_word_weight=0.0),
+            Pooling(model.config.get_text_config().hidden_size, "mean"),
+            Normalize(),
+        ]
+        SentenceTransformer(modules=modules, device="cpu").save(str(temporary / "whole"), create_model_card=False)
+        for path in source.iterdir():
+            path.unlink()
+        source.rmdir()
+        for path in (temporary / "whole").iterdir():
+            path.rename(temporary / path.name)
+        (temporary / "whole").rmdir()
+    return Path(folder)

@@ -1,0 +1,644 @@
+"""Both stages of AutoRegEmbed in one loop.
+
+    stage 1   minimise −log p(output | z(context, instruction)) per token
+    stage 2   minimise alignment_weight · alignment + contrastive_weight · InfoNCE over one forward pass
+
+A step reads `batch_size` rows per process. `token_budget` cuts them into micro-batches that fit in memory; every loss is
+normalised over the whole step, so the update does not depend on the cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import re
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from autoregembed import checkpoint, data
+from autoregembed.decoder import Decoder
+from autoregembed.encoder import Encoder, text_embedding
+from autoregembed.evaluate import embed, load_sts, sts
+from autoregembed.export import export, merged
+from autoregembed.losses import alignment_loss, info_nce
+
+
+class ConfigError(ValueError):
+    """A field of the configuration, or a combination of fields, that cannot be meant."""
+
+
+@dataclass
+class Config:
+    """One training run.
+
+    Args:
+        stage: 1, information compression; 2, conditional distribution alignment.
+        model: the encoder to start from: a folder or hub id of a causal LM; for stage 2 normally the model of stage 1.
+        train_data: a jsonl, json, csv, tsv or parquet file, or a hub id. Stage 1 rows: context, output, instruction?;
+            stage 2 rows: query, pos, neg, instruction? or anchor, positive, negative.
+        output_dir: receives model/, export/, checkpoints/, metrics.jsonl and summary.json.
+        decoder: the frozen decoder; default: the one that `model` was trained with, or else `model` itself.
+        gguf_file: the file inside `model` (and `decoder`) when it is a GGUF folder.
+        trust_remote_code: run model code that a hub repository brings along.
+        instruction: for rows without one of their own, for evaluation and for the export.
+        num_compress_tokens: K; default: that of `model` if it has compress tokens, else 5.
+        max_length: tokens the encoder reads of one text, instruction and compress tokens included.
+        max_target_length: tokens of a target that the decoder scores, without eos.
+        train_split: the split of a hub data set.
+        streaming: stream the data; needs `steps`, and no reference scores.
+        eval_data: sentence1, sentence2, score rows; Spearman's correlation before, during and after training.
+        eval_split: its split.
+        eval_steps: evaluate every so many steps; 0: only before and after.
+        steps: optimiser steps; default: from `epochs`.
+        epochs: passes over the data when `steps` is not given.
+        batch_size: rows of a step on each process.
+        token_budget: tokens of one forward pass of the encoder; default: the whole step at once.
+        learning_rate: the peak.
+        compress_learning_rate: that of the K compress-token embeddings; default: `learning_rate`.
+        scheduler: cosine, linear or constant, after the warm-up.
+        warmup_steps: linear warm-up.
+        weight_decay: of AdamW.
+        adam_beta2: of AdamW.
+        max_grad_norm: clipping; 0: none.
+        freeze: regular expressions of encoder parameters that are not trained; the compress tokens always are.
+        lora_rank: > 0 trains LoRA adapters and the compress tokens in place of all parameters.
+        lora_alpha: scale of the adapters.
+        lora_targets: module names, or all-linear.
+        z_scale: none, or match: scale z to the RMS of the decoder's input embeddings.
+        alignment_weight: stage 2, factor of the alignment loss.
+        contrastive_weight: stage 2, factor of InfoNCE.
+        beta: β of the alignment.
+        temperature: τ of the alignment.
+        contrastive_temperature: of InfoNCE.
+        reference: add, subtract or none.
+        negatives: independent or joint.
+        hard_negatives: encode the negatives too and give them to InfoNCE.
+        reference_file: reference scores to use; default: kept beside the data, by fingerprint.
+        precision: auto (bf16 on a GPU that has it, else fp32), fp32 or bf16.
+        attention: auto, flash_attention_2, varlen or sdpa.
+        gradient_checkpointing: recompute the encoder's activations in backward.
+        compile: torch.compile the layers of encoder and decoder.
+        seed: of everything.
+        save_steps: keep a training state every so many steps; 0: only on interruption.
+        resume: auto takes the newest whole training state of `output_dir`; none starts anew.
+        log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
+        num_proc: processes that tokenise.
+    """
+
+    stage: Literal[1, 2]
+    model: str
+    train_data: str
+    output_dir: str
+    decoder: str | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    instruction: str = "Represent the text."
+    num_compress_tokens: int | None = None
+    max_length: int = 512
+    max_target_length: int = 512
+    train_split: str | None = None
+    streaming: bool = False
+    eval_data: str | None = None
+    eval_split: str | None = None
+    eval_steps: int = 0
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 32
+    token_budget: int | None = None
+    learning_rate: float = 5e-5
+    compress_learning_rate: float | None = None
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    freeze: list[str] = field(default_factory=list)
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: list[str] | str = "all-linear"
+    z_scale: Literal["none", "match"] = "none"
+    alignment_weight: float = 1.0
+    contrastive_weight: float = 0.0
+    beta: float = 0.1
+    temperature: float = 0.1
+    contrastive_temperature: float = 0.05
+    reference: Literal["add", "subtract", "none"] = "add"
+    negatives: Literal["independent", "joint"] = "independent"
+    hard_negatives: bool = False
+    reference_file: str | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    save_steps: int = 0
+    resume: Literal["auto", "none"] = "none"
+    log_with: list[str] = field(default_factory=list)
+    num_proc: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least = {
+            "batch_size": 1, "max_length": 1, "max_target_length": 1, "steps": 1, "token_budget": 1,
+            "num_compress_tokens": 1, "warmup_steps": 0, "eval_steps": 0, "save_steps": 0, "lora_rank": 0,
+            "weight_decay": 0, "max_grad_norm": 0, "alignment_weight": 0, "contrastive_weight": 0, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ConfigError(f"{name}: found {value}, allowed is at least {least}")
+        positive = ("epochs", "learning_rate", "compress_learning_rate", "beta", "temperature")
+        for name in (*positive, "contrastive_temperature", "lora_alpha", "adam_beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: found {value}, allowed is a positive number")
+        if self.stage == 2 and not self.alignment_weight and not self.contrastive_weight:
+            raise ConfigError("alignment_weight: found 0 with contrastive_weight 0, allowed is one above 0")
+        if self.streaming and self.steps is None:
+            raise ConfigError("steps: found None with streaming, allowed is a number")
+        if self.streaming and self.needs_reference:
+            raise ConfigError(f"reference: found {self.reference!r} with streaming, allowed is 'none'")
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"freeze: found {pattern!r}, allowed are regular expressions ({error})") from error
+
+    @property
+    def needs_decoder(self) -> bool:
+        return self.stage == 1 or self.alignment_weight > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.stage == 2 and self.alignment_weight > 0 and self.reference != "none"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objectives. A micro-batch gives its share of the step's loss; the shares add up to the loss of the whole step.
+
+
+def lengths(rows: list[dict], encoder: Encoder, hard_negatives: bool) -> list[int]:
+    """Encoder tokens of each row."""
+    fixed = encoder.num_compress_tokens + (encoder.bos_token_id is not None)
+    out = []
+    for row in rows:
+        texts, suffixes = texts_of([row], hard_negatives)
+        out.append(sum(len(t) + len(s) + fixed for t, s in zip(texts, suffixes, strict=True)))
+    return out
+
+
+def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
+    """What the encoder reads: texts (stage 1), or queries, positives and, if asked for, negatives; and suffixes."""
+    if "text_ids" in rows[0]:
+        return [r["text_ids"] for r in rows], [r["suffix_ids"] for r in rows]
+    texts = [r["query_ids"] for r in rows] + [r["positive_ids"] for r in rows]
+    suffixes = [r["suffix_ids"] for r in rows] * 2
+    if hard_negatives:
+        texts += [n for r in rows for n in r["negative_ids"]]
+        suffixes += [r["suffix_ids"] for r in rows for _ in r["negative_ids"]]
+    return texts, suffixes
+
+
+def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a (B,), b (B,), c (B, M) with a mask (B, M), in one decoder pass; z (≥ 2B, K, D) holds queries, then positives."""
+    b = len(rows)
+    targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
+    count = torch.tensor([len(r["target_ids"]) - 1 for r in rows])
+    owner = torch.arange(b).repeat_interleave(count)
+    scores = decoder.logprob(z, targets, torch.cat([torch.arange(2 * b), owner]))
+    mask = torch.arange(int(count.max()))[None] < count[:, None]
+    mask = mask.to(scores.device)
+    c = scores.new_zeros(mask.shape).masked_scatter(mask, scores[2 * b :])
+    return scores[:b], scores[b : 2 * b], c, mask
+
+
+def contrastive(embeddings: list[Tensor], sizes: list[int], temperature: float) -> Tensor:
+    """InfoNCE over a step: part i of `embeddings` holds sizes[i] queries, as many positives, then hard negatives."""
+    queries = torch.cat([e[:n] for e, n in zip(embeddings, sizes, strict=True)])
+    positives = torch.cat([e[n : 2 * n] for e, n in zip(embeddings, sizes, strict=True)])
+    hard = torch.cat([e[2 * n :] for e, n in zip(embeddings, sizes, strict=True)])
+    return info_nce(queries, torch.cat([positives, hard]), temperature=temperature)
+
+
+@dataclass
+class Objective:
+    """Loss and gradient of one optimiser step."""
+
+    config: Config
+    encoder: nn.Module  # perhaps wrapped by accelerate
+    decoder: Decoder | None
+    accelerator: Accelerator
+    reference: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, rows: list[dict]) -> dict[str, float]:
+        """Accumulates the gradient of the step over `rows`; returns what is logged."""
+        config = self.config
+        inner = self.accelerator.unwrap_model(self.encoder)
+        parts = data.cut(lengths(rows, inner, config.hard_negatives), config.token_budget)
+        micro = [[rows[i] for i in part] for part in parts]
+        total = self._total(rows)
+        cached = self._cached_contrastive(micro) if config.contrastive_weight and config.stage == 2 else None
+        log: dict[str, Tensor] = {}
+        for i, part in enumerate(micro):
+            last = i == len(micro) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.encoder):
+                z = self.encoder(*texts_of(part, config.hard_negatives))
+                share, stats = self._share(z, part, total)
+                if cached is not None:
+                    e = text_embedding(z.float())
+                    if cached[i] is None:
+                        nce = contrastive([e], [len(part)], config.contrastive_temperature)
+                        stats["nce"] = nce.detach()
+                        share = share + config.contrastive_weight * nce
+                    else:
+                        value, gradient = cached[i]
+                        stats["nce"] = value / len(micro)
+                        # Its gradient is that of InfoNCE over the whole step, its value is not.
+                        surrogate = (e * gradient).sum()
+                        share = share + config.contrastive_weight * (surrogate - surrogate.detach() + stats["nce"])
+                stats["loss"] = share.detach()
+                self.accelerator.backward(share)
+            for name, value in stats.items():
+                log[name] = log.get(name, 0) + value
+        gathered = self.accelerator.reduce({k: v.float() for k, v in log.items()}, "mean")
+        return {k: v.item() for k, v in gathered.items()}
+
+    def _total(self, rows: list[dict]) -> float:
+        """What the loss is a mean over, on all processes, per process: DDP averages gradients over processes."""
+        config = self.config
+        if config.stage == 1:
+            count = sum(len(r["target_ids"]) + 1 for r in rows)
+        elif config.negatives == "independent":
+            count = sum(len(r["target_ids"]) - 1 for r in rows)
+        else:
+            count = sum(len(r["target_ids"]) > 1 for r in rows)
+        count = torch.tensor(float(count), device=self.accelerator.device)
+        return max(1.0, self.accelerator.reduce(count, "mean").item())
+
+    def _share(self, z: Tensor, rows: list[dict], total: float) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        if config.stage == 1:
+            logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows])
+            return -logprob.sum() / total, {}
+        if not config.alignment_weight:
+            return z.sum() * 0, {}
+        a, b, c, mask = alignment_scores(self.decoder, z, rows)
+        r_a = r_c = None
+        if self.reference is not None:
+            places = torch.tensor([r["row"] for r in rows])
+            r_a, r_c = self.reference[0][places].to(a.device), self.reference[1][places, : c.shape[1]].to(a.device)
+        out = alignment_loss(
+            a, b, c, r_a, r_c, beta=config.beta, temperature=config.temperature, reference=config.reference,
+            negatives=config.negatives, negative_mask=mask,
+        )  # fmt: skip
+        count = mask.sum() if config.negatives == "independent" else mask.any(1).sum()
+        share = count / total
+        stats = {"align": out.loss.detach(), "s1": out.s1, "s2": out.s2, "accuracy": out.accuracy}
+        return config.alignment_weight * out.loss * share, {k: v * share for k, v in stats.items()}
+
+    def _cached_contrastive(self, micro: list[list[dict]]) -> list:
+        """Exact InfoNCE over a step that is cut: all embeddings first, then the gradient of each part's (GradCache)."""
+        if len(micro) == 1:
+            return [None]
+        with torch.no_grad():
+            parts = [text_embedding(self.encoder(*texts_of(m, self.config.hard_negatives)).float()) for m in micro]
+        parts = [p.requires_grad_() for p in parts]
+        value = contrastive(parts, [len(m) for m in micro], self.config.contrastive_temperature)
+        gradients = torch.autograd.grad(value, parts)
+        return [(value.detach(), g) for g in gradients]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def reference_scores(encoder: nn.Module, decoder: Decoder, rows, token_budget: int = 8192) -> tuple[Tensor, Tensor]:
+    """r_a (R,) and r_c (R, M) of every row under the present model, NaN where a row has fewer negatives."""
+    most = max(len(t) - 1 for t in rows["target_ids"])
+    positive, negatives = torch.full((len(rows),), torch.nan), torch.full((len(rows), most), torch.nan)
+    sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows]
+    for part in data.cut(sizes, token_budget):
+        batch = rows.select(part).to_list()
+        z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])
+        owner = [i for i, r in enumerate(batch) for _ in r["target_ids"]]
+        column = [j for r in batch for j in range(len(r["target_ids"]))]
+        scores = decoder.logprob(z, [t for r in batch for t in r["target_ids"]], owner).float().cpu()
+        for place, j, score in zip((part[i] for i in owner), column, scores, strict=True):
+            if j == 0:
+                positive[place] = score
+            else:
+                negatives[place, j - 1] = score
+    return positive, negatives
+
+
+def _reference(config: Config, encoder, decoder, rows, prompt: data.Prompt, console: Console) -> tuple[Tensor, Tensor]:
+    fingerprint = {
+        "data": data.content_fingerprint(rows),
+        "model": checkpoint.weights_fingerprint(encoder, decoder) + f"-{decoder.z_scale}",
+        "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
+    }
+    if config.reference_file:
+        path = Path(config.reference_file)
+    else:
+        local = Path(config.train_data)
+        short = "-".join(v[:6] for v in fingerprint.values())
+        parent = local.parent if local.is_file() else Path(config.output_dir)
+        path = parent / f"{local.name}.reference-{short}.safetensors"
+    if path.is_file():
+        console.print(f"reference scores: {path}")
+        return checkpoint.load_reference(path, fingerprint)
+    start = time.perf_counter()
+    scores = reference_scores(encoder, decoder, rows)
+    checkpoint.save_reference(path, *scores, fingerprint)
+    console.print(f"reference scores: {len(rows)} rows in {time.perf_counter() - start:.0f} s, kept in {path}")
+    return scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build(config: Config) -> tuple[Encoder, Decoder | None, object, dict]:
+    """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model."""
+    options = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
+    model, tokenizer, recipe = checkpoint.load_causal_lm(config.model, **options)
+    known = len(recipe.get("compress_token_ids", []))
+    k = config.num_compress_tokens or known or 5
+    if known and k != known:
+        raise checkpoint.CheckpointError(
+            f"num_compress_tokens: found {k}, allowed with {config.model!r} is {known}, the number it was trained with"
+        )
+    source = config.decoder or recipe.get("decoder") or config.model
+    decoder = None
+    if config.needs_decoder:
+        frozen = copy.deepcopy(model) if source == config.model and not recipe else None
+        if frozen is None:
+            gguf = config.gguf_file if config.decoder else recipe.get("decoder_gguf_file")
+            frozen, _, decoder_recipe = checkpoint.load_causal_lm(source, **{**options, "gguf_file": gguf})
+            if decoder_recipe:
+                raise ConfigError(f"decoder: found {source!r}, a trained encoder; allowed is the original model")
+        decoder = Decoder(
+            frozen, eos_token_id=tokenizer.eos_token_id, z_scale=config.z_scale, attention=config.attention
+        )
+    ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, k)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            target_modules=config.lora_targets,
+            trainable_token_indices={name.rsplit(".", 1)[-1]: ids},
+        )
+        model = get_peft_model(model, lora)
+    bos = tokenizer.bos_token_id
+    encoder = Encoder(
+        model,
+        compress_token_ids=ids,
+        bos_token_id=bos,
+        attention=config.attention,
+        own_compress_rows=not config.lora_rank,
+    )
+    for name, parameter in model.named_parameters():
+        if any(re.search(pattern, name) for pattern in config.freeze) and "trainable_tokens" not in name:
+            parameter.requires_grad_(False)
+    if not config.lora_rank and model.get_output_embeddings() is not None:
+        head = model.get_output_embeddings().weight
+        if head is not model.get_input_embeddings().weight:
+            head.requires_grad_(False)  # the encoder never reads it
+    if config.compile:
+        for lm in (model, decoder.model if decoder is not None else None):
+            for layer in getattr(getattr(lm, "model", None), "layers", []):
+                layer.compile(dynamic=True)
+    saved = {
+        "version": 1,
+        "compress_token_ids": ids,
+        "instruction": config.instruction,
+        "z_scale": config.z_scale,
+        "stage": config.stage,
+        "decoder": str(Path(source).resolve()) if Path(source).exists() else source,
+        "decoder_gguf_file": config.gguf_file if (config.decoder or not recipe) else recipe.get("decoder_gguf_file"),
+    }
+    return encoder, decoder, tokenizer, saved
+
+
+def optimiser(encoder: Encoder, config: Config) -> torch.optim.Optimizer:
+    """AdamW with the compress-token embeddings in a group of their own."""
+    compress = [p for n, p in encoder.named_parameters() if p.requires_grad and _is_compress(n)]
+    others = [p for n, p in encoder.named_parameters() if p.requires_grad and not _is_compress(n)]
+    groups = [
+        {"params": others, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": compress, "lr": config.compress_learning_rate or config.learning_rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.adam_beta2))
+
+
+def _is_compress(name: str) -> bool:
+    return name == "compress_rows" or "trainable_tokens" in name
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on."""
+
+
+def train(config: Config, console: Console | None = None) -> dict:
+    """Runs one stage; returns and writes the summary (`summary.json`), with paths of model and export.
+
+    Raises:
+        ConfigError, CheckpointError, ReferenceMismatch, OSError, and the errors of `data`, `Encoder` and `Decoder`.
+        FloatingPointError: the loss or its gradient is not finite; the rows of that step are named.
+        Interrupted: after a Ctrl-C, with the state saved.
+    """
+    console = console or Console()
+    out = Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(out / "config.json", asdict(config))
+    torch.set_flush_denormal(True)
+    set_seed(config.seed)
+    cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda_bf16)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no", log_with=config.log_with or None, project_dir=str(out)
+    )
+    console.quiet = console.quiet or not accelerator.is_main_process
+    if config.log_with:
+        accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
+
+    encoder, decoder, tokenizer, recipe = build(config)
+    prompt = data.Prompt(
+        tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction, config.max_length,
+        config.max_target_length,
+    )  # fmt: skip
+    encoder.suffix_ids = prompt.suffix()
+    rows = data.load_rows(config.train_data, config.train_split, config.streaming)
+    tokenise = data.compression_rows if config.stage == 1 else data.alignment_rows
+    with accelerator.main_process_first():
+        rows = tokenise(rows, prompt, num_proc=config.num_proc)
+    if config.stage == 2 and config.alignment_weight and not config.streaming:
+        if all(len(t) < 2 for t in rows["target_ids"]):
+            raise ValueError("data: found no negative in any row, allowed with alignment_weight > 0 is at least one")
+    pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
+
+    if decoder is not None:
+        decoder.to(accelerator.device, torch.bfloat16 if bf16 and accelerator.device.type == "cuda" else None)
+    encoder.to(accelerator.device)
+    reference = None
+    if config.needs_reference:
+        with accelerator.main_process_first():
+            reference = _reference(config, encoder.eval(), decoder, rows, prompt, console)
+    optimizer = optimiser(encoder, config)
+    encoder.train()
+    wrapped, optimizer = accelerator.prepare(encoder, optimizer)
+    world = accelerator.num_processes
+    steps = config.steps or max(1, round(config.epochs * len(rows) / (config.batch_size * world)))
+    scheduler = get_scheduler(config.scheduler, optimizer, config.warmup_steps, max(steps, config.warmup_steps + 1))
+    objective = Objective(config, wrapped, decoder, accelerator, reference)
+
+    def evaluate() -> float | None:
+        if pairs is None:
+            return None
+        return sts(lambda texts: embed(encoder, tokenizer, texts, max_length=config.max_length), pairs)["spearman"]
+
+    state_folder = out / "checkpoints"
+    first, scores, seconds = 0, {}, 0.0
+    if config.resume == "auto":
+        newest, skipped = checkpoint.newest_state(state_folder)
+        for reason in skipped:
+            console.print(f"resume: skipped {reason}")
+        if newest is not None:
+            state = checkpoint.load_state(newest, encoder, optimizer.optimizer)
+            first, scores, seconds = state["step"], state["scores"], state["seconds"]
+            for _ in range(first):
+                scheduler.step()
+            console.print(f"resume: {newest.name}")
+    if first == 0:
+        scores = {"0": evaluate()}
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+
+    def save(step: int) -> Path:
+        folder = state_folder / f"step-{step:08d}"
+        if accelerator.is_main_process:
+            checkpoint.save_state(folder, encoder, optimizer.optimizer, step, {"scores": scores, "seconds": seconds})
+        return folder
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    stopping = _stop_on_signal()
+    batches = data.batches(
+        rows, config.batch_size, seed=config.seed, start=first, rank=accelerator.process_index, world=world
+    )
+    with Progress(
+        *(TextColumn(c) if isinstance(c, str) else c for c in columns), console=console, transient=True
+    ) as bar, stopping as stop:  # fmt: skip
+        task = bar.add_task(f"stage {config.stage}", total=steps, completed=first)
+        for step in range(first + 1, steps + 1):
+            start = time.perf_counter()
+            batch = next(batches)
+            log = objective(batch)
+            norm = float(accelerator.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf))
+            if not (math.isfinite(log["loss"]) and math.isfinite(norm)):
+                places = [r["row"] for r in batch]
+                raise FloatingPointError(f"step {step}: loss {log['loss']}, gradient norm {norm}, rows {places}")
+            rate = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            elapsed = time.perf_counter() - start
+            seconds += elapsed
+            tokens = sum(lengths(batch, encoder, config.hard_negatives)) * world
+            log |= {"grad_norm": norm, "lr": rate, "tokens_per_second": tokens / elapsed, "memory_gb": _memory_gb()}
+            if accelerator.is_main_process:
+                with (out / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": step, **log}) + "\n")
+            if config.log_with:
+                accelerator.log(log, step=step)
+            bar.update(task, advance=1, description=_describe(config.stage, log))
+            if step % max(1, steps // 20) == 0:
+                console.print(f"{step:>6}/{steps}  {_describe(config.stage, log)}", highlight=False)
+            if step == steps or (config.eval_steps and step % config.eval_steps == 0):
+                scores[str(step)] = evaluate()
+                if scores[str(step)] is not None:
+                    console.print(f"{step:>6}/{steps}  spearman {scores[str(step)]:.4f}", highlight=False)
+            if stop.signalled:
+                folder = save(step)
+                raise Interrupted(f"stopped at step {step}, state in {folder}; resume: auto goes on from there")
+            if config.save_steps and step % config.save_steps == 0 and step < steps:
+                save(step)
+
+    accelerator.wait_for_everyone()
+    summary = {
+        "stage": config.stage,
+        "steps": steps,
+        "train_seconds": round(seconds, 1),
+        "spearman": scores,
+        "model": str(out / "model"),
+        "export": str(out / "export"),
+        "device": str(accelerator.device),
+        "precision": "bf16" if bf16 else "fp32",
+        "attention": encoder.attention,
+    }
+    if accelerator.is_main_process:
+        if config.lora_rank:
+            with checkpoint.atomic_folder(out / "adapter", overwrite=True) as folder:
+                encoder.model.save_pretrained(folder)
+        checkpoint.save_model(out / "model", merged(encoder), tokenizer, recipe)
+        export(encoder, tokenizer, out / "export", max_length=config.max_length, overwrite=True)
+        checkpoint.write_json(out / "summary.json", summary)
+    accelerator.wait_for_everyone()
+    if config.log_with:
+        accelerator.end_training()
+    return summary
+
+
+def _describe(stage: int, log: dict[str, float]) -> str:
+    names = ("loss",) if stage == 1 else ("loss", "align", "s1", "s2", "accuracy", "nce")
+    text = "  ".join(f"{n} {log[n]:.3f}" for n in names if n in log)
+    return f"stage {stage}  {text}  {log['tokens_per_second']:.0f} tok/s  {log['memory_gb']:.1f} GB"
+
+
+def _memory_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+    """Turns the first SIGINT or SIGTERM into a flag that the loop reads between steps; a second one acts at once."""
+
+    class Stop:
+        signalled = False
+
+    stop = Stop()
+
+    def handler(number, frame):
+        stop.signalled = True
+        for n, h in previous.items():
+            signal.signal(n, h)
+
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handler)
+    except ValueError:  # not the main thread: signals stay with whoever runs us
+        previous = {}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

