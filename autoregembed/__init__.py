@@ -1,5 +1,6 @@
 """Fused training kernels for AutoRegEmbed text embeddings (arXiv 2502.11401)."""
 
+from autoregembed._version import __version__
 from autoregembed.losses import (
     AlignmentLoss,
     AlignmentOutput,
@@ -12,7 +13,6 @@ from autoregembed.losses import (
     linear_logprob,
 )
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AlignmentLoss",
@@ -22,6 +22,7 @@ __all__ = [
     "Encoder",
     "InfoNCELoss",
     "LinearLogprob",
+    "__version__",
     "alignment_loss",
     "compression_loss",
     "info_nce",

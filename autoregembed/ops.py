@@ -141,9 +141,7 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (N, D), weight (V, D) and bias (V,) of a trainable head; the logits are recomputed."""
     rows = (target != ignore_index).nonzero().squeeze(1)
-    some, d_weight, d_bias = torch_route.backward(
-        grad[rows], hidden[rows], weight, target[rows], bias, softcap, scale
-    )
+    some, d_weight, d_bias = torch_route.backward(grad[rows], hidden[rows], weight, target[rows], bias, softcap, scale)
     return torch.zeros_like(hidden).index_copy_(0, rows, some), d_weight, d_bias
 
 
@@ -305,9 +303,7 @@ def linear_logprob(
         )  # fmt: skip
     trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
-    logprob, _ = _linear_logprob(
-        hidden, weight, target, bias, softcap, float(scale), ignore_index, with_gradient
-    )
+    logprob, _ = _linear_logprob(hidden, weight, target, bias, softcap, float(scale), ignore_index, with_gradient)
     return logprob if cu_seqlens is None else _sequence_sum(logprob, cu_seqlens)
 
 
@@ -452,9 +448,7 @@ def info_nce(
     _require_positive("temperature", temperature)
     if target is None:
         if len(passages) < len(query):
-            raise ValueError(
-                f"passages: found P = {len(passages)}, allowed without a target is P ≥ B = {len(query)}"
-            )
+            raise ValueError(f"passages: found P = {len(passages)}, allowed without a target is P ≥ B = {len(query)}")
         target = torch.arange(len(query), device=query.device)
     if len(query) == 0:
         return (query.sum() + passages.sum() * 0).to(torch.promote_types(query.dtype, torch.float32))

@@ -156,7 +156,9 @@ def main() -> None:
     write_json(out / "summary.json", summary)
     plot(out, summaries, plain)
 
-    table = Table("", "Spearman", "training", title="50 news articles, 1225 pairs rated by people", title_justify="left")
+    table = Table(
+        "", "Spearman", "training", title="50 news articles, 1225 pairs rated by people", title_justify="left"
+    )
     table.add_row("untrained, mean over tokens", f"{plain:.3f}", "")
     table.add_row("untrained, mean of the compress tokens", f"{first[0]:.3f}", "")
     table.add_row("stage 1: compression, no pair shown", f"{first[-1]:.3f}", f"{seconds[0]:.0f} s")

