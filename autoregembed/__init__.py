@@ -13,7 +13,6 @@ from autoregembed.losses import (
     linear_logprob,
 )
 
-
 __all__ = [
     "AlignmentLoss",
     "AlignmentOutput",

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -87,7 +88,7 @@ def load_causal_lm(
     gguf_file: str | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-) -> tuple[nn.Module, object, dict]:
+) -> tuple[Any, Any, dict]:
     """A causal LM, its tokenizer and its recipe: `autoregembed.json` of a folder this library wrote, else {}.
 
     Raises:
@@ -112,7 +113,7 @@ def load_causal_lm(
     return model, tokenizer, recipe
 
 
-def add_compress_tokens(model: nn.Module, tokenizer, k: int) -> list[int]:
+def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     """Makes room for K compress tokens behind the vocabulary; returns their ids.
 
     They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start at
@@ -132,7 +133,7 @@ def add_compress_tokens(model: nn.Module, tokenizer, k: int) -> list[int]:
     return ids
 
 
-def save_model(folder: Path, model: nn.Module, tokenizer, recipe: dict, *, overwrite: bool = True) -> Path:
+def save_model(folder: Path, model: Any, tokenizer, recipe: dict, *, overwrite: bool = True) -> Path:
     """Writes a Hugging Face folder with the recipe beside it, whole or not at all."""
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         model.save_pretrained(temporary)
@@ -234,7 +235,7 @@ def verify(folder: Path) -> str | None:
 
 def newest_state(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest training state under `folder` that verifies, and what was skipped with the reason."""
-    skipped = []
+    skipped: list[str] = []
     for state in sorted(folder.glob("step-*"), key=lambda p: p.name, reverse=True):
         reason = verify(state)
         if reason is None:

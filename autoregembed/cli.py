@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -70,10 +71,8 @@ def _doctor() -> None:
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     table = Table("part", "state", title=f"autoregembed {__version__}", title_justify="left")
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
-    packages = (
-        "torch", "transformers", "datasets", "accelerate", "peft", "sentence-transformers", "triton", "flash-attn", "gguf"
-    )  # fmt: skip
-    for name in packages:
+    packages = ("torch", "transformers", "datasets", "accelerate", "peft", "sentence-transformers")
+    for name in (*packages, "triton", "flash-attn", "gguf"):
         try:
             table.add_row(name, importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
@@ -153,7 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
-        {"encode": _encode, "eval": _evaluate, "doctor": _doctor}[parsed.command](**options)
+        commands_by_name: dict[str, Callable] = {"encode": _encode, "eval": _evaluate, "doctor": _doctor}
+        commands_by_name[parsed.command](**options)
         return 0
     except KeyboardInterrupt as stop:
         console.print(str(stop) or "interrupted")

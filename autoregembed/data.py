@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -57,7 +58,7 @@ class Prompt:
     decoder scores at most `max_target_length` target tokens and eos.
     """
 
-    tokenizer: object
+    tokenizer: Any
     num_compress_tokens: int
     bos_token_id: int | None
     instruction: str
@@ -91,7 +92,7 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
 
-def _nonempty(ids: list[int], column: str, row: int) -> list[int]:
+def _nonempty(ids: list, column: str, row: int) -> list:
     if not ids:
         raise ValueError(f"data: found an empty {column!r} in row {row}, allowed is at least one token")
     return ids
@@ -120,7 +121,7 @@ def compression_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
     require_columns(rows, ("context", "output"))
 
     def tokenise(batch, indices):
-        out = {"text_ids": [], "suffix_ids": [], "target_ids": []}
+        out: dict[str, list] = {"text_ids": [], "suffix_ids": [], "target_ids": []}
         for i, row in enumerate(indices):
             suffix = prompt.suffix(batch["instruction"][i] if "instruction" in batch else None)
             context = _nonempty(prompt.ids(_texts(batch["context"][i], "context", row)[0]), "context", row)
@@ -136,15 +137,21 @@ def compression_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
 def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
     """Stage 2: one row per (query, positive) to {query_ids, positive_ids, negative_ids, suffix_ids, target_ids}.
 
-    `target_ids` is [positive, *negatives] as the decoder scores them; the others are as the encoder reads them. Columns: {query, pos, neg} with strings or lists
-    (BGE; several positives make several rows), MEDI's [instruction, text] pairs, or {anchor, positive, negative}.
-    The negatives are optional, and so is an `instruction` column.
+    `target_ids` is [positive, *negatives] as the decoder scores them; the others are as the encoder reads them.
+    Columns: {query, pos, neg} with strings or lists (BGE; several positives make several rows), MEDI's
+    [instruction, text] pairs, or {anchor, positive, negative}. Negatives and an `instruction` column are optional.
     """
     names = require_columns(rows, ("query", "pos"), ("anchor", "positive"))
     negative = {"pos": "neg", "positive": "negative"}[names[1]]
 
     def tokenise(batch, indices):
-        out = {"query_ids": [], "positive_ids": [], "negative_ids": [], "suffix_ids": [], "target_ids": []}
+        out: dict[str, list] = {
+            "query_ids": [],
+            "positive_ids": [],
+            "negative_ids": [],
+            "suffix_ids": [],
+            "target_ids": [],
+        }
         for i, row in enumerate(indices):
             query, positives = batch[names[0]][i], batch[names[1]][i]
             negatives = batch[negative][i] if negative in batch and batch[negative][i] is not None else []

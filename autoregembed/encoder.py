@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,14 @@ from transformers import PreTrainedModel
 from autoregembed.packing import Ids, check_ids, pack, run_packed, use_packed_attention
 
 
-def base_model(model: nn.Module) -> nn.Module:
+def base_model(model: Any) -> Any:
     """The part of a causal LM (PEFT-wrapped or not) that maps ids to last hidden states."""
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return model.get_decoder() if hasattr(model, "lm_head") or hasattr(model, "get_decoder") else model
 
 
-def max_positions(model: nn.Module) -> int | None:
+def max_positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 

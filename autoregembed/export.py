@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
-from torch import nn
 
 from autoregembed.checkpoint import atomic_folder
 from autoregembed.encoder import Encoder, base_model
 
 
-def merged(encoder: Encoder) -> nn.Module:
+def merged(encoder: Encoder) -> Any:
     """A copy of the encoder's model with adapters merged and compress rows in its embedding matrix."""
     copied = copy.deepcopy(encoder)
     copied.fold_compress_rows()

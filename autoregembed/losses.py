@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from autoregembed import ops
@@ -41,7 +43,7 @@ class LinearLogprob(nn.Module):
         self, *, softcap: float | None = None, scale: float = 1.0, ignore_index: int = -100, impl: str = "auto"
     ):
         super().__init__()
-        self.options = {"softcap": softcap, "scale": scale, "ignore_index": ignore_index, "impl": impl}
+        self.options: dict[str, Any] = {"softcap": softcap, "scale": scale, "ignore_index": ignore_index, "impl": impl}
 
     def forward(
         self,
@@ -74,7 +76,7 @@ class AlignmentLoss(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
-        self.options = {
+        self.options: dict[str, Any] = {
             "beta": beta,
             "temperature": temperature,
             "reference": reference,
@@ -107,7 +109,7 @@ class InfoNCELoss(nn.Module):
 
     def __init__(self, *, temperature: float = 0.05, impl: str = "auto"):
         super().__init__()
-        self.options = {"temperature": temperature, "impl": impl}
+        self.options: dict[str, Any] = {"temperature": temperature, "impl": impl}
 
     def forward(self, query: Tensor, passages: Tensor, target: Tensor | None = None) -> Tensor:  # (B, D), (P, D), (B,)
         return ops.info_nce(query, passages, target, **self.options)

@@ -6,6 +6,7 @@ that is asked for by name and cannot run raises `ImplUnavailable`; it is never r
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def _require_target(target: Tensor, size: int, ignore_index: int) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"target: found id {int(target[row])} at row {row}, allowed are 0..{size - 1} and ignore_index={ignore_index}"
+            f"target: found id {int(target[row])} at row {row}, allowed are 0..{size - 1} and {ignore_index=}"
         )
 
 
@@ -219,7 +220,7 @@ def _require_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
         raise ValueError(f"cu_seqlens: found shape {tuple(cu_seqlens.shape)}, allowed is (S+1,)")
     if not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in itertools.pairwise(bounds)):
             raise ValueError(
                 f"cu_seqlens: found {bounds[:8]}{'…' if len(bounds) > 8 else ''}, allowed is a non-decreasing row "
                 f"from 0 to N = {length}"
@@ -258,7 +259,7 @@ def linear_logprob(
         impl: "auto", "torch" or "reference".
 
     Returns:
-        (N,) log-probabilities in nats, or (S,) sums per sequence with `cu_seqlens`; float32, float64 for float64 inputs.
+        (N,) log-probabilities in nats, or (S,) sums per sequence with `cu_seqlens`; float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: wrong dtype, device or shape; the message names the argument.

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,14 +185,13 @@ def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
     out = []
     for (length, count), *qkv in zip(runs, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
-        banded = window is not None and length > window
+        band = _window_mask(length, window, q.device) if window is not None and length > window else None
         if softcap is not None:
-            mask = _window_mask(length, window if banded else length, q.device)
+            mask = _window_mask(length, length, q.device) if band is None else band
             y = _softcapped(q, k, v, scaling or q.shape[-1] ** -0.5, softcap, mask)
         else:
-            mask = _window_mask(length, window, q.device) if banded else None
             y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=not banded, scale=scaling, enable_gqa=True
+                q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
             )
         out.append(y.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)[None], None  # (1, T, H, d)
@@ -211,6 +211,7 @@ def _varlen(module, query, key, value, attention_mask, dropout=0.0, scaling=None
         raise NotImplementedError("dropout: torch.nn.attention.varlen has none; set attention_dropout to 0")
     window = kwargs.get("sliding_window")
     parameters = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any]
     if "window_size" in parameters:
         options = {"window_size": (-1 if window is None else window - 1, 0)}
     elif window is None:
@@ -222,10 +223,11 @@ def _varlen(module, query, key, value, attention_mask, dropout=0.0, scaling=None
         options["enable_gqa"] = groups > 1
     elif groups > 1:
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+    # Under autocast rotary embeddings leave q and k in fp32.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
     length = kwargs["max_length_q"]
     y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scaling, **options)
-    return y[None], None
+    return y.unsqueeze(0), None
 
 
 for _name, _function in ((SDPA, _sdpa), (VARLEN, _varlen)):

@@ -7,6 +7,8 @@ Compression and Alignment", EMNLP 2025 (arXiv 2502.11401).
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +37,7 @@ def linear_logprob(
     if cu_seqlens is None:
         return logprob
     bounds = cu_seqlens.tolist()
-    sums = [logprob[i:j].sum() for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
+    sums = [logprob[i:j].sum() for i, j in itertools.pairwise(bounds)]
     return torch.stack(sums) if sums else logprob.sum()[None][:0]
 
 
@@ -58,7 +60,8 @@ def alignment_loss(
     c = torch.where(mask, c, 0.0)
     margin = a[:, None] - c
     if reference != "none":
-        assert reference_positive is not None and reference_negatives is not None
+        assert reference_positive is not None
+        assert reference_negatives is not None
         reference_margin = reference_positive[:, None] - torch.where(mask, reference_negatives, 0.0)
         signed = reference_margin if reference == "add" else -reference_margin
     else:

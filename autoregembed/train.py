@@ -3,8 +3,8 @@
     stage 1   minimise −log p(output | z(context, instruction)) per token
     stage 2   minimise alignment_weight · alignment + contrastive_weight · InfoNCE over one forward pass
 
-A step reads `batch_size` rows per process. `token_budget` cuts them into micro-batches that fit in memory; every loss is
-normalised over the whole step, so the update does not depend on the cut.
+A step reads `batch_size` rows per process. `token_budget` cuts them into micro-batches that fit in memory; every loss
+is normalised over the whole step, so the update does not depend on the cut.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -212,7 +212,7 @@ def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
 
 
 def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (B,), b (B,), c (B, M) with a mask (B, M), in one decoder pass; z (≥ 2B, K, D) holds queries, then positives."""
+    """a (B,), b (B,), c (B, M), mask (B, M) in one decoder pass; z (≥ 2B, K, D) holds queries, then positives."""
     b = len(rows)
     targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
     count = torch.tensor([len(r["target_ids"]) - 1 for r in rows])
@@ -284,16 +284,16 @@ class Objective:
             count = sum(len(r["target_ids"]) - 1 for r in rows)
         else:
             count = sum(len(r["target_ids"]) > 1 for r in rows)
-        count = torch.tensor(float(count), device=self.accelerator.device)
-        return max(1.0, self.accelerator.reduce(count, "mean").item())
+        here = torch.tensor(float(count), device=self.accelerator.device)
+        return max(1.0, self.accelerator.reduce(here, "mean").item())
 
     def _share(self, z: Tensor, rows: list[dict], total: float) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
+        if self.decoder is None:
+            return z.sum() * 0, {}
         if config.stage == 1:
             logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows])
             return -logprob.sum() / total, {}
-        if not config.alignment_weight:
-            return z.sum() * 0, {}
         a, b, c, mask = alignment_scores(self.decoder, z, rows)
         r_a = r_c = None
         if self.reference is not None:
@@ -369,9 +369,9 @@ def _reference(config: Config, encoder, decoder, rows, prompt: data.Prompt, cons
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build(config: Config) -> tuple[Encoder, Decoder | None, object, dict]:
+def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
     """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model."""
-    options = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
     model, tokenizer, recipe = checkpoint.load_causal_lm(config.model, **options)
     known = len(recipe.get("compress_token_ids", []))
     k = config.num_compress_tokens or known or 5
@@ -488,9 +488,9 @@ def train(config: Config, console: Console | None = None) -> dict:
     tokenise = data.compression_rows if config.stage == 1 else data.alignment_rows
     with accelerator.main_process_first():
         rows = tokenise(rows, prompt, num_proc=config.num_proc)
-    if config.stage == 2 and config.alignment_weight and not config.streaming:
-        if all(len(t) < 2 for t in rows["target_ids"]):
-            raise ValueError("data: found no negative in any row, allowed with alignment_weight > 0 is at least one")
+    aligned = config.stage == 2 and config.alignment_weight > 0 and not config.streaming
+    if aligned and all(len(t) < 2 for t in rows["target_ids"]):
+        raise ValueError("data: found no negative in any row, allowed with alignment_weight > 0 is at least one")
     pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
 
     if decoder is not None:

@@ -47,10 +47,8 @@ class _Chunk:
     def __init__(self, h: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, softcap: float | None, scale: float,
                  out: Tensor):  # fmt: skip
         # h (R, D), w (V, D), y (R,), out (R, V) in the working dtype
-        if h.dtype == out.dtype:
-            z = torch.mm(h, w.t(), out=out)
-        else:
-            z = torch.mm(h, w.t(), out_dtype=out.dtype)
+        same = h.dtype == out.dtype
+        z = torch.mm(h, w.t(), out=out) if same else torch.mm(h, w.t(), out_dtype=out.dtype)
         if bias is not None:
             z.add_(bias)
         if scale != 1.0:
@@ -76,7 +74,7 @@ class _Chunk:
         self.scale = scale
 
     def negative_gradient(self) -> Tensor:
-        """−s/scale · d logprob / d x (R, V): the caller's row factor is then `-scale / s` times the upstream gradient."""
+        """d logprob / d x (R, V) without its factor per row, `row_factor`."""
         g = self.e.scatter_(1, self.y, -self.rest)
         return g if self.slope is None else g.mul_(self.slope)
 
