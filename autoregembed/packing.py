@@ -226,7 +226,7 @@ def _varlen(module, query, key, value, attention_mask, dropout=0.0, scaling=None
     # Under autocast rotary embeddings leave q and k in fp32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
     length = kwargs["max_length_q"]
-    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scaling, **options)
+    y: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scaling, **options)
     return y.unsqueeze(0), None
 
 

@@ -1,0 +1,289 @@
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from autoregembed import checkpoint, data
+from autoregembed.encoder import text_embedding
+from autoregembed.evaluate import embed
+from autoregembed.losses import info_nce
+from autoregembed.train import Config, ConfigError, Interrupted, Objective, build, reference_scores, texts_of, train
+
+COMMON = {"batch_size": 8, "learning_rate": 1e-3, "instruction": "Again:", "precision": "fp32"}
+
+
+@pytest.fixture
+def quiet():
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+def stage1(model_folder, compression_file, out, **options) -> Config:
+    fields = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(out), "steps": 4}
+    return Config(**{**fields, **COMMON, **options})
+
+
+def stage2(model, alignment_file, out, **options) -> Config:
+    fields = {"stage": 2, "model": model, "train_data": alignment_file, "output_dir": str(out), "steps": 3}
+    return Config(**{**fields, **COMMON, **options})
+
+
+def objective_of(config: Config, file: str):
+    from accelerate import Accelerator
+
+    encoder, decoder, tokenizer, _ = build(config)
+    prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
+    tokenise = data.compression_rows if config.stage == 1 else data.alignment_rows
+    rows = tokenise(data.load_rows(file), prompt)
+    reference = reference_scores(encoder, decoder, rows) if config.needs_reference else None
+    batch = [{**rows[i], "row": i} for i in range(8)]
+    return Objective(config, encoder, decoder, Accelerator(cpu=True), reference), encoder, batch
+
+
+def gradients(encoder) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stage": 1},
+        {"stage": 2},
+        {"stage": 2, "negatives": "joint", "reference": "subtract"},
+        {"stage": 2, "alignment_weight": 0.0, "contrastive_weight": 1.0},
+        {"stage": 2, "contrastive_weight": 0.7, "hard_negatives": True},
+    ],
+)
+def test_an_update_does_not_depend_on_how_the_step_is_cut(model_folder, compression_file, alignment_file, options):
+    file = compression_file if options["stage"] == 1 else alignment_file
+    results = []
+    for budget in (None, 60):
+        config = Config(
+            **{"model": model_folder, "train_data": file, "output_dir": "unused", "token_budget": budget, **options}
+        )
+        objective, encoder, batch = objective_of(config, file)
+        log = objective(batch)
+        results.append((log, gradients(encoder)))
+        if budget:
+            assert len(data.cut([len(t) for t in texts_of(batch, False)[0]], 20)) > 2
+    (whole_log, whole), (cut_log, cut) = results
+    assert whole.keys() == cut.keys()
+    assert max(g.abs().max() for g in whole.values()) > 1e-4
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
+    for name in whole_log:
+        assert cut_log[name] == pytest.approx(whole_log[name], rel=1e-4, abs=1e-5), name
+
+
+def test_contrastive_objective_is_info_nce_over_the_whole_step(model_folder, alignment_file):
+    config = stage2(model_folder, alignment_file, "unused", alignment_weight=0.0, contrastive_weight=1.0)
+    objective, encoder, batch = objective_of(config, alignment_file)
+    assert objective.decoder is None
+    e = text_embedding(encoder(*texts_of(batch, False)))
+    assert objective(batch)["loss"] == pytest.approx(info_nce(e[:8], e[8:]).item(), rel=1e-5)
+
+
+def test_both_stages_learn_and_leave_a_model_that_loads(
+    model_folder, compression_file, alignment_file, sts_file, tmp_path, quiet
+):
+    from sentence_transformers import SentenceTransformer
+
+    first = train(
+        stage1(model_folder, compression_file, tmp_path / "one", steps=25, eval_data=sts_file, learning_rate=3e-3),
+        quiet,
+    )
+    log = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == list(range(1, 26))
+    assert sum(r["loss"] for r in log[-5:]) < sum(r["loss"] for r in log[:5]) - 2.5
+    second = train(
+        stage2(first["model"], alignment_file, tmp_path / "two", contrastive_weight=1.0, eval_data=sts_file), quiet
+    )
+    assert second["spearman"]["0"] == pytest.approx(first["spearman"]["25"], abs=1e-6)
+    config = stage2(second["model"], alignment_file, "unused")
+    encoder, _, tokenizer, _ = build(config)
+    prompt = data.Prompt(tokenizer, 5, encoder.bos_token_id, config.instruction)
+    encoder.suffix_ids = prompt.suffix()
+    texts = ["the cat sat", "rain fell over old stone bridges </s> and <EMBED0> boats", "dusk " * 600]
+    exported = SentenceTransformer(second["export"], device="cpu")
+    found = exported.encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(found, embed(encoder, tokenizer, texts), rtol=0, atol=1e-5)
+
+
+def test_the_decoder_is_the_original_model_in_both_stages(
+    model_folder, compression_file, alignment_file, tmp_path, quiet
+):
+    first = train(stage1(model_folder, compression_file, tmp_path / "one"), quiet)
+    original = build(stage1(model_folder, compression_file, "unused"))[1]
+    later = build(stage2(first["model"], alignment_file, "unused"))[1]
+    for a, b in zip(original.parameters(), later.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not b.requires_grad
+
+
+def test_resume_is_bit_exact_and_a_damaged_state_is_skipped(model_folder, compression_file, tmp_path, quiet):
+    whole = train(stage1(model_folder, compression_file, tmp_path / "whole", steps=6), quiet)
+    config = stage1(model_folder, compression_file, tmp_path / "parts", steps=6, save_steps=2)
+    train(config, quiet)
+    states = sorted((tmp_path / "parts" / "checkpoints").iterdir())
+    assert [s.name for s in states] == ["step-00000002", "step-00000004"]
+    damaged = states[1] / "trainable.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    config.resume = "auto"
+    resumed = train(config, quiet)
+    a, b = (load_file(f"{s['model']}/model.safetensors") for s in (whole, resumed))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_interruption_saves_a_state_that_resumes(model_folder, compression_file, tmp_path):
+    code = """
+import os, signal, sys
+from autoregembed import data
+from autoregembed.cli import main
+inner = data.batches
+def batches(*args, **kwargs):
+    for i, batch in enumerate(inner(*args, **kwargs)):
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield batch
+data.batches = batches
+sys.exit(main(sys.argv[1:]))
+"""
+    flags = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": tmp_path / "out"}
+    flags |= {"steps": 5, "batch_size": 4, "precision": "fp32"}
+    arguments = [x for name, value in flags.items() for x in (f"--{name}", str(value))]
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train", *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 130, result.stderr
+    assert "resume" in result.stdout
+    assert (tmp_path / "out" / "checkpoints" / "step-00000003").is_dir()
+    assert signal.getsignal(signal.SIGINT) is not None
+
+
+def test_lora_trains_compress_tokens_and_merges(model_folder, compression_file, tmp_path, quiet):
+    config = stage1(model_folder, compression_file, tmp_path / "lora", lora_rank=4, steps=6)
+    start = build(config)[0]
+    result = train(config, quiet)
+    before = start.model.get_base_model().get_input_embeddings()
+    weights = load_file(f"{result['model']}/model.safetensors")
+    embedding = next(w for n, w in weights.items() if "embed_tokens" in n)
+    ids = start.compress_token_ids
+    original = before.weight.detach() if hasattr(before, "weight") else before.original_module.weight.detach()
+    assert (embedding[ids] - original[ids]).abs().max() > 1e-4
+    rest = torch.ones(len(embedding), dtype=torch.bool)
+    rest[ids] = False
+    assert torch.equal(embedding[rest], original[: len(embedding)][rest])
+    assert (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").is_file()
+    again = build(stage1(result["model"], compression_file, "unused", decoder=model_folder))[0]
+    assert again.compress_token_ids == ids
+
+
+def test_frozen_parameters_stay_and_compress_rows_move(model_folder, compression_file, tmp_path, quiet):
+    config = stage1(model_folder, compression_file, tmp_path / "out", freeze=["embed_tokens", r"layers\.0\."])
+    before = build(config)[0]
+    result = train(config, quiet)
+    after = build(stage1(result["model"], compression_file, "unused", decoder=model_folder))[0]
+    old, new = dict(before.model.named_parameters()), dict(after.model.named_parameters())
+    ids = before.compress_token_ids
+    for name in old:
+        moved = not torch.equal(old[name], new[name])
+        assert moved == (".layers.0." not in name), name
+    assert (after.compress_rows - before.compress_rows).abs().max() > 1e-4
+    rest = [i for i in range(len(old["model.embed_tokens.weight"])) if i not in ids]
+    assert torch.equal(old["model.embed_tokens.weight"][rest], new["model.embed_tokens.weight"][rest])
+
+
+def test_reference_scores_are_cached_and_refused_for_other_data(
+    model_folder, compression_file, alignment_file, tmp_path, quiet
+):
+    model = train(stage1(model_folder, compression_file, tmp_path / "one"), quiet)["model"]
+    kept = tmp_path / "scores.safetensors"
+    config = stage2(model, alignment_file, tmp_path / "two", reference_file=str(kept))
+    train(config, quiet)
+    stamp = kept.stat().st_mtime_ns
+    train(config, quiet)
+    assert kept.stat().st_mtime_ns == stamp
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(open(alignment_file).readlines()[1:]))
+    config.train_data = str(other)
+    with pytest.raises(checkpoint.ReferenceMismatch, match=r"'data': '\w+'.*'data': '\w+'"):
+        train(config, quiet)
+    config = stage2(model_folder, alignment_file, tmp_path / "two", reference_file=str(kept))
+    with pytest.raises(checkpoint.ReferenceMismatch, match="model"):
+        train(config, quiet)
+    kept.write_bytes(b"rubbish")
+    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        train(config, quiet)
+
+
+def test_reference_scores_do_not_depend_on_their_batches(model_folder, alignment_file):
+    config = stage2(model_folder, alignment_file, "unused")
+    encoder, decoder, tokenizer, _ = build(config)
+    rows = data.alignment_rows(data.load_rows(alignment_file), data.Prompt(tokenizer, 5, encoder.bos_token_id, "x"))
+    whole, parts = (reference_scores(encoder.eval(), decoder, rows, budget) for budget in (10**9, 50))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4, equal_nan=True)
+    assert whole[1].isnan().any()
+    assert not whole[0].isnan().any()
+
+
+def test_k_mismatch_with_a_checkpoint_is_refused(model_folder, compression_file, tmp_path, quiet):
+    model = train(stage1(model_folder, compression_file, tmp_path / "one", num_compress_tokens=3), quiet)["model"]
+    with pytest.raises(checkpoint.CheckpointError, match="num_compress_tokens: found 5, allowed.*3"):
+        build(stage2(model, compression_file, "unused", num_compress_tokens=5))
+    assert build(stage2(model, compression_file, "unused"))[0].num_compress_tokens == 3
+
+
+def test_an_unwritable_output_folder_fails_at_once(model_folder, compression_file, tmp_path, quiet):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        train(stage1(model_folder, compression_file, tmp_path / "file" / "out"), quiet)
+
+
+def test_a_full_disk_leaves_no_half_written_folder(tmp_path):
+    with pytest.raises(OSError, match="No space"), checkpoint.atomic_folder(tmp_path / "out") as folder:
+        (folder / "part").write_text("half")
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_not_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(FileExistsError, match="out"), checkpoint.atomic_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "mine").read_text() == "keep"
+
+
+def test_weights_that_are_not_finite_are_refused(model_folder, compression_file, tmp_path, quiet):
+    model, tokenizer, _ = checkpoint.load_causal_lm(model_folder)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    checkpoint.save_model(tmp_path / "nan", model, tokenizer, {})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        train(stage1(str(tmp_path / "nan"), compression_file, tmp_path / "out"), quiet)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_rows(model_folder, compression_file, tmp_path, quiet):
+    config = stage1(model_folder, compression_file, tmp_path / "out", learning_rate=1e30, max_grad_norm=0, steps=9)
+    with pytest.raises(FloatingPointError, match=r"step \d.*rows \["):
+        train(config, quiet)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("beta", -1.0), ("freeze", ["("])],
+)
+def test_config_names_the_field_that_is_wrong(field, value):
+    with pytest.raises(ConfigError, match=f"^{field}: found"):
+        Config(**{"stage": 1, "model": "m", "train_data": "d", "output_dir": "o", field: value})
+
+
+def test_interrupted_is_a_keyboard_interrupt():
+    assert issubclass(Interrupted, KeyboardInterrupt)
