@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autoregembed import reference as spec
-from autoregembed.kernels.torch import linear_logprob as torch_route
+from autoregembed.kernels.torch import linear_logprob as torch_linear_logprob
 
 __all__ = ["AlignmentOutput", "ImplUnavailable", "alignment_loss", "available_impls", "info_nce", "linear_logprob"]
 
@@ -81,6 +81,10 @@ def _require_positive(name: str, x: float) -> None:
         raise ValueError(f"{name}: found {x}, allowed is a positive finite number")
 
 
+# Modules with `forward` and `backward` as in kernels/torch/linear_logprob.py.
+_LINEAR_LOGPROB = {"torch": torch_linear_logprob}
+
+
 def _require_target(target: Tensor, size: int, ignore_index: int) -> None:
     """Raises IndexError for an id outside [0, size). Reads the data, so on a GPU it waits for the device."""
     bad = (target < 0) | (target >= size)
@@ -106,24 +110,16 @@ def _linear_logprob(
     scale: float,
     ignore_index: int,
     with_gradient: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """logprob (N,) and its gradient with respect to hidden, U (N, D); U is (0, D) unless `with_gradient`."""
     _require_target(target, weight.shape[0], ignore_index)
-    keep = target != ignore_index
-    if bool(keep.all()):
-        logprob, _, u = torch_route.forward(hidden, weight, target, bias, softcap, scale, with_gradient)
-        return logprob, u
-    rows = keep.nonzero().squeeze(1)
-    some_logprob, _, some_u = torch_route.forward(
-        hidden[rows], weight, target[rows], bias, softcap, scale, with_gradient
-    )
-    logprob = some_logprob.new_zeros(len(hidden)).index_copy_(0, rows, some_logprob)
-    u = torch.zeros_like(hidden).index_copy_(0, rows, some_u) if with_gradient else some_u
-    return logprob, u
+    route = _LINEAR_LOGPROB[impl]
+    return route.forward(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient)
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient):
+def _(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl):
     n, d = hidden.shape
     logprob = hidden.new_empty(n, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     return logprob, hidden.new_empty(n if with_gradient else 0, d)
@@ -139,20 +135,19 @@ def _linear_logprob_backward(
     softcap: float | None,
     scale: float,
     ignore_index: int,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (N, D), weight (V, D) and bias (V,) of a trainable head; the logits are recomputed."""
-    rows = (target != ignore_index).nonzero().squeeze(1)
-    some, d_weight, d_bias = torch_route.backward(grad[rows], hidden[rows], weight, target[rows], bias, softcap, scale)
-    return torch.zeros_like(hidden).index_copy_(0, rows, some), d_weight, d_bias
+    return _LINEAR_LOGPROB[impl].backward(grad, hidden, weight, target, bias, softcap, scale, ignore_index)
 
 
 @_linear_logprob_backward.register_fake
-def _(grad, hidden, weight, target, bias, softcap, scale, ignore_index):
+def _(grad, hidden, weight, target, bias, softcap, scale, ignore_index, impl):
     return torch.empty_like(hidden), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient = inputs
+    hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl = inputs
     ctx.with_gradient = with_gradient
     ctx.has_bias = bias is not None
     ctx.set_materialize_grads(False)
@@ -160,22 +155,19 @@ def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(output[1])
     else:
         ctx.save_for_backward(hidden, weight, target, bias)
-        ctx.head = (softcap, scale, ignore_index)
+        ctx.head = (softcap, scale, ignore_index, impl)
 
 
 @once_differentiable
 def _backward(ctx, grad, _grad_u):
-    none = (None,) * 8
+    none = (None,) * 9
     if grad is None:
         return none
     if ctx.with_gradient:
         (u,) = ctx.saved_tensors
         return ((grad[:, None] * u).to(u.dtype), *none[1:])
     hidden, weight, target, bias = ctx.saved_tensors
-    softcap, scale, ignore_index = ctx.head
-    d_hidden, d_weight, d_bias = _linear_logprob_backward(
-        grad, hidden, weight, target, bias, softcap, scale, ignore_index
-    )
+    d_hidden, d_weight, d_bias = _linear_logprob_backward(grad, hidden, weight, target, bias, *ctx.head)
     needs = ctx.needs_input_grad
     return (
         d_hidden if needs[0] else None,
@@ -296,7 +288,8 @@ def linear_logprob(
         _require_cu_seqlens(cu_seqlens, hidden.shape[0])
         _require_like("cu_seqlens", cu_seqlens, "hidden", hidden, dtype=False)
     target = target.long()
-    if _resolve(impl, hidden.device) == "reference":
+    impl = _resolve(impl, hidden.device)
+    if impl == "reference":
         _require_target(target, weight.shape[0], ignore_index)
         return spec.linear_logprob(
             hidden, weight, target, bias=bias, softcap=softcap, scale=scale,
@@ -304,7 +297,7 @@ def linear_logprob(
         )  # fmt: skip
     trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
-    logprob, _ = _linear_logprob(hidden, weight, target, bias, softcap, float(scale), ignore_index, with_gradient)
+    logprob, _ = _linear_logprob(hidden, weight, target, bias, softcap, float(scale), ignore_index, with_gradient, impl)
     return logprob if cu_seqlens is None else _sequence_sum(logprob, cu_seqlens)
 
 

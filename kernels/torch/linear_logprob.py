@@ -68,7 +68,6 @@ class _Chunk:
         self.rest = self.e.sum(1, keepdim=True)
         self.s = self.rest + e_y
         log_s = self.s.log()
-        self.lse = (top + log_s).squeeze(1)
         self.logprob = ((z_y - top) - log_s).squeeze(1)
         self.y = y
         self.scale = scale
@@ -86,16 +85,23 @@ class _Chunk:
 def forward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64 in [0, V)
+    target: Tensor,  # (N,) int64 in [0, V), or ignore_index
     bias: Tensor | None,  # (V,)
     softcap: float | None,
     scale: float,
+    ignore_index: int,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns logprob (N,), lse (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
+) -> tuple[Tensor, Tensor]:
+    """Returns logprob (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
+    keep = target != ignore_index
+    if not bool(keep.all()):
+        rows = keep.nonzero().squeeze(1)
+        some, some_u = forward(hidden[rows], weight, target[rows], bias, softcap, scale, ignore_index, with_gradient)
+        logprob = some.new_zeros(len(hidden)).index_copy_(0, rows, some)
+        return logprob, torch.zeros_like(hidden).index_copy_(0, rows, some_u) if with_gradient else some_u
     (n, d), v = hidden.shape, weight.shape[0]
     work = _working_dtype(hidden)
-    logprob, lse = hidden.new_empty(n, dtype=work), hidden.new_empty(n, dtype=work)
+    logprob = hidden.new_empty(n, dtype=work)
     u = hidden.new_empty(n if with_gradient else 0, d)
     w = _matmul_operand(weight)
     step = rows_per_chunk(hidden.device, v, work.itemsize)
@@ -104,7 +110,7 @@ def forward(
         rows = slice(i, min(i + step, n))
         h = _matmul_operand(hidden[rows])
         chunk = _Chunk(h, w, target[rows], bias, softcap, scale, buffer[: len(h)])
-        logprob[rows], lse[rows] = chunk.logprob, chunk.lse
+        logprob[rows] = chunk.logprob
         if with_gradient:
             g = chunk.negative_gradient()
             if g.dtype == w.dtype:
@@ -115,19 +121,27 @@ def forward(
             else:
                 # 16-bit tensor cores: the factor goes in before rounding, so that E stays within [−1, 1].
                 u[rows] = torch.mm(g.mul_(chunk.row_factor).to(w.dtype), w)
-    return logprob, lse, u
+    return logprob, u
 
 
 def backward(
     grad: Tensor,  # (N,)
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64 in [0, V)
+    target: Tensor,  # (N,) int64 in [0, V), or ignore_index
     bias: Tensor | None,  # (V,)
     softcap: float | None,
     scale: float,
+    ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a trainable head by recomputing the logits: hidden (N, D), weight (V, D), bias (V,)."""
+    keep = target != ignore_index
+    if not bool(keep.all()):
+        rows = keep.nonzero().squeeze(1)
+        some, d_weight, d_bias = backward(
+            grad[rows], hidden[rows], weight, target[rows], bias, softcap, scale, ignore_index
+        )
+        return torch.zeros_like(hidden).index_copy_(0, rows, some), d_weight, d_bias
     n, v = len(hidden), weight.shape[0]
     work = _working_dtype(hidden)
     w = _matmul_operand(weight)
