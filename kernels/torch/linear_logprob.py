@@ -95,10 +95,10 @@ def forward(
     """Returns logprob (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
     keep = target != ignore_index
     if not bool(keep.all()):
-        rows = keep.nonzero().squeeze(1)
-        some, some_u = forward(hidden[rows], weight, target[rows], bias, softcap, scale, ignore_index, with_gradient)
-        logprob = some.new_zeros(len(hidden)).index_copy_(0, rows, some)
-        return logprob, torch.zeros_like(hidden).index_copy_(0, rows, some_u) if with_gradient else some_u
+        kept = keep.nonzero().squeeze(1)
+        some, some_u = forward(hidden[kept], weight, target[kept], bias, softcap, scale, ignore_index, with_gradient)
+        logprob = some.new_zeros(len(hidden)).index_copy_(0, kept, some)
+        return logprob, torch.zeros_like(hidden).index_copy_(0, kept, some_u) if with_gradient else some_u
     (n, d), v = hidden.shape, weight.shape[0]
     work = _working_dtype(hidden)
     logprob = hidden.new_empty(n, dtype=work)
@@ -137,11 +137,11 @@ def backward(
     """Gradients of a trainable head by recomputing the logits: hidden (N, D), weight (V, D), bias (V,)."""
     keep = target != ignore_index
     if not bool(keep.all()):
-        rows = keep.nonzero().squeeze(1)
+        kept = keep.nonzero().squeeze(1)
         some, d_weight, d_bias = backward(
-            grad[rows], hidden[rows], weight, target[rows], bias, softcap, scale, ignore_index
+            grad[kept], hidden[kept], weight, target[kept], bias, softcap, scale, ignore_index
         )
-        return torch.zeros_like(hidden).index_copy_(0, rows, some), d_weight, d_bias
+        return torch.zeros_like(hidden).index_copy_(0, kept, some), d_weight, d_bias
     n, v = len(hidden), weight.shape[0]
     work = _working_dtype(hidden)
     w = _matmul_operand(weight)
