@@ -116,8 +116,8 @@ def load_causal_lm(
 def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     """Makes room for K compress tokens behind the vocabulary; returns their ids.
 
-    They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start at
-    the mean of the embedding matrix, with a hundredth of its spread to tell them apart.
+    They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start as
+    random vectors of the embedding matrix' mean and spread: alike at the start, their K hidden states would be one.
     """
     if k < 1:
         raise ValueError(f"num_compress_tokens: found {k}, allowed is at least 1")
@@ -129,7 +129,7 @@ def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     with torch.no_grad():
         known = weight[:used].float()
         noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-        weight[ids] = (known.mean(0) + 0.01 * known.std(0) * noise).to(weight.dtype)
+        weight[ids] = (known.mean(0) + known.std(0) * noise).to(weight.dtype)
     return ids
 
 

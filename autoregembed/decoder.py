@@ -67,11 +67,15 @@ class Decoder(nn.Module):
         self.attention = use_packed_attention(model, attention)
         self.register_buffer("input_rms", None, persistent=False)
         if z_scale == "match":
-            with torch.no_grad():
-                embedding = model.get_input_embeddings()
-                ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
-                squares = [embedding(part).double().square().sum() for part in ids.split(8192)]
-                self.input_rms = (sum(squares) / (len(ids) * config.hidden_size)).sqrt().float()
+            self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
+
+    @torch.no_grad()
+    def input_rms_per_dimension(self) -> Tensor:
+        """RMS of the model's input embeddings over the vocabulary, (D,) float32."""
+        embedding = self.model.get_input_embeddings()
+        ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+        squares = torch.stack([embedding(part).double().square().sum(0) for part in ids.split(8192)]).sum(0)
+        return (squares / len(ids)).sqrt().float()
 
     @torch.no_grad()
     def _verify_head(self) -> None:

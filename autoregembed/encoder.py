@@ -24,6 +24,46 @@ def max_positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def final_norm(model: Any) -> nn.Module:
+    """The norm that yields a causal LM's last hidden states (its active copy, when PEFT trains one).
+
+    Raises:
+        ValueError: the base model has no norm behind its layers.
+    """
+    base = base_model(model)
+    width = base.config.get_text_config().hidden_size
+    for module in reversed(list(base.children())):
+        module = getattr(module, "modules_to_save", {"default": module})["default"]
+        weight = getattr(module, "weight", None)
+        if weight is not None and tuple(weight.shape) == (width,):
+            return module
+    raise ValueError(f"model: found no norm behind the layers of {type(base).__name__}, allowed is one")
+
+
+@torch.no_grad()
+def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
+    """Multiplies the output of a norm by `gain`, through its weight (and bias).
+
+    Raises:
+        ValueError: the norm's output is proportional neither to its weight nor to 1 + weight.
+    """
+    parameters: dict[str, Tensor] = dict(norm.named_parameters(recurse=False))
+    weight = parameters["weight"]
+    gain = gain.to(weight)
+    x = torch.randn(4, len(gain), generator=torch.Generator().manual_seed(0)).to(weight)
+    wanted = norm(x) * gain
+    old = {name: p.clone() for name, p in parameters.items()}
+    for offset in (0.0, 1.0):  # Gemma's norm multiplies by 1 + weight
+        weight.copy_((old["weight"] + offset) * gain - offset)
+        if "bias" in old:
+            parameters["bias"].copy_(old["bias"] * gain)
+        if torch.allclose(norm(x), wanted, rtol=64 * torch.finfo(weight.dtype).eps, atol=1e-6):
+            return
+    for name, value in old.items():
+        parameters[name].copy_(value)
+    raise ValueError(f"model: found a final {type(norm).__name__}, allowed is one that scales with its weight")
+
+
 def require_finite(model: nn.Module) -> None:
     """Raises ValueError naming the first parameter that holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():
@@ -93,6 +133,21 @@ class Encoder(nn.Module):
         """Writes `compress_rows` into the model's embedding matrix; a no-op without them."""
         if self.compress_rows is not None:
             self.model.get_input_embeddings().weight[self.compress_token_ids] = self.compress_rows
+
+    @torch.no_grad()
+    def calibrate(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
+        """Scales the model's final norm so that each dimension of z has a given RMS over some texts.
+
+        A few dimensions of an LM's last hidden states are ten times as large as the rest. A decoder reads such a z as
+        noise until training has tamed them; this does so before the first step and adds nothing to the model.
+
+        Args:
+            rms: (D,) of the decoder's input embeddings (`Decoder.input_rms_per_dimension`).
+            ids, suffix_ids: as in `forward`; a hundred texts are plenty.
+        """
+        z = self(ids, suffix_ids).double()
+        gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        scale_output(final_norm(self.model), gain)
 
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
         """The token ids that the model reads for each text."""
