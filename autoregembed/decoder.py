@@ -23,6 +23,7 @@ class Decoder(nn.Module):
     Args:
         model: a Hugging Face causal LM, not the encoder's own.
         eos_token_id: ends every target; by default the model config's (the first, where it lists several).
+        bos_token_id: read before z. None: z comes first (the released code).
         z_scale: "none" feeds z as it comes (the released code); "match" scales every compressed vector to the RMS of
             the model's input embeddings, since the last hidden states of an LM are an order of magnitude larger.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
@@ -38,6 +39,7 @@ class Decoder(nn.Module):
         model: PreTrainedModel,
         *,
         eos_token_id: int | None = None,
+        bos_token_id: int | None = None,
         z_scale: str = "none",
         attention: str = "auto",
         impl: str = "auto",
@@ -61,6 +63,9 @@ class Decoder(nn.Module):
         if type(head) is not nn.Linear:
             raise ValueError(f"model: found an lm_head of type {type(head).__name__}, allowed is a plain nn.Linear")
         check_ids("eos_token_id", [[self.eos_token_id]], head.weight.shape[0])
+        self.prefix = [] if bos_token_id is None else [bos_token_id]
+        if self.prefix:
+            check_ids("bos_token_id", [self.prefix], head.weight.shape[0])
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self._verify_head()
@@ -106,18 +111,18 @@ class Decoder(nn.Module):
         return sum(map(len, targets)) + len(targets)
 
     def _pack(self, z: Tensor, targets: Sequence[Ids], source: Tensor) -> tuple[Packed, Tensor, Tensor, Tensor]:
-        """The packed input of S pairs: K rows of z, then all target tokens; eos is a label and never an input.
+        """The packed input of S pairs: bos if any, K rows of z, all target tokens; eos is a label, never an input.
 
         Returns the pack, its input embeddings (T, D), the rows whose hidden states are scored (N,) and labels (N,).
         """
         k = z.shape[1]
         device = z.device
-        packed = pack([[0] * k + list(target) for target in targets], device)
-        starts = packed.cu_seqlens[:-1].long()  # (S,)
+        packed = pack([[*self.prefix, *[0] * k, *target] for target in targets], device)
+        starts = packed.cu_seqlens[:-1].long() + len(self.prefix)  # (S,)
         z_rows = (starts[:, None] + torch.arange(k, device=device)).flatten()
         embedded = self.model.get_input_embeddings()(packed.ids)
         z_rows_values = z[source[packed.order]].flatten(0, 1).to(embedded.dtype)
-        rows = (packed.position_ids >= k - 1).nonzero().squeeze(1)
+        rows = (packed.position_ids >= len(self.prefix) + k - 1).nonzero().squeeze(1)
         # Row t scores token t+1; the last row of a pair scores eos.
         labels = packed.ids.roll(-1)
         labels[packed.cu_seqlens[1:].long() - 1] = self.eos_token_id
@@ -161,7 +166,7 @@ class Decoder(nn.Module):
                 "truncate the target"
             )
         hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
-        lengths = packed.cu_seqlens.diff() - (z.shape[1] - 1)
+        lengths = packed.cu_seqlens.diff() - (len(self.prefix) + z.shape[1] - 1)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         head = self.model.get_output_embeddings()
         scores = linear_logprob(

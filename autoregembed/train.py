@@ -78,6 +78,8 @@ class Config:
         lora_alpha: scale of the adapters.
         lora_targets: module names, or all-linear.
         z_scale: none, or match: scale z to the RMS of the decoder's input embeddings.
+        decoder_bos: the decoder reads bos before z; the released code has none there, and the decoder's attention sink
+            then falls on some vector of z, another one for each text.
         calibrate: scale the encoder's final norm, once before its first training step, so that every dimension of z
             has the RMS that the decoder's input embeddings have there.
         alignment_weight: stage 2, factor of the alignment loss.
@@ -132,6 +134,7 @@ class Config:
     lora_alpha: float = 16.0
     lora_targets: list[str] | str = "all-linear"
     z_scale: Literal["none", "match"] = "none"
+    decoder_bos: bool = False
     calibrate: bool = False
     alignment_weight: float = 1.0
     contrastive_weight: float = 0.0
@@ -357,7 +360,7 @@ def reference_scores(encoder: nn.Module, decoder: Decoder, rows, token_budget: i
 def _reference(config: Config, encoder, decoder, rows, prompt: data.Prompt, console: Console) -> tuple[Tensor, Tensor]:
     fingerprint = {
         "data": data.content_fingerprint(rows),
-        "model": checkpoint.weights_fingerprint(encoder, decoder) + f"-{decoder.z_scale}",
+        "model": checkpoint.weights_fingerprint(encoder, decoder) + f"-{decoder.z_scale}-{decoder.prefix}",
         "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
     }
     if config.reference_file:
@@ -399,9 +402,13 @@ def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
             frozen, _, decoder_recipe = checkpoint.load_causal_lm(source, **{**options, "gguf_file": gguf})
             if decoder_recipe:
                 raise ConfigError(f"decoder: found {source!r}, a trained encoder; allowed is the original model")
+        bos_token_id = tokenizer.bos_token_id if config.decoder_bos else None
+        if config.decoder_bos and bos_token_id is None:
+            raise ConfigError(f"decoder_bos: found True, allowed with the tokenizer of {source!r}, without bos, is False")
         decoder = Decoder(
-            frozen, eos_token_id=tokenizer.eos_token_id, z_scale=config.z_scale, attention=config.attention
-        )
+            frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_scale=config.z_scale,
+            attention=config.attention,
+        )  # fmt: skip
     ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, k)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -441,6 +448,7 @@ def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
         "compress_token_ids": ids,
         "instruction": config.instruction,
         "z_scale": config.z_scale,
+        "decoder_bos": config.decoder_bos,
         "calibrated": recipe.get("calibrated", False),
         "stage": config.stage,
         "decoder": str(Path(source).resolve()) if Path(source).exists() else source,
