@@ -116,8 +116,9 @@ def load_causal_lm(
 def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     """Makes room for K compress tokens behind the vocabulary; returns their ids.
 
-    They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start as
-    random vectors of the embedding matrix' mean and spread: alike at the start, their K hidden states would be one.
+    They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start at the
+    embedding of a blank, a tenth of the matrix' spread apart: what the model has read often leaves its activations
+    calm, a random vector does not (gradient norms of 10 against 50 to 1000 on SmolLM2-135M).
     """
     if k < 1:
         raise ValueError(f"num_compress_tokens: found {k}, allowed is at least 1")
@@ -129,7 +130,9 @@ def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     with torch.no_grad():
         known = weight[:used].float()
         noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-        weight[ids] = (known.mean(0) + known.std(0) * noise).to(weight.dtype)
+        blank = tokenizer(" ", add_special_tokens=False)["input_ids"]
+        center = known[blank[0]] if blank else known.mean(0)
+        weight[ids] = (center + 0.1 * known.std(0) * noise).to(weight.dtype)
     return ids
 
 

@@ -404,7 +404,9 @@ def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
                 raise ConfigError(f"decoder: found {source!r}, a trained encoder; allowed is the original model")
         bos_token_id = tokenizer.bos_token_id if config.decoder_bos else None
         if config.decoder_bos and bos_token_id is None:
-            raise ConfigError(f"decoder_bos: found True, allowed with the tokenizer of {source!r}, without bos, is False")
+            raise ConfigError(
+                f"decoder_bos: found True, allowed with the tokenizer of {source!r}, without bos, is False"
+            )
         decoder = Decoder(
             frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_scale=config.z_scale,
             attention=config.attention,
