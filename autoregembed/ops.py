@@ -393,7 +393,7 @@ def alignment_loss(
             raise ValueError(f"{missing[0]}: found None, allowed with reference={reference!r} is a tensor of scores")
     scores = {"positive_positive": positive_positive, "query_negatives": query_negatives, **given}
     for name, x in scores.items():
-        if x is None:
+        if x is None and name in given:
             continue
         _require_float(name, x)
         _require_like(name, x, "query_positive", query_positive, dtype=False)

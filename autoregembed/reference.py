@@ -79,9 +79,9 @@ def alignment_loss(
         loss = joint.sum() / mask.any(1).sum().clamp(min=1)
     with torch.no_grad():
         mean_s2 = torch.where(mask, s2, 0.0).sum() / pairs.clamp(min=1)
-        accuracy = (mask & (margin > 0)).sum() / pairs.clamp(min=1)
+        accuracy = (mask & (margin > 0)).to(loss.dtype).sum() / pairs.clamp(min=1)
         mean_s1 = s1.sum() / max(a.shape[0], 1)
-    return loss, mean_s1, mean_s2, accuracy.to(loss.dtype)
+    return loss, mean_s1, mean_s2, accuracy
 
 
 def info_nce(
