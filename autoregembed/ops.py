@@ -372,6 +372,7 @@ def alignment_loss(
     Source: arXiv 2502.11401, §3.3, and the code released with it.
     """
     _require_float("query_positive", query_positive)
+    _require_float("positive_positive", positive_positive)
     _require_float("query_negatives", query_negatives)
     if query_negatives.ndim == 1:
         query_negatives = query_negatives[:, None]
@@ -393,7 +394,7 @@ def alignment_loss(
             raise ValueError(f"{missing[0]}: found None, allowed with reference={reference!r} is a tensor of scores")
     scores = {"positive_positive": positive_positive, "query_negatives": query_negatives, **given}
     for name, x in scores.items():
-        if x is None and name in given:
+        if x is None:
             continue
         _require_float(name, x)
         _require_like(name, x, "query_positive", query_positive, dtype=False)
