@@ -111,7 +111,9 @@ def test_accurate(impl, b, p, d, dtype, temperature, size, seed):
     for x, y, z, norm in zip(gradients, eager_gradients, exact_gradients, norms, strict=True):
         assert x.dtype == dtype
         # d logit / d row ≤ 1 / (temperature · its length)
-        assert_accurate(x, y, z, max_logit=1 / temperature, gradient_factor=5 / temperature / norm)
+        fits = z.abs() < torch.finfo(dtype).max / 2
+        factor = 5 / temperature / norm
+        assert_accurate(x[fits], y[fits], z[fits], max_logit=1 / temperature, gradient_factor=factor)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
