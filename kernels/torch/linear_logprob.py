@@ -51,7 +51,7 @@ class Chunk(NamedTuple):
     """What the middle step leaves of one chunk of R rows."""
 
     logprob: Tensor  # (R,)
-    e: Tensor  # (R, V), in the memory of the logits; undefined without a gradient
+    e: Tensor  # (R, V), in the memory of the logits, in their dtype or in that asked for; undefined without a gradient
     factor: Tensor  # (R,): d logprob / d (h Wᵀ + b) = factor · e
 
 
@@ -65,18 +65,18 @@ class Middle(Protocol):
         bias: Tensor | None,  # (V,)
         softcap: float | None,
         scale: float,
-        with_gradient: bool,
+        gradient: torch.dtype | None,  # the dtype of the product that e goes into; None: e is not needed
     ) -> Chunk: ...
 
 
 def softmax_chunk(
-    z: Tensor, y: Tensor, bias: Tensor | None, softcap: float | None, scale: float, with_gradient: bool
+    z: Tensor, y: Tensor, bias: Tensor | None, softcap: float | None, scale: float, gradient: torch.dtype | None
 ) -> Chunk:
-    """`Middle` in plain torch."""
+    """`Middle` in plain torch; e stays in the dtype of the logits."""
     budget = BLOCK_BYTES.get(z.device.type)
     block = len(z) if budget is None else max(1, budget // (z.shape[1] * z.itemsize))
     parts = [
-        _softmax_block(rows, y_rows, bias, softcap, scale, with_gradient)
+        _softmax_block(rows, y_rows, bias, softcap, scale, gradient is not None)
         for rows, y_rows in zip(z.split(block), y.split(block), strict=True)
     ]
     logprob, factor = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -143,16 +143,18 @@ def forward(
     logprob = hidden.new_empty(n, dtype=work)
     u = hidden.new_empty(n if with_gradient else 0, d)
     w = _matmul_operand(weight)
+    gradient = weight.dtype if with_gradient else None
     step = rows_per_chunk(hidden.device, v, work.itemsize)
     buffer = hidden.new_empty(min(step, n), v, dtype=work)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
         h = _matmul_operand(hidden[rows])
         z = _logits(h, w, buffer[: len(h)])
-        logprob[rows], e, factor = middle(z, target[rows], bias, softcap, scale, with_gradient)
+        logprob[rows], e, factor = middle(z, target[rows], bias, softcap, scale, gradient)
         if with_gradient:
-            if e.dtype == w.dtype:
-                torch.mm(e, w, out=(out := u[rows] if u.dtype == w.dtype else h))
+            if e.dtype in (weight.dtype, w.dtype):
+                out = u[rows] if u.dtype == e.dtype else h
+                torch.mm(e, weight if weight.dtype == e.dtype else w, out=out)
                 torch.mul(out, factor[:, None], out=out)
                 if out is h:
                     u[rows] = out
@@ -192,7 +194,7 @@ def backward(
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
         h = _matmul_operand(hidden[rows])
-        _, e, factor = middle(_logits(h, w, buffer[: len(h)]), target[rows], bias, softcap, scale, True)
+        _, e, factor = middle(_logits(h, w, buffer[: len(h)]), target[rows], bias, softcap, scale, work)
         e.mul_((factor * grad[rows].to(work))[:, None])
         d_bias += e.sum(0)
         e = e.to(w.dtype)
