@@ -17,17 +17,19 @@ Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
 @torch.inference_mode()
 def embed(
-    encoder: Encoder, tokenizer, texts: Sequence[str], *, max_length: int = 512, token_budget: int = 4096
+    encoder: Encoder, tokenizer, texts: Sequence[str], *, max_length: int | None = None, token_budget: int = 4096
 ) -> Tensor:
     """normalize(mean_k z) of each text, (n, D) float32 on the CPU, in the order of `texts`.
 
-    Texts are tokenised as in training and truncated so that instruction and compress tokens stay.
+    Texts are tokenised as in training and truncated so that instruction and compress tokens stay, by default to
+    512 tokens or the model's positions if fewer.
 
     Raises:
-        ValueError: no text, or one without a token; the row is named.
+        ValueError: no text, one without a token (the row is named), or a `max_length` above the model's positions.
     """
     if len(texts) == 0:
         raise ValueError("texts: found none, allowed is at least one")
+    max_length = encoder.fit_max_length(max_length)
     prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, "", max_length)
     ids = [prompt.text(prompt.ids(text), encoder.suffix_ids) for text in texts]
     empty = [row for row, x in enumerate(ids) if not x]

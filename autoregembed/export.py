@@ -15,7 +15,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from autoregembed.checkpoint import atomic_folder
-from autoregembed.encoder import Encoder, base_model
+from autoregembed.encoder import Encoder
+from autoregembed.packing import base_model
 
 
 def merged(encoder: Encoder) -> Any:
@@ -23,7 +24,6 @@ def merged(encoder: Encoder) -> Any:
     copied = copy.deepcopy(encoder)
     copied.fold_compress_rows()
     model = copied.model.merge_and_unload() if hasattr(copied.model, "merge_and_unload") else copied.model
-    model.set_attn_implementation("sdpa")
     return model
 
 
@@ -53,7 +53,7 @@ def export(
     tokenizer,
     folder: str | Path,
     *,
-    max_length: int = 512,
+    max_length: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes `folder`, whole or not at all.
@@ -62,15 +62,17 @@ def export(
         encoder: adapters are merged and compress rows folded in a copy; the encoder itself stays as it is.
         tokenizer: the fast tokenizer of its training.
         folder: new or empty, unless `overwrite`.
-        max_length: tokens of a text with instruction and compress tokens.
+        max_length: tokens of a text with instruction and compress tokens; by default 512, or the model's positions if
+            they are fewer.
 
     Raises:
         FileExistsError: `folder` is in use.
-        ValueError: a slow tokenizer, or `max_length` leaves no room for text.
+        ValueError: a slow tokenizer, or a `max_length` that leaves no room for text or is above the model's positions.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer, WordWeights
 
+    max_length = encoder.fit_max_length(max_length)
     fixed = len(encoder.sequences([[]])[0])
     if max_length <= fixed:
         raise ValueError(f"max_length: found {max_length}, allowed is more than {fixed}, the tokens around a text")
