@@ -94,8 +94,14 @@ def _doctor() -> None:
 
 
 def _encode(model: str, texts: str, output: str) -> None:
-    """Embeds the lines of a text file, or of stdin, into a .safetensors file."""
-    from safetensors.torch import save_file
+    """Embeds with MODEL, an exported folder, the lines of a text file or of stdin into a .safetensors file.
+
+    Args:
+        model: an exported folder, or any sentence-transformers model.
+        texts: one text a line; "-" is stdin.
+        output: receives `embeddings` (n, D), rows of norm 1, in the order of the lines.
+    """
+    from safetensors.torch import save
     from sentence_transformers import SentenceTransformer
 
     with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
@@ -105,25 +111,57 @@ def _encode(model: str, texts: str, output: str) -> None:
             raise ValueError(f"texts: found an empty text in line {number}, allowed is at least one token")
     if not lines:
         raise ValueError(f"texts: found no line in {texts!r}, allowed is at least one")
+    target = Path(output)
+    if not target.parent.is_dir() or target.is_dir():
+        raise FileNotFoundError(f"output: found {output!r}, allowed is a file in a folder that exists")
     embeddings = SentenceTransformer(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
-    save_file({"embeddings": embeddings.cpu().contiguous()}, output)
+    target.write_bytes(save({"embeddings": embeddings.cpu().contiguous()}))
     console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
 
 
-def _evaluate(model: str, sts: str, split: str | None, json_file: str | None) -> None:
-    """Spearman's correlation of cosine similarity with human scores, for an exported model."""
+def _evaluate(
+    model: str,
+    sts: str | None = None,
+    corpus: str | None = None,
+    queries: str | None = None,
+    qrels: str | None = None,
+    split: str | None = None,
+    json_file: str | None = None,
+) -> None:
+    """Scores MODEL, an exported folder, by STS (Spearman with human scores) and retrieval (nDCG@10, recall@k).
+
+    Args:
+        model: the exported folder, or any sentence-transformers model.
+        sts: rows {sentence1, sentence2, score}: a jsonl, json, csv, tsv or parquet file, or a hub id.
+        corpus: rows {_id, text, title?}, as in BEIR.
+        queries: rows {_id, text}.
+        qrels: rows {query-id, corpus-id, score}.
+        split: of hub data sets.
+        json_file: receives the result too.
+    """
     from sentence_transformers import SentenceTransformer
 
-    from autoregembed.evaluate import load_sts
-    from autoregembed.evaluate import sts as evaluate_sts
+    from autoregembed import evaluate
 
+    retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
+    missing = [name for name, value in retrieval.items() if value is None]
+    if len(missing) in (1, 2):
+        raise ValueError(f"{missing[0]}: found None, allowed is a file, since another part of retrieval was given")
+    if missing and sts is None:
+        raise ValueError("sts: found None, allowed is a file, unless corpus, queries and qrels are given")
+    pairs = None if sts is None else evaluate.load_sts(sts, split)
+    parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
     exported = SentenceTransformer(model)
-    pairs = load_sts(sts, split)
 
     def embed(texts: list[str]):
         return exported.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
 
-    result = {"model": model, "data": sts, "pairs": len(pairs), **evaluate_sts(embed, pairs)}
+    result: dict = {"model": model}
+    if pairs is not None:
+        result |= {"sts": sts, "pairs": len(pairs), **evaluate.sts(embed, pairs)}
+    if parts is not None:
+        sizes = {"queries": len(parts[0]), "documents": len(parts[1])}
+        result |= {"corpus": corpus, **sizes, **evaluate.retrieval(embed, *parts)}
     console.print_json(json.dumps(result))
     if json_file:
         Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -138,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train", ArgumentParser(description="Train one stage."), help="train CONFIG.yaml [--field value ...]"
     )
     for name, function in (("encode", _encode), ("eval", _evaluate), ("doctor", _doctor)):
-        sub = ArgumentParser(description=function.__doc__)
+        sub = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
         sub.add_function_arguments(function)
         commands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
     try:
@@ -150,6 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             console.print_json(json.dumps(train(read_config(arguments[1:]), console)))
             return 0
+        if arguments[:1] in (["encode"], ["eval"]) and len(arguments) > 1 and not arguments[1].startswith("-"):
+            arguments = [arguments[0], "--model", *arguments[1:]]
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
         commands_by_name: dict[str, Callable] = {"encode": _encode, "eval": _evaluate, "doctor": _doctor}
@@ -158,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         console.print(str(stop) or "interrupted")
         return 130
-    except (ValueError, TypeError, IndexError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, IndexError, ArithmeticError, OSError, RuntimeError) as error:
         Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
         return 2
 

@@ -50,11 +50,41 @@ def load_sts(source: str, split: str | None = None):
     """Rows {sentence1, sentence2, score} of a csv, jsonl, json or parquet file or a hub data set.
 
     Raises:
-        ValueError: a column is missing, or there is no row.
+        ValueError: a column is missing, there is no row, or a score is not a number.
     """
     rows = data.load_rows(source, split)
     data.require_columns(rows, ("sentence1", "sentence2", "score"))
+    for row, score in enumerate(rows["score"]):
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise ValueError(f"data: found {score!r} as 'score' in row {row}, allowed is a number")
     return rows
+
+
+def load_retrieval(corpus: str, queries: str, qrels: str, split: str | None = None) -> tuple[dict, dict, dict]:
+    """(queries, corpus, qrels) as `retrieval` takes them, from the three parts of a BEIR data set.
+
+    Args:
+        corpus: rows {_id, text, title?}: a file or hub data set; a title stands before its text.
+        queries: rows {_id, text}.
+        qrels: rows {query-id, corpus-id, score}.
+        split: of hub data sets.
+
+    Raises:
+        ValueError: a column is missing, there is no row, or a score is not a number.
+    """
+    texts: list[dict[str, str]] = []
+    for source in (queries, corpus):
+        rows = data.load_rows(source, split)
+        data.require_columns(rows, ("_id", "text"))
+        texts.append({str(r["_id"]): " ".join(filter(None, (r.get("title"), r["text"]))) for r in rows})
+    relevance: dict[str, dict[str, int]] = {}
+    rows = data.load_rows(qrels, split)
+    data.require_columns(rows, ("query-id", "corpus-id", "score"))
+    for row in rows:
+        if not isinstance(row["score"], int | float):
+            raise ValueError(f"data: found {row['score']!r} as 'score' in {qrels!r}, allowed is a number")
+        relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = row["score"]
+    return texts[0], texts[1], relevance
 
 
 def spearman(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
