@@ -77,7 +77,7 @@ def load_retrieval(corpus: str, queries: str, qrels: str, split: str | None = No
         rows = data.load_rows(source, split)
         data.require_columns(rows, ("_id", "text"))
         texts.append({str(r["_id"]): " ".join(filter(None, (r.get("title"), r["text"]))) for r in rows})
-    relevance: dict[str, dict[str, int]] = {}
+    relevance: dict[str, dict[str, float]] = {}
     rows = data.load_rows(qrels, split)
     data.require_columns(rows, ("query-id", "corpus-id", "score"))
     for row in rows:
@@ -106,7 +106,7 @@ def retrieval(
     embed: Embed,
     queries: dict[str, str],
     corpus: dict[str, str],
-    qrels: dict[str, dict[str, int]],
+    qrels: dict[str, dict[str, float]],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """nDCG@10 (gain = relevance, discount log2(rank + 1)) and recall@k by cosine similarity, means over queries.
