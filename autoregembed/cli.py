@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,12 +54,16 @@ def read_config(arguments: list[str]):
     for name in names:
         if name not in (*fields, "config", "help", "print_config"):
             near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name}: found an unknown field{hint} Allowed are {', '.join(fields)}")
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{name}: found an unknown field{hint}, allowed are {', '.join(fields)}")
     try:
         parsed: Namespace = _train_parser().parse_args(arguments)
     except ArgumentError as error:
-        raise ConfigError(str(error)) from error
+        wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
+        if wrong is None or wrong[1] not in fields:
+            raise ConfigError(str(error)) from error
+        allowed = Config.__dataclass_fields__[wrong[1]].type
+        raise ConfigError(f"{wrong[1]}: found {wrong[2].strip()}, allowed is {allowed}") from error
     return Config(**{name: parsed[name] for name in fields})
 
 
@@ -93,6 +98,17 @@ def _doctor() -> None:
     console.print(table)
 
 
+def _exported(model: str):
+    from sentence_transformers import SentenceTransformer
+
+    from autoregembed.checkpoint import CheckpointError
+
+    try:
+        return SentenceTransformer(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model: found {model!r}, which cannot be loaded: {error}") from error
+
+
 def _encode(model: str, texts: str, output: str) -> None:
     """Embeds with MODEL, an exported folder, the lines of a text file or of stdin into a .safetensors file.
 
@@ -102,7 +118,6 @@ def _encode(model: str, texts: str, output: str) -> None:
         output: receives `embeddings` (n, D), rows of norm 1, in the order of the lines.
     """
     from safetensors.torch import save
-    from sentence_transformers import SentenceTransformer
 
     with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
         lines = [line.rstrip("\n") for line in file]
@@ -114,7 +129,7 @@ def _encode(model: str, texts: str, output: str) -> None:
     target = Path(output)
     if not target.parent.is_dir() or target.is_dir():
         raise FileNotFoundError(f"output: found {output!r}, allowed is a file in a folder that exists")
-    embeddings = SentenceTransformer(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
+    embeddings = _exported(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
     target.write_bytes(save({"embeddings": embeddings.cpu().contiguous()}))
     console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
 
@@ -139,8 +154,6 @@ def _evaluate(
         split: of hub data sets.
         json_file: receives the result too.
     """
-    from sentence_transformers import SentenceTransformer
-
     from autoregembed import evaluate
 
     retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
@@ -151,7 +164,7 @@ def _evaluate(
         raise ValueError("sts: found None, allowed is a file, unless corpus, queries and qrels are given")
     pairs = None if sts is None else evaluate.load_sts(sts, split)
     parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
-    exported = SentenceTransformer(model)
+    exported = _exported(model)
 
     def embed(texts: list[str]):
         return exported.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
