@@ -107,13 +107,14 @@ class Decoder(nn.Module):
         return (z.to(work) * (self.input_rms.to(work) / rms)).to(z.dtype)
 
     def fit_max_target_length(self, num_compress_tokens: int, length: int | None = None) -> int:
-        """Tokens of a target, without eos: `length`, by default 512 or what K compressed vectors leave if less.
+        """Tokens of a target, without eos: `length`, by default 512 or what bos and K vectors leave if less.
 
         Raises:
-            ValueError: K and `length` are more than the model's positions.
+            ValueError: bos, K vectors and `length` tokens are more than the model's positions.
         """
         positions = max_positions(self.model)
-        return fit_length("max_target_length", length, None if positions is None else positions - num_compress_tokens)
+        room = None if positions is None else positions - len(self.prefix) - num_compress_tokens
+        return fit_length("max_target_length", length, room)
 
     def num_tokens(self, targets: Sequence[Ids]) -> int:
         """Supervised rows N: target tokens and one eos each."""

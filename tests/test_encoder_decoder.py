@@ -58,10 +58,11 @@ def plain_z(model, name, ids, suffix=SUFFIX):
     return base_model(model)(input_ids=row).last_hidden_state[0, -K:]
 
 
-def plain_logprob(model, z, target, eos=2):
+def plain_logprob(model, z, target, eos=2, bos=()):
     """Full logits of the plain model, one pair at a time."""
-    inputs = torch.cat([z, model.get_input_embeddings()(torch.tensor(target))])
-    logprob = model(inputs_embeds=inputs[None]).logits[0, K - 1 :].double().log_softmax(-1)
+    embedding = model.get_input_embeddings()
+    inputs = torch.cat([embedding(torch.tensor(bos, dtype=torch.int64)), z, embedding(torch.tensor(target))])
+    logprob = model(inputs_embeds=inputs[None]).logits[0, len(bos) + K - 1 :].double().log_softmax(-1)
     return logprob.gather(1, torch.tensor([*target, eos])[:, None]).sum()
 
 
@@ -434,7 +435,12 @@ def test_heads_that_are_not_a_plain_projection_are_refused():
 
 
 @torch.no_grad()
-def test_a_closing_eos_may_be_chosen():
-    z, targets, plain = some_z(2), texts(3, 5), model_of("llama, tied")
-    expected = torch.stack([plain_logprob(plain, *pair, eos=77) for pair in zip(z, targets, strict=True)])
-    close(Decoder(model_of("llama, tied"), eos_token_id=77).logprob(z, targets), expected)
+@pytest.mark.parametrize(("eos", "bos"), [(77, ()), (2, (1,)), (77, (5,))])
+def test_eos_and_a_bos_before_z_may_be_chosen(eos, bos):
+    z, targets, plain = some_z(3), texts(3, 5, 1), model_of("llama, tied")
+    expected = torch.stack([plain_logprob(plain, *pair, eos, bos) for pair in zip(z, targets, strict=True)])
+    decoder = Decoder(model_of("llama, tied"), eos_token_id=eos, bos_token_id=bos[0] if bos else None)
+    close(decoder.logprob(z, targets), expected)
+    assert decoder.fit_max_target_length(K) == 253 - len(bos)
+    with pytest.raises(IndexError, match=r"^bos_token_id: found id 320"):
+        Decoder(model_of("llama, tied"), bos_token_id=320)
