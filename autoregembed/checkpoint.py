@@ -92,14 +92,21 @@ def load_causal_lm(
     """A causal LM, its tokenizer and its recipe: `autoregembed.json` of a folder this library wrote, else {}.
 
     Raises:
-        CheckpointError: the source cannot be loaded.
+        CheckpointError: the source cannot be loaded, or lacks weights that Transformers would then draw at random.
     """
     options = {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        path = Path(source) / RECIPE
+        recipe = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"model: found {source!r}, which cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing and not gguf_file:
+        raise CheckpointError(
+            f"model: found {source!r}, which cannot be loaded: it has no {missing[0]} ({len(missing)} weights missing)"
+        )
     if gguf_file:
         # Transformers marks such a model as quantised and refuses to save it.
         plain = type(model)._from_config(model.config, dtype=dtype)
@@ -108,8 +115,6 @@ def load_causal_lm(
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
         model = plain
-    path = Path(source) / RECIPE
-    recipe = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return model, tokenizer, recipe
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoregembed.encoder import base_model, max_positions, require_finite
+from autoregembed.encoder import fit_length, max_positions, require_finite
 from autoregembed.ops import linear_logprob
-from autoregembed.packing import Ids, Packed, check_ids, pack, run_packed, use_packed_attention
+from autoregembed.packing import Ids, Packed, base_model, check_ids, pack, run_packed, use_packed_attention
 
 Z_SCALES = ("none", "match")
 
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self._verify_head()
-        self.attention = use_packed_attention(model, attention)
+        self.attention = use_packed_attention(model, attention, embeds=True)
         self.register_buffer("input_rms", None, persistent=False)
         if z_scale == "match":
             self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
@@ -103,8 +103,18 @@ class Decoder(nn.Module):
         if self.input_rms is None:
             return z
         work = torch.promote_types(z.dtype, torch.float32)
-        rms = z.to(work).square().mean(-1, keepdim=True).sqrt()
-        return (z.to(work) * (self.input_rms / rms.clamp(min=torch.finfo(work).tiny))).to(z.dtype)
+        rms = z.to(work).square().mean(-1, keepdim=True).clamp(min=torch.finfo(work).tiny).sqrt()
+        return (z.to(work) * (self.input_rms.to(work) / rms)).to(z.dtype)
+
+    def fit_max_target_length(self, num_compress_tokens: int, length: int | None = None) -> int:
+        """Tokens of a target, without eos: `length`, by default 512 or what bos and K vectors leave if less.
+
+        Raises:
+            ValueError: bos, K vectors and `length` tokens are more than the model's positions.
+        """
+        positions = max_positions(self.model)
+        room = None if positions is None else positions - len(self.prefix) - num_compress_tokens
+        return fit_length("max_target_length", length, room)
 
     def num_tokens(self, targets: Sequence[Ids]) -> int:
         """Supervised rows N: target tokens and one eos each."""
@@ -143,10 +153,16 @@ class Decoder(nn.Module):
             ValueError: wrong shapes, an empty target, or one longer than the model's positions.
             IndexError: an id outside the vocabulary, or a source outside z.
         """
-        weight = self.model.get_output_embeddings().weight
-        if z.ndim != 3 or z.shape[2] != self.model.get_input_embeddings().weight.shape[1]:
-            raise ValueError(f"z: found shape {tuple(z.shape)}, allowed is (B, K, D) with the decoder's D")
-        check_ids("targets", targets, weight.shape[0])
+        weight, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
+        if z.ndim != 3 or z.shape[1] == 0 or z.shape[2] != embedding.shape[1]:
+            raise ValueError(
+                f"z: found shape {tuple(z.shape)}, allowed is (B, K, D) with K > 0 and D = {embedding.shape[1]}"
+            )
+        if not z.is_floating_point():
+            raise TypeError(f"z: found dtype {z.dtype}, allowed are floating-point types")
+        if z.device != embedding.device:
+            raise ValueError(f"z: found device {z.device}, allowed is the decoder's, {embedding.device}")
+        check_ids("targets", targets, min(len(weight), len(embedding)))
         if source is None:
             if len(targets) != len(z):
                 raise ValueError(f"targets: found {len(targets)}, allowed without source is one for each of {len(z)} z")

@@ -10,18 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoregembed.packing import Ids, check_ids, pack, run_packed, use_packed_attention
-
-
-def base_model(model: Any) -> Any:
-    """The part of a causal LM (PEFT-wrapped or not) that maps ids to last hidden states."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model.get_decoder() if hasattr(model, "lm_head") or hasattr(model, "get_decoder") else model
+from autoregembed.packing import Ids, base_model, check_ids, pack, run_packed, use_packed_attention
 
 
 def max_positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def fit_length(name: str, length: int | None, positions: int | None, *, default: int = 512) -> int:
+    """`length` if it fits; without one, the default or as many positions as there are.
+
+    Raises:
+        ValueError: more than `positions`.
+    """
+    if length is None:
+        return default if positions is None else min(default, positions)
+    if positions is not None and length > positions:
+        raise ValueError(f"{name}: found {length}, allowed is at most {positions}, what the model has positions for")
+    return length
 
 
 def final_norm(model: Any) -> nn.Module:
@@ -119,7 +125,7 @@ class Encoder(nn.Module):
         if bos_token_id is not None:
             check_ids("bos_token_id", [[bos_token_id]], vocabulary)
         require_finite(model)
-        self.attention = use_packed_attention(model, attention)
+        self.attention = use_packed_attention(model, attention, embeds=own_compress_rows)
         self.compress_rows = None
         if own_compress_rows:
             self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())
@@ -127,6 +133,14 @@ class Encoder(nn.Module):
     @property
     def num_compress_tokens(self) -> int:
         return len(self.compress_token_ids)
+
+    def fit_max_length(self, length: int | None = None) -> int:
+        """Tokens of one text with all that surrounds it: `length`, by default 512 or the model's positions if fewer.
+
+        Raises:
+            ValueError: `length` is more than the model's positions.
+        """
+        return fit_length("max_length", length, max_positions(self.model))
 
     @torch.no_grad()
     def fold_compress_rows(self) -> None:
@@ -177,6 +191,8 @@ class Encoder(nn.Module):
         if len(ids) == 0:
             raise ValueError("ids: found no text, allowed is at least one")
         check_ids("ids", ids, embedding.weight.shape[0])
+        if suffix_ids is not None:  # each may be empty
+            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], embedding.weight.shape[0])
         packed = pack(self.sequences(ids, suffix_ids), embedding.weight.device)
         limit = max_positions(self.model)
         if limit is not None and packed.max_length > limit:
@@ -191,6 +207,8 @@ class Encoder(nn.Module):
             hidden = run_packed(base_model(self.model), packed, input_ids=packed.ids[None])
         else:
             x = embedding(packed.ids)
-            x = x.index_copy(0, rows.flatten(), self.compress_rows.to(x.dtype).repeat(len(ids), 1))
+            # Gemma's embedding module multiplies what it reads from its matrix.
+            own = (self.compress_rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
+            x = x.index_copy(0, rows.flatten(), own.repeat(len(ids), 1))
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
         return hidden[rows]
