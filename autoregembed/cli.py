@@ -85,8 +85,9 @@ def _doctor() -> None:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
-        table.add_row("  impl=auto", ops._resolve("auto", torch.device(device)))
-        for route, state in ops.available_impls(device).items():
+        routes = ops.available_impls(device)
+        table.add_row("  impl=auto", next(route for route, state in routes.items() if state == "ok"))
+        for route, state in routes.items():
             table.add_row(f"  impl={route}", state)
         if importlib.util.find_spec("transformers") is None:
             continue
