@@ -390,31 +390,23 @@ def test_explicit_native_raises_where_it_cannot_run():
     assert "CPU" in ops.available_impls("cuda")["native"]
 
 
-def test_failed_build_is_an_error_or_a_reason(tmp_path):
-    """Without CMake: AUTOREGEMBED_NATIVE=1 fails; otherwise the package works and says why it has no native module."""
+def test_failed_build_leaves_its_reason(tmp_path):
+    """pip hides what a build printed; the route table, and so `autoregembed doctor`, repeat it."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
-        if (REPOSITORY / name).exists():
-            shutil.copy(REPOSITORY / name, tmp_path)
+        shutil.copy(REPOSITORY / name, tmp_path)
     for name in ("autoregembed", "kernels"):
         ignored = shutil.ignore_patterns("_native*", "__pycache__")
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=ignored)
     (tmp_path / "empty").mkdir()
     environment = {**os.environ, "PATH": str(tmp_path / "empty"), "PYTHONPATH": str(tmp_path)}
-    environment.pop("AUTOREGEMBED_NATIVE_MODULE", None)
+    for name in ("AUTOREGEMBED_NATIVE", "AUTOREGEMBED_NATIVE_MODULE"):
+        environment.pop(name, None)
 
-    def python(*command, mode):
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=tmp_path, env={**environment, "AUTOREGEMBED_NATIVE": mode}, text=True, capture_output=True,
-        )  # fmt: skip
+    def python(*command):
+        return subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, text=True, capture_output=True)
 
-    build = ("setup.py", "build_ext", "--build-lib", ".", "--build-temp", "temp")
-    forced = python(*build, mode="1")
-    assert forced.returncode != 0
-    assert "cmake cannot be run" in forced.stderr
-    optional = python(*build, mode="auto")
-    assert optional.returncode == 0, optional.stderr
-    assert "native module was not built (cmake cannot be run" in optional.stdout
+    built = python("setup.py", "build_ext", "--build-lib", ".", "--build-temp", "temp")
+    assert built.returncode == 0, built.stderr
     # An editable installation of this repository would answer for any submodule that is missing in the copy.
     script = """
 import sys
@@ -422,5 +414,5 @@ sys.meta_path[:] = [f for f in sys.meta_path if "Editable" not in getattr(f, "__
 from autoregembed import ops
 print(ops.available_impls()["native"])
 """
-    state = python("-c", script, mode="auto")
+    state = python("-c", script)
     assert state.stdout.strip() == "not built: cmake cannot be run: No such file or directory", state.stderr
