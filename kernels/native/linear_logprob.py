@@ -43,6 +43,12 @@ _cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()
 MULTIPLIES_BF16 = bool(_cpu.get("avx512_bf16") or _cpu.get("amx_bf16"))
 
 
+def describe() -> str:
+    """Machine code level, threads and compiler of the module in use."""
+    info = _native.build_info()
+    return f": {info['level']}, {info['threads']}, {info['compiler']}"
+
+
 def _torch_openmp() -> int:
     """Address of GOMP_parallel in the OpenMP runtime that torch itself runs on, 0 where there is none."""
     library = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
