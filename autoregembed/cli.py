@@ -72,6 +72,7 @@ def _doctor() -> None:
     import torch
 
     from autoregembed import __version__, ops
+    from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     table = Table("part", "state", title=f"autoregembed {__version__}", title_justify="left")
@@ -85,9 +86,11 @@ def _doctor() -> None:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
-        table.add_row("  impl=auto", ops._resolve("auto", torch.device(device)))
-        for route, state in ops.available_impls(device).items():
-            table.add_row(f"  impl={route}", state)
+        routes = ops.available_impls(device)
+        table.add_row("  impl=auto", next(route for route, state in routes.items() if state == "ok"))
+        for route, state in routes.items():
+            detail = native_linear_logprob.describe() if (route, state) == ("native", "ok") else ""
+            table.add_row(f"  impl={route}", state + detail)
         if importlib.util.find_spec("transformers") is None:
             continue
         from autoregembed.packing import attention_routes

@@ -1,7 +1,7 @@
 """The ops: validated entry points, `torch.library` schemas, and the choice of an implementation.
 
-`impl` names a route: "torch" (any device), "reference" (the specification, with full logits), or "auto". A route
-that is asked for by name and cannot run raises `ImplUnavailable`; it is never replaced by another.
+`impl` names a route: "native" (C++, CPU), "torch" (any device), "reference" (the specification, with full logits), or
+"auto". A route that is asked for by name and cannot run raises `ImplUnavailable`; it is never replaced by another.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from autoregembed import reference as spec
+from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 from autoregembed.kernels.torch import linear_logprob as torch_linear_logprob
 
 __all__ = ["AlignmentOutput", "ImplUnavailable", "alignment_loss", "available_impls", "info_nce", "linear_logprob"]
@@ -29,18 +30,27 @@ class ImplUnavailable(RuntimeError):
     """An implementation was asked for by name and cannot run here."""
 
 
-def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Every route by name, with "ok" or the reason why it cannot run on `device`; `auto` takes the first "ok"."""
+def available_impls(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Every route by name, with "ok" or why it cannot run for `dtype` on `device`; `auto` takes the first "ok"."""
+    native = native_linear_logprob.UNAVAILABLE or "ok"
+    if torch.device(device).type != "cpu":
+        native = f"runs on a CPU, found {device}"
+    elif native == "ok" and dtype == torch.float64:
+        native = "has no float64"
     return {
         "triton": "not part of this version",
-        "native": "not part of this version",
+        "native": native,
         "torch": "ok",
         "reference": "ok",
     }
 
 
-def _resolve(impl: str, device: torch.device) -> str:
-    routes = available_impls(device)
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype, has_kernel: tuple[str, ...]) -> str:
+    """The route for an op that has kernels for the routes `has_kernel`; every op has its "reference"."""
+    routes = {
+        name: "this op has no such kernel" if state == "ok" and name not in (*has_kernel, "reference") else state
+        for name, state in available_impls(device, dtype).items()
+    }
     if impl == "auto":
         return next(name for name, state in routes.items() if state == "ok")
     if impl not in routes:
@@ -89,7 +99,7 @@ def _require_positive(name: str, x: float) -> None:
 NOT_IGNORED = -(2**63)
 
 # Modules with `forward` and `backward` as in kernels/torch/linear_logprob.py.
-_LINEAR_LOGPROB = {"torch": torch_linear_logprob}
+_LINEAR_LOGPROB = {"native": native_linear_logprob, "torch": torch_linear_logprob}
 
 
 def _require_target(target: Tensor, size: int, ignore_index: int) -> None:
@@ -254,7 +264,7 @@ def linear_logprob(
         scale: factor on the logits before the cap.
         ignore_index: the target value of rows that do not count.
         cu_seqlens: (S+1,) int32 or int64; rows cu_seqlens[i] to cu_seqlens[i+1] belong to sequence i.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "native", "torch" or "reference".
 
     Returns:
         (N,) log-probabilities in nats, or (S,) sums per sequence with `cu_seqlens`; float32 (float64 for float64).
@@ -299,7 +309,7 @@ def linear_logprob(
             raise ValueError(f"cu_seqlens: found shape {tuple(cu_seqlens.shape)}, allowed is (S+1,)")
         _require_like("cu_seqlens", cu_seqlens, "hidden", hidden, dtype=False)
     target = target.long()
-    impl = _resolve(impl, hidden.device)
+    impl = _resolve(impl, hidden.device, hidden.dtype, (*_LINEAR_LOGPROB,))
     if impl == "reference":
         _require_target(target, weight.shape[0], ignore_index)
         if cu_seqlens is not None:
@@ -408,7 +418,7 @@ def alignment_loss(
         if negative_mask.ndim == 1:
             negative_mask = negative_mask[:, None]
         _require_shape("negative_mask", negative_mask, (b, m), "(B, M)")
-    _resolve(impl, query_positive.device)
+    _resolve(impl, query_positive.device, query_positive.dtype, ("torch",))
     # B·M numbers: the specification is the torch route. Scores are sums of hundreds of nats, hence never 16 bits.
     work = torch.float64 if query_positive.dtype == torch.float64 else torch.float32
     loss, s1, s2, accuracy = spec.alignment_loss(
@@ -443,7 +453,7 @@ def info_nce(
         passages: (P, D): the positives, then any hard negatives.
         target: (B,) int64 or int32, the positive's place in `passages`; by default query i belongs to passage i, P ≥ B.
         temperature: positive.
-        impl: "auto", "torch" or "reference".
+        impl: "auto", "native", "torch" or "reference".
 
     Returns:
         () float32 (float64 for float64 inputs); 0 attached to the graph for B = 0.
@@ -470,7 +480,7 @@ def info_nce(
             raise TypeError(f"target: found dtype {target.dtype}, allowed are torch.int64, torch.int32")
         _require_like("target", target, "query", query, dtype=False)
         _require_shape("target", target, (query.shape[0],), "(B,)")
-    impl = _resolve(impl, query.device)
+    impl = _resolve(impl, query.device, query.dtype, (*_LINEAR_LOGPROB,))
     work = torch.promote_types(query.dtype, torch.float32)
     query, passages = query.to(work), passages.to(work)
     if query.shape[0] == 0:
