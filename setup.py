@@ -41,8 +41,9 @@ setup(
         "autoregembed.integrations",
         "autoregembed.kernels",
         "autoregembed.kernels.torch",
+        "autoregembed.kernels.triton",
     ],
-    package_dir={"autoregembed.kernels.torch": "kernels/torch"},
+    package_dir={"autoregembed.kernels.torch": "kernels/torch", "autoregembed.kernels.triton": "kernels/triton"},
     ext_modules=[] if MODE == "0" else [Extension("autoregembed._native", sources=[], optional=MODE != "1")],
     cmdclass={"build_ext": CMakeBuild},
 )
