@@ -59,7 +59,7 @@ def _epilogue(
     id_ptr,  # (V,) int64: a column other than the target's with the target's id does not count
     logprob_ptr,  # (rows,)
     rows, V, z_stride, e_stride,
-    softcap: fp64, scale: fp64, ignore_index,
+    softcap: tl.float64, scale: tl.float64, ignore_index,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """logprob, and with GRADIENT E (2) times grad."""
@@ -150,7 +150,7 @@ def _score(
     row_norm_ptr, col_norm_ptr, id_ptr,  # as in _epilogue
     top_ptr, rest_ptr, zy_ptr,  # (splits, N) each
     N, V, D, h_stride, w_stride, splits,
-    softcap: fp64, scale: fp64,
+    softcap: tl.float64, scale: tl.float64,
     SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +207,7 @@ def _combine(
     target_ptr, logprob_ptr,  # (N,)
     factor_ptr, e_y_ptr,  # (parts, N), (N,) or None: what turns a part's e^{z − m} into E, and E of the target
     slope_ptr,  # (N,) slope of the target, or None
-    N, V, parts, scale: fp64, ignore_index, ROWS: tl.constexpr,
+    N, V, parts, scale: tl.float64, ignore_index, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Parts of rows to log-probabilities (1), in the order of the parts."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -251,7 +251,7 @@ def _tiled_forward(
     top_ptr, rest_ptr, zy_ptr,  # (V / COLS, N) each
     slope_ptr,  # (N,) slope of the target, or None
     N, V, D, h_stride, w_stride, e_stride,
-    softcap: fp64, scale: fp64,
+    softcap: tl.float64, scale: tl.float64,
     SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
