@@ -80,7 +80,8 @@ def _doctor() -> None:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
-        table.add_row("  impl=auto", ops._resolve("auto", torch.device(device)))
+        auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
+        table.add_row("  impl=auto", auto)
         for route, state in ops.available_impls(device).items():
             table.add_row(f"  impl={route}", state)
         if importlib.util.find_spec("transformers") is None:

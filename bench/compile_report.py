@@ -24,6 +24,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call on meta tensors) for every kernel, dtype and option that changes the compiled code."""
+    from autoregembed.kernels.triton import alignment, info_nce, splice
     from autoregembed.kernels.triton import linear_logprob as head
 
     def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -64,6 +65,41 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             f"scale_rows {dtype}",
             lambda dtype=dtype: head.scale_rows(meta(2048, dtype=FP32), meta(2048, 896, dtype=dtype)),
         )
+
+    yield "sequence_expand", lambda: head.sequence_expand(meta(64, dtype=FP32), meta(65, dtype=torch.int32), 2048)
+    for reference in ("add", "none"):
+        for negatives in ("independent", "joint"):
+            for dtype, m in ((FP32, 7), (FP64, 1), (FP32, 300)):
+                a, c = meta(512, dtype=dtype), meta(512, m, dtype=dtype)
+                mask = meta(512, m, dtype=torch.bool) if m == 7 else None
+                yield (
+                    f"alignment {reference} {negatives} {dtype} M={m}",
+                    lambda a=a, c=c, mask=mask, r=reference, n=negatives: alignment.forward(
+                        a, a, c, a, c, mask, 0.1, 0.1, r, n
+                    ),
+                )
+    cu, index = meta(65, dtype=torch.int32), meta(64, dtype=torch.int64)
+    for dtype in (BF16, FP32, FP64):
+        for chosen in (index, None):
+            x, z, ids = meta(4096, 896, dtype=dtype), meta(64, 5, 896, dtype=dtype), meta(4096, dtype=torch.int64)
+            yield f"take {dtype}", lambda x=x, i=chosen: splice.take(x, cu, 5, i)
+            yield f"take backward {dtype}", lambda z=z, i=chosen: splice.take_backward(z, cu, i, 4096)
+            yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.splice(z, x, d, cu, i, 1.0)
+            yield (
+                f"splice backward {dtype}",
+                lambda x=x, i=chosen, t=dtype: splice.splice_backward(x, cu, i, 64, 5, t),
+            )
+    for dtype in (BF16, FP16, FP32, FP64):
+        for d, p in ((4096, 16384), (8192, 20000)):
+            for gradient in (True, False):
+                for ids in (None, meta(p, dtype=torch.int64)):
+                    if d == 8192 and (ids is None or dtype == FP16):
+                        continue
+                    q, passages, y = meta(4096, d, dtype=dtype), meta(p, d, dtype=dtype), meta(4096, dtype=torch.int64)
+                    yield (
+                        f"info_nce {dtype} D={d} ids={ids is not None}",
+                        lambda q=q, p=passages, y=y, i=ids, g=gradient: info_nce.forward(q, p, y, i, 0.05, g, g),
+                    )
 
 
 def target_of(arch: str):

@@ -40,6 +40,7 @@ from autoregembed.kernels.triton.primitives import (
     multiprocessors,
     operand,
     product_tile,
+    sequence_of,
     split_count,
     tma_ready,
     work_dtype,
@@ -59,10 +60,10 @@ def _epilogue(
     id_ptr,  # (V,) int64: a column other than the target's with the target's id does not count
     logprob_ptr,  # (rows,)
     rows, V, z_stride, e_stride,
-    softcap: tl.float64, scale: tl.float64, ignore_index,
+    softcap: tl.float64, scale: tl.float64, gradient_scale: tl.float64, ignore_index,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """logprob, and with GRADIENT E (2) times grad."""
+    """logprob, and with GRADIENT E (2) times gradient_scale and grad."""
     WORK: tl.constexpr = logprob_ptr.dtype.element_ty
     E: tl.constexpr = e_ptr.dtype.element_ty
     cap = tl.full((), softcap, WORK)
@@ -128,7 +129,7 @@ def _epilogue(
             logprob = (z_y - shift) - tl.log(s)
             tl.store(logprob_ptr + row, tl.where(valid, logprob, float("nan")))
             if GRADIENT:
-                g = factor
+                g = tl.full((), gradient_scale, WORK)
                 if grad_ptr is not None:
                     g = g * tl.load(grad_ptr + row).to(WORK)
                 g = tl.where(valid, g, float("nan"))
@@ -355,6 +356,15 @@ def _sequence_sum(x_ptr, cu_ptr, out_ptr, S, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, tl.where(good, tl.sum(sums), float("nan")))
 
 
+@triton.jit(do_not_specialize=["S", "N", "steps"])
+def _sequence_expand(x_ptr, cu_ptr, out_ptr, S, N, steps, BLOCK: tl.constexpr):
+    """out[t] = x of the sequence that holds t; NaN where none does."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    s, start, end = sequence_of(cu_ptr, row, S, steps)
+    x = tl.load(x_ptr + s)
+    tl.store(out_ptr + row, tl.where((row >= start) & (row < end), x, float("nan")), mask=row < N)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _scale_rows(u_ptr, grad_ptr, out_ptr, rows, D, grad_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
     """out = grad[:, None] · u, multiplied in grad's precision and rounded once."""
@@ -385,15 +395,17 @@ def epilogue(
     grad: Tensor | None = None,  # (R,)
     norms: tuple[Tensor, Tensor] | None = None,  # (R,), (V,)
     ids: Tensor | None = None,  # (V,)
+    gradient_scale: float | None = None,
     with_gradient: bool = True,
 ) -> None:
-    """Writes logprob (R,) and, with a gradient, E times `scale` and `grad` into `e`."""
+    """Writes logprob (R,) and, with a gradient, E times `gradient_scale` (by default `scale`) and `grad` into `e`."""
     rows, v = z.shape
     t = tiles.tile("epilogue" if softcap is None else "epilogue_softcap", z.device, z.dtype)
     launch(
         _epilogue, min(rows, t.programs * multiprocessors(z.device)), z.device,
         z, e, target, bias, grad, *(norms or (None, None)), ids, logprob,
-        rows, v, z.stride(0), e.stride(0), softcap or 1.0, scale, ignore_index,
+        rows, v, z.stride(0), e.stride(0),
+        softcap or 1.0, scale, scale if gradient_scale is None else gradient_scale, ignore_index,
         SOFTCAP=softcap is not None, GRADIENT=with_gradient, BLOCK=t.cols,
         BLOCKS=triton.next_power_of_2(triton.cdiv(v, t.cols)), **t.options,
     )  # fmt: skip
@@ -415,7 +427,7 @@ def score(
     (n, d), v = hidden.shape, weight.shape[0]
     device = hidden.device
     hidden, weight = dense(hidden), dense(weight)
-    t, tma = _gemm_tile("score", hidden, weight, softcap)
+    t, tma = _gemm_tile("score" if norms is None else "score_cosine", hidden, weight, softcap)
     blocks = triton.cdiv(n, t.rows)
     processors = multiprocessors(device) * t.programs
     splits = split_count(blocks, triton.cdiv(v, t.cols), processors)
@@ -594,6 +606,19 @@ def sequence_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     launch(
         _sequence_sum, s, x.device, x.contiguous(), cu_seqlens.contiguous(), out, s, len(x), BLOCK=t.cols, **t.options
     )
+    return out
+
+
+def sequence_expand(x: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """x (S,) repeated over the rows of each sequence: (N,). The backward of `sequence_sum`."""
+    s = len(x)
+    out = x.new_empty(length)
+    t = tiles.tile("sequence_sum", x.device)
+    if s > 0:
+        launch(
+            _sequence_expand, triton.cdiv(length, t.cols), x.device,
+            x.contiguous(), cu_seqlens.contiguous(), out, s, length, s.bit_length(), BLOCK=t.cols, **t.options,
+        )  # fmt: skip
     return out
 
 

@@ -147,6 +147,22 @@ def log1p(t):
 
 
 @triton.jit
+def sequence_of(cu_ptr, row, count, steps):
+    """The sequence that holds each of `row` by binary search in cu (count + 1,), with its bounds; steps ≥ log2 count.
+
+    Rows before the first or after the last sequence get one of these, and lie outside its bounds.
+    """
+    low = tl.zeros_like(row)
+    high = low + count
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        right = tl.load(cu_ptr + middle) <= row
+        low = tl.where(right, middle, low)
+        high = tl.where(right, high, middle)
+    return low, tl.load(cu_ptr + low), tl.load(cu_ptr + low + 1)
+
+
+@triton.jit
 def capped(x, scale, softcap, SOFTCAP: tl.constexpr):
     """z = cap(scale · x) and dz/dx / scale, which is 1 without a softcap."""
     z = x * scale

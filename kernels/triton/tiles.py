@@ -43,6 +43,14 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("score", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     ("score_general", "any", 16, 0): Tile(64, 128, 32, 8, 2),
     ("score_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
+    ("score_cosine", "sm_80", 16, 0): Tile(128, 64, 32, 8, 3),
+    ("score_cosine", "sm_86", 16, 0): Tile(128, 64, 32, 8, 3),
+    ("score_cosine", "sm_90", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
+    ("score_cosine", "sm_100", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
+    ("score_cosine", "gfx942", 16, 0): Tile(128, 64, 64, 8, 2),
+    ("score_cosine", "any", 32, 0): Tile(64, 64, 16, 8, 2),
+    ("score_cosine_general", "any", 16, 0): Tile(64, 64, 32, 8, 2),
+    ("score_cosine_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     # contender, first GEMM: exp(z − tile maximum) and partial sums
     ("tiled_forward", "sm_80", 16, 0): Tile(128, 128, 32, 8, 3),
     ("tiled_forward", "sm_86", 16, 0): Tile(128, 128, 32, 8, 3),
@@ -64,7 +72,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     # logits to onehot − softmax, one program a row; by the dtype of the logits
     ("epilogue", "any", 16, 0): Tile(1, 8192, warps=16),
     ("epilogue", "any", 32, 0): Tile(1, 8192, warps=16),
-    ("epilogue", "any", 64, 0): Tile(1, 4096, warps=16),
+    ("epilogue", "any", 64, 0): Tile(1, 2048, warps=16),
     ("epilogue", "gfx942", 32, 0): Tile(1, 8192, warps=8, programs=2),
     ("epilogue_softcap", "any", 16, 0): Tile(1, 4096, warps=16),
     ("epilogue_softcap", "any", 32, 0): Tile(1, 4096, warps=16),
@@ -72,7 +80,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("combine", "any", 0, 0): Tile(64, 1, warps=2),
     ("sequence_sum", "any", 0, 0): Tile(1, 1024),
     # rows moved or scaled: cols is the step along D
-    ("rows", "any", 0, 0): Tile(4, 1024),
+    ("rows", "any", 0, 0): Tile(2, 1024),
     ("alignment", "any", 0, 0): Tile(1024, 1, warps=8),
     ("unit", "any", 0, 0): Tile(1, 1, warps=8),
     # The interpreter's tiles are small, so that small tensors have several and a ragged last one.
@@ -82,6 +90,8 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
         for kernel, sizes in {
             "score": Tile(16, 64, 32),
             "score_general": Tile(16, 64, 16),
+            "score_cosine": Tile(16, 64, 32),
+            "score_cosine_general": Tile(16, 64, 16),
             "tiled_forward": Tile(16, 64, 32),
             "tiled_forward_general": Tile(16, 64, 16),
             "tiled_backward": Tile(16, 32, 32),
