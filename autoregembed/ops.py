@@ -45,19 +45,23 @@ class ImplUnavailable(RuntimeError):
     """An implementation was asked for by name and cannot run here."""
 
 
-@torch.compiler.assume_constant_result
+# Read once: torch.compile traces through the choice of a route, and Triton reads its variable once as well.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _triton_state(device: torch.device) -> str:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "the package triton is not installed"
     if device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
             return "needs compute capability 8.0 or newer"
         return "ok"
     if device.type != "cpu":
         return f"runs on CUDA and HIP devices, found {device}"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return "runs on CUDA and HIP devices; on a CPU only in Triton's interpreter, with TRITON_INTERPRET=1"
-    return "ok" if _triton("primitives").INTERPRETED else "TRITON_INTERPRET=1 was set after the kernels were loaded"
+    if not _INTERPRETED:
+        return "runs on CUDA and HIP devices; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1 from the start"
+    return "ok"
 
 
 def available_impls(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:

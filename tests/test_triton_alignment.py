@@ -12,7 +12,10 @@ REFERENCES, NEGATIVES = ["add", "subtract", "none"], ["independent", "joint"]
 
 def scores(b, m, seed, spread=30.0):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: (torch.randn(*shape, generator=generator) * spread).to(DEVICE)
+
+    def draw(*shape):
+        return (torch.randn(*shape, generator=generator) * spread).to(DEVICE)
+
     mask = torch.rand(b, m, generator=generator) < 0.6
     return draw(b), draw(b), draw(b, m), draw(b), draw(b, m), mask.to(DEVICE)
 

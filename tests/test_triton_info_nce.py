@@ -1,13 +1,12 @@
 import pytest
 import torch
+from autoregembed.kernels.triton import primitives
 from hypothesis import given
 from hypothesis import strategies as st
 from triton_cases import DEVICE, DTYPES, few, leaf, poisoned  # noqa: F401
 
 from autoregembed import info_nce, ops, reference
-from autoregembed.kernels.triton import primitives
 from autoregembed.testing import assert_accurate
-
 
 
 def problem(b, p, d, dtype, seed=0, scale=1.0):

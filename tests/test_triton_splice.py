@@ -2,11 +2,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from triton_cases import BF16, DEVICE, bits, few, leaf, poisoned  # noqa: F401
+from triton_cases import DEVICE, bits, few, leaf, poisoned  # noqa: F401
 
 from autoregembed import ops
 
-DTYPES = [torch.float32, torch.float16, torch.float64, pytest.param(torch.bfloat16)]ROUTES = ["triton", "torch"]
+DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
+ROUTES = ["triton", "torch"]
 
 
 def bounds(lengths, dtype=torch.int32):
@@ -136,6 +137,4 @@ def test_opcheck():
     z = torch.randn(2, 2, 4, device=DEVICE, requires_grad=True)
     ids = torch.zeros(7, dtype=torch.int64, device=DEVICE)
     torch.library.opcheck(ops._splice, (z, torch.randn(5, 4, device=DEVICE), ids, cu, index[:2], 1.0))
-    torch.library.opcheck(
-        ops._splice_backward, (torch.randn(7, 4, device=DEVICE), cu, index[:2], 2, 2, torch.float32)
-    )
+    torch.library.opcheck(ops._splice_backward, (torch.randn(7, 4, device=DEVICE), cu, index[:2], 2, 2, torch.float32))

@@ -39,6 +39,8 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **optio
     if _recorder is not None:
         _recorder(kernel, args, options)
     elif programs > 0:
+        if device.type == "cpu" and not INTERPRETED:
+            raise RuntimeError("TRITON_INTERPRET=1 was not set when Triton was imported: its kernels need a GPU")
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
             kernel[(programs,)](*args, **options)
