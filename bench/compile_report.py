@@ -39,6 +39,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
     for dtype in (BF16, FP16, FP32, FP64):
         for d, v in ((576, 49152), (4096, 128256)):
+            if dtype != BF16 and d == 4096:
+                continue
             yield f"gradient {dtype} D={d}", rows(d, v, dtype)
             if dtype != FP64:
                 yield f"score {dtype} D={d}", rows(d, v, dtype, gradient=False)
@@ -67,17 +69,16 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         )
 
     yield "sequence_expand", lambda: head.sequence_expand(meta(64, dtype=FP32), meta(65, dtype=torch.int32), 2048)
-    for reference in ("add", "none"):
-        for negatives in ("independent", "joint"):
-            for dtype, m in ((FP32, 7), (FP64, 1), (FP32, 300)):
-                a, c = meta(512, dtype=dtype), meta(512, m, dtype=dtype)
-                mask = meta(512, m, dtype=torch.bool) if m == 7 else None
-                yield (
-                    f"alignment {reference} {negatives} {dtype} M={m}",
-                    lambda a=a, c=c, mask=mask, r=reference, n=negatives: alignment.forward(
-                        a, a, c, a, c, mask, 0.1, 0.1, r, n
-                    ),
-                )
+    for reference, negatives in (("add", "independent"), ("none", "joint")):
+        for dtype, m in ((FP32, 7), (FP64, 1), (FP32, 300)):
+            a, c = meta(512, dtype=dtype), meta(512, m, dtype=dtype)
+            mask = meta(512, m, dtype=torch.bool) if m == 7 else None
+            yield (
+                f"alignment {reference} {negatives} {dtype} M={m}",
+                lambda a=a, c=c, mask=mask, r=reference, n=negatives: alignment.forward(
+                    a, a, c, a, c, mask, 0.1, 0.1, r, n
+                ),
+            )
     cu, index = meta(65, dtype=torch.int32), meta(64, dtype=torch.int64)
     for dtype in (BF16, FP32, FP64):
         for chosen in (index, None):
@@ -89,11 +90,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"splice backward {dtype}",
                 lambda x=x, i=chosen, t=dtype: splice.splice_backward(x, cu, i, 64, 5, t),
             )
-    for dtype in (BF16, FP16, FP32, FP64):
+    for dtype in (BF16, FP32, FP64):
         for d, p in ((4096, 16384), (8192, 20000)):
             for gradient in (True, False):
                 for ids in (None, meta(p, dtype=torch.int64)):
-                    if d == 8192 and (ids is None or dtype == FP16):
+                    if d == 8192 and (ids is None or not gradient):
                         continue
                     q, passages, y = meta(4096, d, dtype=dtype), meta(p, d, dtype=dtype), meta(4096, dtype=torch.int64)
                     yield (

@@ -21,10 +21,12 @@ class Tile(NamedTuple):
     stages: int = 1
     tma: bool = False  # loads through tensor descriptors where shapes allow
     programs: int = 1  # persistent programs per multiprocessor
+    registers: int = 0  # of a thread, NVIDIA: lets ptxas have them all, where it would spill for a second block
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return {**options, "maxnreg": self.registers} if self.registers else options
 
 
 # Names of parts, with the shared memory of one block in bytes. sm_86 stands for 8.6, 8.9 and 12.x.
@@ -43,8 +45,8 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("score", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     ("score_general", "any", 16, 0): Tile(64, 128, 32, 8, 2),
     ("score_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
-    ("score_cosine", "sm_80", 16, 0): Tile(128, 64, 32, 8, 3),
-    ("score_cosine", "sm_86", 16, 0): Tile(128, 64, 32, 8, 3),
+    ("score_cosine", "sm_80", 16, 0): Tile(128, 64, 32, 8, 3, registers=255),
+    ("score_cosine", "sm_86", 16, 0): Tile(128, 64, 32, 8, 3, registers=255),
     ("score_cosine", "sm_90", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
     ("score_cosine", "sm_100", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
     ("score_cosine", "gfx942", 16, 0): Tile(128, 64, 64, 8, 2),
@@ -70,13 +72,13 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("tiled_backward_general", "any", 16, 0): Tile(64, 128, 32, 8, 2),
     ("tiled_backward_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     # logits to onehot − softmax, one program a row; by the dtype of the logits
-    ("epilogue", "any", 16, 0): Tile(1, 8192, warps=16),
-    ("epilogue", "any", 32, 0): Tile(1, 8192, warps=16),
-    ("epilogue", "any", 64, 0): Tile(1, 2048, warps=16),
+    ("epilogue", "any", 16, 0): Tile(1, 8192, warps=16, registers=128),
+    ("epilogue", "any", 32, 0): Tile(1, 8192, warps=16, registers=128),
+    ("epilogue", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
     ("epilogue", "gfx942", 32, 0): Tile(1, 8192, warps=8, programs=2),
-    ("epilogue_softcap", "any", 16, 0): Tile(1, 4096, warps=16),
-    ("epilogue_softcap", "any", 32, 0): Tile(1, 4096, warps=16),
-    ("epilogue_softcap", "any", 64, 0): Tile(1, 2048, warps=16),
+    ("epilogue_softcap", "any", 16, 0): Tile(1, 4096, warps=16, registers=128),
+    ("epilogue_softcap", "any", 32, 0): Tile(1, 4096, warps=16, registers=128),
+    ("epilogue_softcap", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
     ("combine", "any", 0, 0): Tile(64, 1, warps=2),
     ("sequence_sum", "any", 0, 0): Tile(1, 1024),
     # rows moved or scaled: cols is the step along D
@@ -145,7 +147,7 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype | None = None, d:
         for bucket in (SMALL, 0) if 0 < d <= SMALL else (0,):
             found = TABLE.get((kernel, name, _bits(dtype), bucket))
             if found is not None:
-                return found
+                return found._replace(registers=0) if part.startswith("gfx") else found
     raise NotImplementedError(f"no tile for kernel {kernel!r} on {part!r} in {dtype}; see kernels/triton/tiles.py")
 
 
