@@ -678,6 +678,9 @@ def info_nce(
         _require_shape("passage_ids", passage_ids, (passages.shape[0],), "(P,)")
     impl = _resolve(impl, query.device, query.dtype, (*_LINEAR_LOGPROB,))
     if impl == "triton":
+        if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, passages = query.to(dtype), passages.to(dtype)
         grad = torch.is_grad_enabled()
         wanted = grad and query.requires_grad, grad and passages.requires_grad
         return _info_nce(query, passages, target.long(), passage_ids, float(temperature), *wanted)[0]

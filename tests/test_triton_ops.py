@@ -112,6 +112,7 @@ def test_autocast_runs_in_sixteen_bits():
     assert logprob.dtype == torch.float32
     assert bits(logprob, expected)
     assert loss.dtype == torch.float32
+    assert bits(loss, info_nce(leaf(hidden, torch.float16), weight.half(), impl="triton"))
     assert torch.autograd.grad(logprob.sum() + loss, h)[0].dtype == torch.float32
 
 
