@@ -93,9 +93,13 @@ def _resolve(impl: str, device: torch.device, dtype: torch.dtype, has_kernel: tu
     return impl
 
 
-def _require_float(name: str, x: Tensor) -> None:
+def _require_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: found {type(x).__name__}, allowed is torch.Tensor")
+
+
+def _require_float(name: str, x: Tensor) -> None:
+    _require_tensor(name, x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: found dtype {x.dtype}, allowed are {', '.join(map(str, _FLOATS))}")
 
@@ -124,6 +128,9 @@ def _require_positive(name: str, x: float) -> None:
         raise ValueError(f"{name}: found {x}, allowed is a positive finite number")
 
 
+# No id is ignored: an `ignore_index` that is no caller's id.
+NOT_IGNORED = -(2**63)
+
 # Modules with `forward` and `backward` as in kernels/torch/linear_logprob.py; Triton's is loaded when first used.
 _LINEAR_LOGPROB: dict[str, Any] = {"triton": None, "torch": torch_linear_logprob}
 
@@ -142,9 +149,8 @@ def _require_target(target: Tensor, size: int, ignore_index: int) -> None:
     bad &= target != ignore_index
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"target: found id {int(target[row])} at row {row}, allowed are 0..{size - 1} and {ignore_index=}"
-        )
+        ignored = "" if ignore_index == NOT_IGNORED else f" and {ignore_index=}"
+        raise IndexError(f"target: found id {int(target[row])} at row {row}, allowed are 0..{size - 1}{ignored}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,7 +248,9 @@ _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("autoregembed::sequence_sum", mutates_args=())
 def _sequence_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums of x (N,) over [cu_seqlens[i], cu_seqlens[i+1]), (S,): one sequence at a time, no atomics."""
-    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0)
+    _require_bounds(cu_seqlens, x.shape[0])
+    # One number after another: in float64, or the sum of a long text would drift by many times fp32's eps.
+    return torch.segment_reduce(x.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0).to(x.dtype)
 
 
 @_sequence_sum.register_fake
@@ -263,18 +271,14 @@ def _sequence_sum_context(ctx, inputs, output):
 _sequence_sum.register_autograd(_sequence_sum_backward, setup_context=_sequence_sum_context)
 
 
-def _require_cu_seqlens(cu_seqlens: Tensor, length: int, *, read: bool = True) -> None:
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: found dtype {cu_seqlens.dtype}, allowed are torch.int32, torch.int64")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens: found shape {tuple(cu_seqlens.shape)}, allowed is (S+1,)")
-    if read and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in itertools.pairwise(bounds)):
-            raise ValueError(
-                f"cu_seqlens: found {bounds[:8]}{'…' if len(bounds) > 8 else ''}, allowed is a non-decreasing row "
-                f"from 0 to N = {length}"
-            )
+def _require_bounds(cu_seqlens: Tensor, length: int) -> None:
+    """Reads the data, so on a GPU it waits for the device."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in itertools.pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens: found {bounds[:8]}{'…' if len(bounds) > 8 else ''}, allowed is a non-decreasing row "
+            f"from 0 to N = {length}"
+        )
 
 
 @torch.library.custom_op("autoregembed::sequence_sum_triton", mutates_args=())
@@ -332,7 +336,7 @@ def linear_logprob(
     Args:
         hidden: (N, D), float16, bfloat16, float32 or float64.
         weight: (V, D), the lm_head, same dtype and device.
-        target: (N,) int64 token ids in [0, V), or `ignore_index` for rows that give 0 and no gradient.
+        target: (N,) int64 or int32 token ids in [0, V), or `ignore_index` for rows that give 0 and no gradient.
         bias: (V,) or None.
         softcap: positive; logits are capped to (−softcap, softcap) as in Gemma. None: no cap.
         scale: factor on the logits before the cap.
@@ -364,6 +368,7 @@ def linear_logprob(
     _require_shape("weight", weight, (None, hidden.shape[1]), "(V, D)")
     if weight.shape[0] == 0:
         raise ValueError("weight: found V = 0, allowed is at least one token")
+    _require_tensor("target", target)
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target: found dtype {target.dtype}, allowed are torch.int64, torch.int32")
     _require_like("target", target, "hidden", hidden, dtype=False)
@@ -378,7 +383,11 @@ def linear_logprob(
         raise ValueError(f"scale: found {scale}, allowed is a finite number")
     impl = _resolve(impl, hidden.device, hidden.dtype, (*_LINEAR_LOGPROB,))
     if cu_seqlens is not None:
-        _require_cu_seqlens(cu_seqlens, hidden.shape[0], read=impl != "triton")
+        _require_tensor("cu_seqlens", cu_seqlens)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens: found dtype {cu_seqlens.dtype}, allowed are torch.int32, torch.int64")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"cu_seqlens: found shape {tuple(cu_seqlens.shape)}, allowed is (S+1,)")
         _require_like("cu_seqlens", cu_seqlens, "hidden", hidden, dtype=False)
     n = hidden.shape[0]
     if gradient_rows is not None and not 0 <= gradient_rows <= n:
@@ -386,12 +395,15 @@ def linear_logprob(
     target = target.long()
     if impl == "reference":
         _require_target(target, weight.shape[0], ignore_index)
+        if cu_seqlens is not None:
+            _require_bounds(cu_seqlens, hidden.shape[0])
         if gradient_rows is not None:
             hidden = torch.cat([hidden[:gradient_rows], hidden[gradient_rows:].detach()])
-        return spec.linear_logprob(
-            hidden, weight, target, bias=bias, softcap=softcap, scale=scale,
-            ignore_index=ignore_index, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+        with torch.autocast(hidden.device.type, enabled=False):
+            return spec.linear_logprob(
+                hidden, weight, target, bias=bias, softcap=softcap, scale=scale,
+                ignore_index=ignore_index, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
     trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
 
@@ -511,9 +523,12 @@ def alignment_loss(
 
     Source: arXiv 2502.11401, §3.3, and the code released with it.
     """
+    _require_float("query_positive", query_positive)
+    _require_float("positive_positive", positive_positive)
+    _require_float("query_negatives", query_negatives)
     if query_negatives.ndim == 1:
         query_negatives = query_negatives[:, None]
-    if reference_negatives is not None and reference_negatives.ndim == 1:
+    if isinstance(reference_negatives, Tensor) and reference_negatives.ndim == 1:
         reference_negatives = reference_negatives[:, None]
     if reference not in REFERENCES:
         raise ValueError(f"reference: found {reference!r}, allowed are {REFERENCES}")
@@ -521,7 +536,6 @@ def alignment_loss(
         raise ValueError(f"negatives: found {negatives!r}, allowed are {NEGATIVES}")
     _require_positive("beta", beta)
     _require_positive("temperature", temperature)
-    _require_float("query_positive", query_positive)
     _require_shape("query_positive", query_positive, (None,), "(B,)")
     _require_shape("query_negatives", query_negatives, (None, None), "(B, M)")
     b, m = query_positive.shape[0], query_negatives.shape[1]
@@ -539,8 +553,12 @@ def alignment_loss(
         shape, meaning = ((b, m), "(B, M)") if name.endswith("negatives") else ((b,), "(B,)")
         _require_shape(name, x, shape, meaning)
     if negative_mask is not None:
+        _require_tensor("negative_mask", negative_mask)
         if negative_mask.dtype != torch.bool:
             raise TypeError(f"negative_mask: found dtype {negative_mask.dtype}, allowed is torch.bool")
+        _require_like("negative_mask", negative_mask, "query_positive", query_positive, dtype=False)
+        if negative_mask.ndim == 1:
+            negative_mask = negative_mask[:, None]
         _require_shape("negative_mask", negative_mask, (b, m), "(B, M)")
     impl = _resolve(impl, query_positive.device, query_positive.dtype, ("triton", "torch"))
     # B·M numbers: the specification is the torch route. Scores are sums of hundreds of nats, hence never 16 bits.
@@ -607,24 +625,17 @@ def _info_nce_backward(ctx, grad, *_):
 _info_nce.register_autograd(_info_nce_backward, setup_context=_info_nce_context)
 
 
-def _info_nce_masked(
-    query: Tensor, passages: Tensor, target: Tensor, temperature: float, passage_ids: Tensor
-) -> Tensor:
+def _info_nce_masked(q: Tensor, p: Tensor, target: Tensor, temperature: float, passage_ids: Tensor) -> Tensor:
     """The torch route with duplicates masked: chunks of rows, each recomputed in the backward."""
-    _require_target(target, passages.shape[0], -(2**63))
-    work = torch.promote_types(query.dtype, torch.float32)
-    q, p = query.to(work), passages.to(work)
+    _require_target(target, p.shape[0], NOT_IGNORED)
 
     def loss_of(q: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        return spec.info_nce(q, p, y, temperature=temperature, passage_ids=passage_ids) * len(q)
+        return spec.info_nce(q, p, y, temperature=temperature, passage_ids=passage_ids) * q.shape[0]
 
-    step = torch_linear_logprob.rows_per_chunk(query.device, passages.shape[0], work.itemsize)
-    with torch.autocast(query.device.type, enabled=False):
-        sums = [
-            checkpoint(loss_of, rows, p, y, use_reentrant=False)
-            for rows, y in zip(q.split(step), target.split(step), strict=True)
-        ]
-        return torch.stack(sums).sum() / query.shape[0]
+    step = torch_linear_logprob.rows_per_chunk(q.device, p.shape[0], q.element_size())
+    chunks = zip(q.split(step), target.long().split(step), strict=True)
+    sums = [checkpoint(loss_of, rows, p, y, use_reentrant=False) for rows, y in chunks]
+    return torch.stack(sums).sum() / q.shape[0]
 
 
 def info_nce(
@@ -643,7 +654,7 @@ def info_nce(
     Args:
         query: (B, D), need not be normalised.
         passages: (P, D): the positives, then any hard negatives.
-        target: (B,) int64, the positive's place in `passages`; by default query i belongs to passage i, P ≥ B.
+        target: (B,) int64 or int32, the positive's place in `passages`; by default query i belongs to passage i, P ≥ B.
         temperature: positive.
         passage_ids: (P,) int64, equal for equal passages: a passage with the id of a query's positive that is not the
             positive itself is no negative of that query.
@@ -669,33 +680,44 @@ def info_nce(
         if len(passages) < len(query):
             raise ValueError(f"passages: found P = {len(passages)}, allowed without a target is P ≥ B = {len(query)}")
         target = torch.arange(len(query), device=query.device)
-    if len(query) == 0:
-        return (query.sum() + passages.sum() * 0).to(torch.promote_types(query.dtype, torch.float32))
+    else:
+        _require_tensor("target", target)
+        if target.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"target: found dtype {target.dtype}, allowed are torch.int64, torch.int32")
+        _require_like("target", target, "query", query, dtype=False)
+        _require_shape("target", target, (query.shape[0],), "(B,)")
     if passage_ids is not None:
+        _require_tensor("passage_ids", passage_ids)
         if passage_ids.dtype != torch.int64:
             raise TypeError(f"passage_ids: found dtype {passage_ids.dtype}, allowed is torch.int64")
         _require_like("passage_ids", passage_ids, "query", query, dtype=False)
         _require_shape("passage_ids", passage_ids, (passages.shape[0],), "(P,)")
     impl = _resolve(impl, query.device, query.dtype, (*_LINEAR_LOGPROB,))
-    if impl == "triton":
+    if impl == "triton" and query.shape[0] > 0 and passages.shape[0] > 0:
         if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(query.device.type)
             query, passages = query.to(dtype), passages.to(dtype)
         grad = torch.is_grad_enabled()
         wanted = grad and query.requires_grad, grad and passages.requires_grad
         return _info_nce(query, passages, target.long(), passage_ids, float(temperature), *wanted)[0]
-    if impl == "reference":
-        return spec.info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids)
-    if passage_ids is not None:
-        return _info_nce_masked(query, passages, target, temperature, passage_ids)
     work = torch.promote_types(query.dtype, torch.float32)
+    query, passages = query.to(work), passages.to(work)
+    if query.shape[0] == 0:
+        return query.sum() + passages[:0].sum()
+    if passages.shape[0] == 0:
+        raise ValueError("passages: found P = 0, allowed is at least one passage")
     with torch.autocast(query.device.type, enabled=False):
+        if impl == "reference":
+            _require_target(target, passages.shape[0], NOT_IGNORED)
+            return spec.info_nce(query, passages, target.long(), temperature=temperature, passage_ids=passage_ids)
+        if passage_ids is not None:
+            return _info_nce_masked(query, passages, target, temperature, passage_ids)
         logprob = linear_logprob(
-            F.normalize(query.to(work), dim=-1),
-            F.normalize(passages.to(work), dim=-1),
+            F.normalize(query, dim=-1),
+            F.normalize(passages, dim=-1),
             target,
             scale=1 / temperature,
-            ignore_index=-1,
+            ignore_index=NOT_IGNORED,
             impl=impl,
         )
         return -logprob.mean()

@@ -71,15 +71,16 @@ def alignment_loss(
     x = (s1[:, None] - s2) / temperature
     pairs = mask.sum()
     if negatives == "independent":
-        loss = torch.where(mask, F.softplus(x), 0.0).sum() / pairs.clamp(min=1)
+        softplus = torch.logaddexp(x, torch.zeros_like(x))  # F.softplus drops e^−x above x = 20
+        loss = torch.where(mask, softplus, 0.0).sum() / pairs.clamp(min=1)
     else:
         x = torch.where(mask, x, -torch.inf)
-        joint = torch.cat([torch.zeros_like(x[:, :1]), x], 1).logsumexp(1)
+        joint = torch.cat([x.new_zeros(x.shape[0], 1), x], 1).logsumexp(1)
         loss = joint.sum() / mask.any(1).sum().clamp(min=1)
     with torch.no_grad():
         mean_s2 = torch.where(mask, s2, 0.0).sum() / pairs.clamp(min=1)
         accuracy = (mask & (margin > 0)).to(loss.dtype).sum() / pairs.clamp(min=1)
-        mean_s1 = s1.sum() / max(len(a), 1)
+        mean_s1 = s1.sum() / max(a.shape[0], 1)
     return loss, mean_s1, mean_s2, accuracy
 
 
@@ -98,7 +99,7 @@ def info_nce(
     if target is None:
         target = torch.arange(len(query), device=query.device)
     if len(query) == 0:
-        return query.sum() + passages.sum() * 0
+        return query.sum() + passages[:0].sum()
     logits = F.normalize(query, dim=-1) @ F.normalize(passages, dim=-1).T / temperature
     if passage_ids is not None:
         duplicate = passage_ids[None, :] == passage_ids[target][:, None]
