@@ -739,16 +739,16 @@ def _take_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, lengt
 
 @torch.library.custom_op("autoregembed::splice", mutates_args=())
 def _splice(
-    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, source: Tensor | None, scale: float
+    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, scale: float
 ) -> Tensor:
-    return _triton("splice").splice(z, embedding, ids, cu_seqlens, source, scale)
+    return _triton("splice").splice(z, embedding, ids, cu_seqlens, source, offset, scale)
 
 
 @torch.library.custom_op("autoregembed::splice_backward", mutates_args=())
 def _splice_backward(
-    grad: Tensor, cu_seqlens: Tensor, source: Tensor | None, b: int, k: int, dtype: torch.dtype
+    grad: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
 ) -> Tensor:
-    return _triton("splice").splice_backward(grad, cu_seqlens, source, b, k, dtype)
+    return _triton("splice").splice_backward(grad, cu_seqlens, source, offset, b, k, dtype)
 
 
 @_take.register_fake
@@ -760,12 +760,12 @@ _take_backward.register_fake(lambda grad, cu_seqlens, index, length: grad.new_em
 
 
 @_splice.register_fake
-def _(z, embedding, ids, cu_seqlens, source, scale):
+def _(z, embedding, ids, cu_seqlens, source, offset, scale):
     return embedding.new_empty(ids.shape[0], embedding.shape[1])
 
 
 @_splice_backward.register_fake
-def _(grad, cu_seqlens, source, b, k, dtype):
+def _(grad, cu_seqlens, source, offset, b, k, dtype):
     return grad.new_empty(b, k, grad.shape[1], dtype=dtype)
 
 
@@ -776,9 +776,9 @@ def _take_context(ctx, inputs, output):
 
 
 def _splice_context(ctx, inputs, output):
-    z, _, _, cu_seqlens, source, _ = inputs
+    z, _, _, cu_seqlens, source, offset, _ = inputs
     ctx.save_for_backward(cu_seqlens, source)
-    ctx.shape = z.shape[0], z.shape[1], z.dtype
+    ctx.place = offset, z.shape[0], z.shape[1], z.dtype
 
 
 @once_differentiable
@@ -788,7 +788,7 @@ def _take_autograd(ctx, grad):
 
 @once_differentiable
 def _splice_autograd(ctx, grad):
-    return _splice_backward(grad, *ctx.saved_tensors, *ctx.shape), *(None,) * 5
+    return _splice_backward(grad, *ctx.saved_tensors, *ctx.place), *(None,) * 6
 
 
 _take.register_autograd(_take_autograd, setup_context=_take_context)
@@ -854,19 +854,21 @@ def splice(
     cu_seqlens: Tensor,
     source: Tensor | None = None,
     *,
+    offset: int = 0,
     embedding_scale: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """The decoder's packed input: K rows of z, then the frozen embedding rows of the target, for every pair.
+    """The decoder's packed input: per pair K rows of z among the frozen embedding rows of bos and the target.
 
-    out[cu_seqlens[s] + j] = z[source[s], j] for j < K, else embedding_scale · embedding[ids[cu_seqlens[s] + j]]
+    At t = cu_seqlens[s] + offset + j: out[t] = z[source[s], j] for 0 ≤ j < K, else embedding_scale · embedding[ids[t]]
 
     Args:
         z: (B, K, D) compressed embeddings; the only argument that gets a gradient.
         embedding: (V, D), frozen.
-        ids: (T,) int64 or int32; those of the K first places of a pair are never read.
+        ids: (T,) int64 or int32; those in the places of z are never read.
         cu_seqlens: (S+1,) int32 or int64, from 0 to T.
         source: (S,) int64 or int32, the row of z that pair s reads; several may read the same. None: pair s reads s.
+        offset: rows of a pair before z (1 where bos comes first).
         embedding_scale: Gemma's √D, as its embedding layer rounds it; 1 elsewhere.
         impl: "auto", "triton", "torch" or "reference".
 
@@ -887,12 +889,14 @@ def splice(
     _require_index("cu_seqlens", cu_seqlens, None, z)
     if source is not None:
         _require_index("source", source, cu_seqlens.shape[0] - 1, z)
+    if offset < 0:
+        raise ValueError(f"offset: found {offset}, allowed is 0 or more")
     impl = _resolve(impl, z.device, z.dtype, ("triton", "torch"))
     if impl == "triton":
-        return _splice(z, embedding, ids, cu_seqlens, source, float(embedding_scale))
+        return _splice(z, embedding, ids, cu_seqlens, source, offset, float(embedding_scale))
     if impl == "reference":
-        return spec.splice(z, embedding, ids, cu_seqlens, source, embedding_scale=embedding_scale)
-    starts = cu_seqlens[:-1].long()
+        return spec.splice(z, embedding, ids, cu_seqlens, source, offset=offset, embedding_scale=embedding_scale)
+    starts = cu_seqlens[:-1].long() + offset
     places = (starts[:, None] + torch.arange(z.shape[1], device=z.device)).flatten()
     rows = (z if source is None else z[source]).flatten(0, 1).to(embedding.dtype)
     embedded = F.embedding(ids.index_fill(0, places, 0), embedding)

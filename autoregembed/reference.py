@@ -128,12 +128,13 @@ def splice(
     cu_seqlens: Tensor,  # (S+1,)
     source: Tensor | None = None,  # (S,)
     *,
+    offset: int = 0,
     embedding_scale: float = 1.0,
 ) -> Tensor:
-    """Pair after pair: the K rows of z[source[s]], then the embedding rows of the ids after the K first, (T, D)."""
-    k = z.shape[1]
+    """Per pair: embedding rows of `offset` ids, the K rows of z[source[s]], embedding rows of the other ids; (T, D)."""
     chosen = range(len(cu_seqlens) - 1) if source is None else source.tolist()
     rows = []
     for (start, end), b in zip(itertools.pairwise(cu_seqlens.tolist()), chosen, strict=True):
-        rows += [z[b].to(embedding.dtype), embedding[ids[start + k : end]] * embedding_scale]
+        before, after = ids[start : start + offset], ids[start + offset + z.shape[1] : end]
+        rows += [embedding[before] * embedding_scale, z[b].to(embedding.dtype), embedding[after] * embedding_scale]
     return torch.cat(rows) if rows else embedding[:0]

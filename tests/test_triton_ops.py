@@ -24,7 +24,8 @@ def problem(n=12, d=16, v=100, dtype=torch.float32, seed=0):
 
 
 def test_auto_never_picks_the_interpreter():
-    assert ops.available_impls("cpu")["triton"] == ("ok" if DEVICE == "cpu" else ops.available_impls("cpu")["triton"])
+    if DEVICE == "cpu":
+        assert ops.available_impls("cpu")["triton"] == "ok"
     routes = tuple(ops._LINEAR_LOGPROB)
     assert ops._resolve("auto", torch.device("cpu"), torch.float32, routes) != "triton"
     assert "found meta" in ops.available_impls("meta")["triton"]

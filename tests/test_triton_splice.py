@@ -47,24 +47,25 @@ def test_take(impl, dtype, extra, k, d, kind, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @few(5)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 40),
-       st.booleans(), st.sampled_from([1.0, 8.0]), st.integers(0, 99))  # fmt: skip
-def test_splice(impl, dtype, extra, k, d, shared_z, scale, seed):
+       st.integers(0, 2), st.booleans(), st.sampled_from([1.0, 8.0]), st.integers(0, 99))  # fmt: skip
+def test_splice(impl, dtype, extra, k, d, offset, shared_z, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     s, v = len(extra), 11
-    cu = bounds([k + n for n in extra])
+    cu = bounds([offset + k + n for n in extra])
+    options = {"offset": offset, "embedding_scale": scale}
     b = 3 if shared_z else s
     source = torch.randint(b, (s,), generator=generator).to(DEVICE) if shared_z else None
     z = leaf(torch.randn(b, k, d, generator=generator).to(DEVICE), dtype)
     embedding = torch.randn(v, d, generator=generator).to(dtype).to(DEVICE)
     ids = torch.randint(v, (int(cu[-1]),), generator=generator).to(DEVICE)
-    ids[cu[:-1].long()] = -7  # places of z: never read
-    found = ops.splice(z, embedding, ids, cu, source, embedding_scale=scale, impl=impl)
-    expected = ops.splice(z, embedding, ids, cu, source, embedding_scale=scale, impl="reference")
+    ids[cu[:-1].long() + offset] = -7  # places of z: never read
+    found = ops.splice(z, embedding, ids, cu, source, **options, impl=impl)
+    expected = ops.splice(z, embedding, ids, cu, source, **options, impl="reference")
     assert bits(found, expected)
     grad = torch.randn(found.shape, generator=generator).to(dtype).to(DEVICE)
     (found_grad,) = torch.autograd.grad(found, z, grad)
     wide = leaf(z, torch.float64)
-    exact_out = ops.splice(wide, embedding.double(), ids, cu, source, impl="reference")
+    exact_out = ops.splice(wide, embedding.double(), ids, cu, source, **options, impl="reference")
     (exact,) = torch.autograd.grad(exact_out, wide, grad.double())
     if impl == "triton" or dtype in (torch.float32, torch.float64):  # torch adds 16-bit gradients in 16 bits
         torch.testing.assert_close(found_grad.double(), exact, **tolerance(dtype))
@@ -136,5 +137,7 @@ def test_opcheck():
     torch.library.opcheck(ops._take_backward, (torch.randn(3, 2, 4, device=DEVICE), cu, index, 7))
     z = torch.randn(2, 2, 4, device=DEVICE, requires_grad=True)
     ids = torch.zeros(7, dtype=torch.int64, device=DEVICE)
-    torch.library.opcheck(ops._splice, (z, torch.randn(5, 4, device=DEVICE), ids, cu, index[:2], 1.0))
-    torch.library.opcheck(ops._splice_backward, (torch.randn(7, 4, device=DEVICE), cu, index[:2], 2, 2, torch.float32))
+    torch.library.opcheck(ops._splice, (z, torch.randn(5, 4, device=DEVICE), ids, cu, index[:2], 0, 1.0))
+    torch.library.opcheck(
+        ops._splice_backward, (torch.randn(7, 4, device=DEVICE), cu, index[:2], 0, 2, 2, torch.float32)
+    )

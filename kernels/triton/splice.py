@@ -74,26 +74,26 @@ def _take_backward(
         tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "S", "T", "V", "steps"])
+@triton.jit(do_not_specialize=["B", "S", "T", "V", "steps", "offset"])
 def _splice(
     z_ptr, embedding_ptr, id_ptr, cu_ptr, source_ptr, out_ptr,  # (B, K, D), (V, D), (T,), (S+1,), (S,) or None, (T, D)
-    B, S, T, V, steps, K, D, stride, scale: tl.float64,
+    B, S, T, V, steps, K, offset, D, stride, scale: tl.float64,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Row t of pair s, j = t − cu[s]: z[source[s], j] for j < K, else scale · embedding[id[t]]."""
+    """Row t of pair s, j = t − cu[s] − offset: z[source[s], j] for 0 ≤ j < K, else scale · embedding[id[t]]."""
     WORK: tl.constexpr = tl.float64 if embedding_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < T
     s, start, end = sequence_of(cu_ptr, row, S, steps)
     placed = (row >= start) & (row < end)
-    j = row - start
-    compress = j < K
+    j = row - start - offset
+    compress = (j >= 0) & (j < K)
     b = s
     if source_ptr is not None:
         b = tl.load(source_ptr + s)
-    token = tl.load(id_ptr + row, mask=inside & (j >= K), other=0).to(tl.int64)
+    token = tl.load(id_ptr + row, mask=inside & ~compress, other=0).to(tl.int64)
     z_good = inside & placed & compress & (b >= 0) & (b < B)
-    token_good = inside & placed & (j >= K) & (token >= 0) & (token < V)
+    token_good = inside & placed & ~compress & (token >= 0) & (token < V)
     factor = tl.full((), scale, WORK)
     for first in range(0, D, COLS):
         d = first + tl.arange(0, COLS)
@@ -107,13 +107,13 @@ def _splice(
         tl.store(at, x.to(out_ptr.dtype.element_ty), mask=inside[:, None] & cols)
 
 
-@triton.jit(do_not_specialize=["B", "T"])
+@triton.jit(do_not_specialize=["B", "T", "offset"])
 def _splice_backward(
     grad_ptr, cu_ptr, order_ptr, first_ptr, out_ptr,  # (T, D), (S+1,), (S,), (B+1,), (B, K, D)
-    B, T, K, D,
+    B, T, K, offset, D,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """out[b, k] = Σ over the pairs s that read z[b] of grad[cu[s] + k], pairs in ascending order."""
+    """out[b, k] = Σ over the pairs s that read z[b] of grad[cu[s] + offset + k], pairs in ascending order."""
     out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = out_row < B * K
     b = tl.where(inside, out_row // K, 0)
@@ -132,7 +132,7 @@ def _splice_backward(
             s = first + n
             if order_ptr is not None:
                 s = tl.load(order_ptr + s, mask=n < count, other=0)
-            row = tl.load(cu_ptr + s, mask=n < count, other=0).to(tl.int64) + k
+            row = tl.load(cu_ptr + s, mask=n < count, other=0).to(tl.int64) + offset + k
             end = tl.load(cu_ptr + s + 1, mask=n < count, other=0).to(tl.int64)
             read = (n < count) & (row >= 0) & (row < end) & (row < T)
             at = grad_ptr + row[:, None] * D + d[None, :]
@@ -180,7 +180,7 @@ def take_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length
 
 
 def splice(
-    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, source: Tensor | None, scale: float
+    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, scale: float
 ) -> Tensor:
     """(B, K, D), (V, D), (T,), (S+1,), (S,) or None -> (T, D) in the embedding's dtype"""
     (b, k, d), v, t, s = z.shape, len(embedding), len(ids), len(cu_seqlens) - 1
@@ -192,14 +192,14 @@ def splice(
     launch(
         _splice, triton.cdiv(t, size.rows), z.device,
         z.contiguous(), embedding, ids, cu_seqlens, source, out,
-        b, s, t, v, s.bit_length(), k, d, embedding.stride(0), scale,
+        b, s, t, v, s.bit_length(), k, offset, d, embedding.stride(0), scale,
         ROWS=size.rows, COLS=size.cols, **size.options,
     )  # fmt: skip
     return out
 
 
 def splice_backward(
-    grad: Tensor, cu_seqlens: Tensor, source: Tensor | None, b: int, k: int, dtype: torch.dtype
+    grad: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
 ) -> Tensor:
     """(T, D) -> (B, K, D) in `dtype`"""
     t, d = grad.shape
@@ -207,7 +207,7 @@ def splice_backward(
     size = tiles.tile("rows", grad.device)
     launch(
         _splice_backward, triton.cdiv(b * k, size.rows), grad.device,
-        grad.contiguous(), cu_seqlens, *_inverse(source, b), out, b, t, k, d,
+        grad.contiguous(), cu_seqlens, *_inverse(source, b), out, b, t, k, offset, d,
         ROWS=size.rows, COLS=size.cols, **size.options,
     )  # fmt: skip
     return out

@@ -90,13 +90,13 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
         (kernel, "interpret", bits, 0): sizes
         for bits in (16, 32, 64)
         for kernel, sizes in {
-            "score": Tile(16, 64, 32),
+            "score": Tile(16, 64, 32, tma=True),
             "score_general": Tile(16, 64, 16),
-            "score_cosine": Tile(16, 64, 32),
+            "score_cosine": Tile(16, 64, 32, tma=True),
             "score_cosine_general": Tile(16, 64, 16),
-            "tiled_forward": Tile(16, 64, 32),
+            "tiled_forward": Tile(16, 64, 32, tma=True),
             "tiled_forward_general": Tile(16, 64, 16),
-            "tiled_backward": Tile(16, 32, 32),
+            "tiled_backward": Tile(16, 32, 32, tma=True),
             "tiled_backward_general": Tile(16, 32, 16),
             "epilogue": Tile(1, 128),
             "epilogue_softcap": Tile(1, 64),
