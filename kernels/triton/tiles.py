@@ -48,7 +48,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("score_cosine", "sm_80", 16, 0): Tile(128, 64, 32, 8, 3, registers=255),
     ("score_cosine", "sm_86", 16, 0): Tile(128, 64, 32, 8, 3, registers=255),
     ("score_cosine", "sm_90", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
-    ("score_cosine", "sm_100", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
+    ("score_cosine", "sm_100", 16, 0): Tile(128, 64, 64, 8, 4, tma=True),
     ("score_cosine", "gfx942", 16, 0): Tile(128, 64, 64, 8, 2),
     ("score_cosine", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     ("score_cosine_general", "any", 16, 0): Tile(64, 64, 32, 8, 2),
