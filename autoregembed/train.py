@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -55,8 +56,9 @@ class Config:
         trust_remote_code: run model code that a hub repository brings along.
         instruction: for rows without one of their own, for evaluation and for the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, else 5.
-        max_length: tokens the encoder reads of one text, instruction and compress tokens included.
-        max_target_length: tokens of a target that the decoder scores, without eos.
+        max_length: tokens the encoder reads of one text, instruction and compress tokens included; default: 512, or the
+            model's positions if they are fewer.
+        max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
         train_split: the split of a hub data set.
         streaming: stream the data; needs `steps`, and no reference scores.
         eval_data: sentence1, sentence2, score rows; Spearman's correlation before, during and after training.
@@ -111,8 +113,8 @@ class Config:
     trust_remote_code: bool = False
     instruction: str = "Represent the text."
     num_compress_tokens: int | None = None
-    max_length: int = 512
-    max_target_length: int = 512
+    max_length: int | None = None
+    max_target_length: int | None = None
     train_split: str | None = None
     streaming: bool = False
     eval_data: str | None = None
@@ -497,6 +499,7 @@ def train(config: Config, console: Console | None = None) -> dict:
     torch.set_flush_denormal(True)
     set_seed(config.seed)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and _multiplies_bf16())
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no", log_with=config.log_with or None, project_dir=str(out)
     )
@@ -505,10 +508,9 @@ def train(config: Config, console: Console | None = None) -> dict:
         accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
 
     encoder, decoder, tokenizer, recipe = build(config)
-    prompt = data.Prompt(
-        tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction, config.max_length,
-        config.max_target_length,
-    )  # fmt: skip
+    k, max_length = encoder.num_compress_tokens, encoder.fit_max_length(config.max_length)
+    targets = decoder.fit_max_target_length(k, config.max_target_length) if decoder else 512
+    prompt = data.Prompt(tokenizer, k, encoder.bos_token_id, config.instruction, max_length, targets)
     encoder.suffix_ids = prompt.suffix()
     rows = data.load_rows(config.train_data, config.train_split, config.streaming)
     tokenise = data.compression_rows if config.stage == 1 else data.alignment_rows
@@ -541,7 +543,7 @@ def train(config: Config, console: Console | None = None) -> dict:
     def evaluate() -> float | None:
         if pairs is None:
             return None
-        return sts(lambda texts: embed(encoder, tokenizer, texts, max_length=config.max_length), pairs)["spearman"]
+        return sts(lambda texts: embed(encoder, tokenizer, texts, max_length=max_length), pairs)["spearman"]
 
     state_folder = out / "checkpoints"
     first, scores, seconds = 0, {}, 0.0
@@ -625,7 +627,7 @@ def train(config: Config, console: Console | None = None) -> dict:
             with checkpoint.atomic_folder(out / "adapter", overwrite=True) as folder:
                 encoder.model.save_pretrained(folder)
         checkpoint.save_model(out / "model", merged(encoder), tokenizer, recipe)
-        export(encoder, tokenizer, out / "export", max_length=config.max_length, overwrite=True)
+        export(encoder, tokenizer, out / "export", max_length=max_length, overwrite=True)
         checkpoint.write_json(out / "summary.json", summary)
     accelerator.wait_for_everyone()
     if config.log_with:
