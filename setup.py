@@ -69,10 +69,12 @@ setup(
         "autoregembed.kernels",
         "autoregembed.kernels.native",
         "autoregembed.kernels.torch",
+        "autoregembed.kernels.triton",
     ],
     package_dir={
         "autoregembed.kernels.native": "kernels/native",
         "autoregembed.kernels.torch": "kernels/torch",
+        "autoregembed.kernels.triton": "kernels/triton",
     },
     ext_modules=[] if MODE == "0" else [Extension("autoregembed._native", sources=[], optional=MODE != "1")],
     cmdclass={"build_ext": CMakeBuild},

@@ -87,7 +87,8 @@ def _doctor() -> None:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
         routes = ops.available_impls(device)
-        table.add_row("  impl=auto", next(route for route, state in routes.items() if state == "ok"))
+        auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
+        table.add_row("  impl=auto", auto)
         for route, state in routes.items():
             detail = native_linear_logprob.describe() if (route, state) == ("native", "ok") else ""
             table.add_row(f"  impl={route}", state + detail)
