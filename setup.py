@@ -38,11 +38,17 @@ class CMakeBuild(build_ext):
 setup(
     packages=[
         "autoregembed",
+        "autoregembed.bench",
+        "autoregembed.bench.peers",
         "autoregembed.integrations",
         "autoregembed.kernels",
         "autoregembed.kernels.torch",
     ],
-    package_dir={"autoregembed.kernels.torch": "kernels/torch"},
+    package_dir={
+        "autoregembed.bench": "bench",
+        "autoregembed.bench.peers": "bench/peers",
+        "autoregembed.kernels.torch": "kernels/torch",
+    },
     ext_modules=[] if MODE == "0" else [Extension("autoregembed._native", sources=[], optional=MODE != "1")],
     cmdclass={"build_ext": CMakeBuild},
 )
