@@ -141,6 +141,7 @@ def _bench(
     rounds: int | None = None,
     rows: int | None = None,
     triplets: str | None = None,
+    limit: float | None = None,
 ) -> int:
     """Times every op and the training step beside peers, floor and roofline.
 
@@ -154,14 +155,14 @@ def _bench(
         rounds: of every case.
         rows: triplets of a training step.
         triplets: a jsonl file of query, pos, neg for the steps.
+        limit: seconds after which no further case is begun.
     """
     import autoregembed.bench.suite as benchmarks
 
     old = benchmarks.load(Path(compare)) if compare else None
-    found = benchmarks.bench(
-        suite, quick=quick, device=device, json_file=Path(json) if json else None,
-        report=Path(report) if report else None, rounds=rounds, rows=rows, triplets=triplets, console=console,
-    )  # fmt: skip
+    files = {"json_file": Path(json) if json else None, "report": Path(report) if report else None}
+    options = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
+    found = benchmarks.bench(suite, quick=quick, device=device, console=console, **files, **options)
     return int(old is not None and bool(benchmarks.compare(old, found, threshold, console)))
 
 

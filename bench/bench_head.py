@@ -53,9 +53,9 @@ def head_case(
 
     def prepare(case: Case) -> None:
         inputs = workload.head_inputs(n, d, v, device, dtype)
-        made.append(inputs)
+        made[:] = [inputs]
         case.inputs = inputs.describe
-        known.extend([_reference(inputs, rows, torch.float64), _reference(inputs, rows, torch.float32)])
+        known[:] = [_reference(inputs, rows, dtype) for dtype in (torch.float64, torch.float32)]
 
     def check(name: str, outputs: tuple[Tensor, Tensor | None]) -> float:
         (logprob, u, top), (eager_logprob, eager_u, _) = known

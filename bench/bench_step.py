@@ -210,6 +210,7 @@ def step_case(
 
     def prepare(case: Case) -> None:
         made = setup()
+        first.clear()
         case.inputs = made.describe
         case.flops, case.bytes = _work(made, stage)
         case.tokens = sum(len(r["query_ids"]) + (len(r["positive_ids"]) if stage == 2 else 0) for r in made.rows)

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -162,6 +163,7 @@ def peak_memory(call: Callable[[], Any], device: str) -> tuple[int, int | None]:
     torch.profiler records, summed in time; memory that a library takes without torch's allocator is not seen.
     """
     gc.collect()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line at every start and stop
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

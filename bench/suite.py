@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import bench_alignment, bench_head, bench_info_nce, bench_step, harness
+from . import bench_alignment, bench_head, bench_info_nce, harness
 
 SUITES = ("head", "step", "all")
 THRESHOLD = 1.15
@@ -30,6 +30,8 @@ def cases(
         for module in (bench_head, bench_alignment, bench_info_nce):
             yield from module.cases(device, quick)
     if suite in ("step", "all"):
+        from . import bench_step  # the only one that needs Transformers
+
         yield from bench_step.cases(device, quick, rows, triplets)
 
 
@@ -43,6 +45,7 @@ def bench(
     rounds: int | None = None,
     rows: int | None = None,
     triplets: str | None = None,
+    limit: float | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Runs a suite; returns, and writes where asked, the environment and one row per case and variant.
@@ -55,6 +58,7 @@ def bench(
         rounds: of every case, in place of its own number.
         rows: triplets of a training step.
         triplets: a jsonl file of {query, pos, neg} for the steps.
+        limit: seconds after which no further case is begun; what was left out is named.
 
     Raises:
         ValueError: an unknown suite or device.
@@ -65,32 +69,37 @@ def bench(
     if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
         raise ValueError(f"device: found {device!r}, allowed are 'cpu' and, where there is a GPU, 'cuda'")
     torch.set_flush_denormal(True)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     todo = list(cases(suite, device, quick, rows, triplets))
-    result: list[harness.Row] = []
+    begin = time.monotonic()
+    left_out: list[str] = []
+    found: dict[str, Any] = {"format": 1, "suite": suite, "quick": quick, "rows": []}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("rates of this machine", total=len(todo))
         dtypes = [torch.float32] if device == "cpu" else [torch.bfloat16, torch.float32]
         machine = harness.Machine.measure(device, dtypes, quick)
+        found |= harness.environment(machine)
         for make in todo:
             case = make()
+            if limit is not None and time.monotonic() - begin > limit:
+                left_out.append(case.name)
+                continue
             progress.update(task, description=case.name)
-            rows_of_case = harness.run(case, machine, rounds=rounds)
-            result += rows_of_case
-            for line in table([asdict(r) for r in rows_of_case]):
+            measured = [asdict(row) for row in harness.run(case, machine, rounds=rounds)]
+            found["rows"] += measured
+            for line in table(measured):
                 progress.console.print(line)
             progress.advance(task)
-    found = {
-        "format": 1,
-        "suite": suite,
-        "quick": quick,
-        **harness.environment(machine),
-        "rows": [asdict(r) for r in result],
-    }
+            if json_file:  # after every case: a run that is cut short leaves what it had
+                temporary = json_file.with_name(f".{json_file.name}.tmp")
+                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                temporary.replace(json_file)
     console.print(summary(found))
+    if left_out:
+        console.print(f"left out after {limit:.0f} s: {', '.join(left_out)}")
     if json_file:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         console.print(f"results: {json_file}")
     if report:
         from .report import write_report
@@ -108,28 +117,22 @@ def _time(ms: float) -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
 
 
 def table(rows: list[dict]) -> list[Any]:
     """The table of one case; with the reasons of what was skipped in one line each."""
     steps = any(r["tokens_per_second"] for r in rows)
-    out = Table(
-        title=f"{rows[0]['case']} · {rows[0]['inputs']}",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-    )
-    for name in ("", "median", "IQR", "× floor", f"× faster than {rows[0]['baseline']}", "roofline", "peak memory",
-                 "error", *(["tokens/s"] if steps else [])):  # fmt: skip
-        out.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    title = f"{rows[0]['case']} · {rows[0]['inputs']} · speed-up over {rows[0]['baseline']}"
+    out = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in ("", "median", "IQR", "×floor", "speed-up", "roof", "memory", "error", *(["tok/s"] if steps else [])):
+        out.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     done = sorted((r for r in rows if r["median_ms"] is not None), key=lambda r: r["median_ms"])
     for r in done:
         cells = [
             r["variant"],
             _time(r["median_ms"]),
-            _time(r["iqr_ms"]),
+            f"{100 * r['iqr_ms'] / r['median_ms']:.0f}%",
             "" if r["ratio_to_floor"] is None else f"{r['ratio_to_floor']:.2f}",
             "" if r["speedup"] is None else f"{r['speedup']:.2f}",
             f"{100 * r['roofline']:.0f}%",
@@ -159,7 +162,7 @@ def summary(found: dict) -> str:
     return (
         f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads; measured {rates}, "
         f"{measured['bytes_per_second'] / 1e9:.0f} GB/s; torch {found['versions'].get('torch')}, "
-        f"python {platform.python_version()}, commit {found['commit'][:12] or 'unknown'}"
+        f"python {found['python']}, commit {found['commit'][:12] or 'unknown'}"
     )
 
 

@@ -210,7 +210,7 @@ def synthetic(
 
 
 def head_inputs(n: int, d: int, v: int, device: str, dtype: torch.dtype) -> HeadInputs:
-    """Recorded inputs at SmolLM2's (D, V) where its package is installed, synthetic ones else; `describe` says which."""
+    """Recorded inputs at SmolLM2's (D, V) where its package is installed, else synthetic ones; `describe` says so."""
     if (d, v) == (576, 49152):
         with contextlib.suppress(Unavailable):
             return recorded(n).to(device, dtype)

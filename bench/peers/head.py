@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -29,11 +30,16 @@ def _chunk(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
+@functools.cache
+def _compiled_chunk() -> Logprob:
+    return torch.compile(_chunk, dynamic=False)
+
+
 def compiled_chunked(device: str) -> Logprob:
     """The usual lean form: torch.compile of one chunk, recomputed in backward, so that no (N, V) tensor lives on."""
     from torch.utils.checkpoint import checkpoint
 
-    compiled = torch.compile(_chunk, dynamic=False)
+    compiled = _compiled_chunk()
     rows = 512 if device == "cpu" else 2048
 
     def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
