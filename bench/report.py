@@ -59,12 +59,12 @@ def _bars(rows: list[dict]) -> str:
         left.set_xlim(0, 1.22 * max(r["median_ms"] + r["iqr_ms"] / 2 for r in done))
         for i, r in enumerate(done):
             label = _time(r["median_ms"])
-            if r["ratio_to_floor"] is not None and r["variant"] != harness.FLOOR:
-                label += f"  {r['ratio_to_floor']:.2f}×"
+            if r["ratio_to_floor"] is not None:
+                label += f"  {r['ratio_to_floor']:.2f}×" * (r["variant"] != harness.FLOOR)
             elif r["speedup"] is not None and r["variant"] != r["baseline"]:
-                label += f"  {r['speedup']:.2f}× faster"
+                label += f"  speed-up {r['speedup']:.2f}"
             left.annotate(label, (r["median_ms"] + r["iqr_ms"] / 2, i), (4, 0), textcoords="offset points", va="center")
-        left.set(title="time (bar: IQR; ×: of the floor)", xlabel="ms")
+        left.set(title="time (line: IQR; ×: of the floor)", xlabel="ms")
         sizes = [(r["peak_bytes"] or 0) / 2**20 for r in done]
         right.barh(places, sizes, color=colours, height=0.7)
         right.set_yticks(places, [])
@@ -72,7 +72,7 @@ def _bars(rows: list[dict]) -> str:
         for i, (r, size) in enumerate(zip(done, sizes, strict=True)):
             if r["peak_bytes"]:
                 right.annotate(_size(r["peak_bytes"]), (size, i), (4, 0), textcoords="offset points", va="center")
-        right.set(title="peak memory of the call", xlabel="MiB")
+        right.set(title="peak memory of the call", xlabel="MB")
 
     return _svg(draw, 10.5, 0.9 + 0.32 * len(done), 2)
 
@@ -83,7 +83,7 @@ def _curve(rows: list[dict], letter: str) -> str:
     def draw(axes: Any) -> None:
         variants = list(dict.fromkeys(r["variant"] for r in rows))
         for axis, key, scale, label in zip(
-            axes, ("median_ms", "peak_bytes"), (1.0, 2.0**-20), ("ms", "MiB"), strict=True
+            axes, ("median_ms", "peak_bytes"), (1.0, 2.0**-20), ("ms", "MB"), strict=True
         ):
             for v in variants:
                 points = sorted((r["shape"][letter], r[key] * scale) for r in rows if r["variant"] == v and r[key])

@@ -117,7 +117,10 @@ def _time(ms: float) -> str:
 
 
 def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
+    """Binary multiples."""
+    if count >= 2**30:
+        return f"{count / 2**30:.2f} GB"
+    return f"{count / 2**20:.1f} MB" if count >= 2**20 else f"{count / 2**10:.1f} kB"
 
 
 def table(rows: list[dict]) -> list[Any]:
@@ -162,7 +165,8 @@ def summary(found: dict) -> str:
     return (
         f"{hardware.get('gpu') or hardware['processor']}, {hardware['threads']} threads; measured {rates}, "
         f"{measured['bytes_per_second'] / 1e9:.0f} GB/s; torch {found['versions'].get('torch')}, "
-        f"python {found['python']}, commit {found['commit'][:12] or 'unknown'}"
+        f"python {found['python']}, "
+        f"commit {found['commit'][:12] or 'unknown'}{'+changes' * found['commit'].endswith('+changes')}"
     )
 
 

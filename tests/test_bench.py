@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from autoregembed import ops
-from autoregembed.bench import bench_head, harness, suite, workload
+from autoregembed.bench import bars, bench_head, harness, suite, workload
 from autoregembed.cli import main
 from autoregembed.kernels.torch import linear_logprob as torch_route
 
@@ -209,3 +209,19 @@ def test_every_route_of_this_machine_is_measured():
     case = bench_head.head_case(32, 16, 100, "gradient", "cpu", torch.float32)
     able = [name for name, state in ops.available_impls("cpu").items() if state == "ok" and name != "reference"]
     assert {f"autoregembed ({name})" for name in able} <= case.variants.keys()
+
+
+def test_bars_read_a_result():
+    row = {
+        "case": "head gradient N=8192 D=4096 V=128256 bfloat16 cuda",
+        "op": "head",
+        "job": "gradient",
+        "shape": {"N": 8192, "D": 4096, "V": 128256},
+        "curve": None,
+    }
+    ours = {**row, "variant": "autoregembed (triton)", "median_ms": 23.0, "ratio_to_floor": 1.1, "peak_bytes": 7e8}
+    peers = [{**row, "variant": name, "median_ms": 31.0} for name in ("liger", "cut-cross-entropy", "compiled chunked")]
+    found = {"device": "cuda", "rows": [ours, *peers]}
+    assert [state for state, _, _ in bars.bars(found)] == ["PASS", "OPEN", "MISS"]
+    found["rows"].append({**row, "variant": "torch linear_cross_entropy", "median_ms": 29.0})
+    assert [state for state, _, _ in bars.bars(found)] == ["PASS", "MISS", "MISS"]
