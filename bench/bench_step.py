@@ -1,7 +1,9 @@
 """A whole training step of both stages on SmolLM2-135M: ours beside the released algorithm, same model, same texts.
 
-Both sides run forward, backward and nothing else over equal micro-batches in fp32 (bf16 on a GPU), all parameters of
-the encoder trainable, z as it comes. `details` splits our step by place, the optimiser's update with it.
+Both sides run forward, backward and nothing else, in fp32 (bf16 on a GPU), all parameters of the encoder trainable, z
+as it comes, `micro` rows at a time, since 64 rows of the released algorithm's activations and logits take more than
+25 GB. Its rows of stage 2 are padded to the longest of the whole batch, as its collator does, and of stage 1 to the
+longest of the slice. `details` splits our step by place, the optimiser's update with it.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ def released(setup: Setup, stage: int, micro: int) -> tuple[Tensor, Tensor]:
             loss = setup.released.compression_loss(setup.stage1_rows(part)) * share
         else:
             r_a, r_c = (r[part] for r in setup.reference)
-            loss = setup.released.alignment_loss(rows, r_a, r_c, beta=BETA, temperature=TEMPERATURE)
+            loss = setup.released.alignment_loss(rows, r_a, r_c, beta=BETA, temperature=TEMPERATURE, batch=setup.rows)
             loss = loss * (len(rows) / len(setup.rows))
         loss.backward()
         total += loss.detach()

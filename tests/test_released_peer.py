@@ -95,13 +95,24 @@ def test_both_stages_give_the_same_loss_and_gradient_as_ours():
     stage1 = [
         {"text_ids": r["query_ids"], "suffix_ids": r["suffix_ids"], "target_ids": r["target_ids"][0]} for r in rows
     ]
-    pairs = [(peer.compression_loss(stage1), compress), (peer.alignment_loss(rows, *reference), align)]
+    slices = [(rows[i : i + 2], *(r[i : i + 2] for r in reference)) for i in range(0, 5, 2)]
+    sliced = sum(peer.alignment_loss(*part, batch=rows) * len(part[0]) / 5 for part in slices)
+    widths = []
+    peer.encoder.register_forward_pre_hook(lambda _, __, kw: widths.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    for part in slices:
+        peer.alignment_loss(*part, batch=rows)
+    assert widths == 3 * [13, 15, 13]  # 1 + longest query 7 or positive 9 + 2 + 3
+    pairs = [
+        (peer.compression_loss(stage1), compress),
+        (peer.alignment_loss(rows, *reference), align),
+        (sliced, align),
+    ]
     for found, wanted in pairs:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
         theirs.zero_grad()
         ours.zero_grad()
         found.backward()
-        wanted.backward()
+        wanted.backward(retain_graph=True)
         mine = dict(ours.model.named_parameters())
         gradients = {n: p.grad for n, p in theirs.model.named_parameters()}
         assert max(g.abs().max() for g in gradients.values()) > 1e-3
