@@ -33,34 +33,23 @@ COMPRESS = 5
 class Setup:
     """One model in the roles that both sides give it; encoders share weights, so they get the same gradients."""
 
-    def __init__(self, device: str, quick: bool, rows: int, triplets: str | None = None, negatives: int = 1):
-        self.device = device
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        if quick:
-            from autoregembed.testing import tiny_model, tiny_tokenizer
-
-            texts, self.describe = workload.triplets(rows, triplets)
-            tokenizer: Any = tiny_tokenizer(r["query"] for r in texts)
-            model = tiny_model(vocab_size=512, dtype=dtype, max_position_embeddings=1024).to(device)
-        else:
-            texts, self.describe = workload.triplets(rows, triplets)
-            model, tokenizer = workload.smollm2(dtype, device)
+    def __init__(self, device: str, model: Any, tokenizer: Any, rows: list[dict], describe: str, k: int = COMPRESS):
         from autoregembed.checkpoint import add_compress_tokens
 
-        self.rows = workload.tokenise(texts, tokenizer, negatives)
+        self.device, self.model, self.rows, self.describe = device, model, rows, describe
         frozen = copy.deepcopy(model)
-        compress = add_compress_tokens(model, tokenizer, COMPRESS)
+        compress = add_compress_tokens(model, tokenizer, k)
         options = {"compress_token_ids": compress, "bos_token_id": tokenizer.bos_token_id}
         eos = tokenizer.eos_token_id
         # Packed attention is set on a model, so each side has a copy of the modules over the same parameters.
-        self.model = model
         self.encoder = Encoder(model, **options)
         self.decoder = Decoder(frozen, eos_token_id=eos)
         self.released = Released(_twin(base_model(model)), _twin(frozen), eos_token_id=eos, **options)
         generator = torch.Generator().manual_seed(1)
+        negatives = len(rows[0]["target_ids"]) - 1
         self.reference = (
-            (-40 - 20 * torch.rand(rows, generator=generator)).to(device),
-            (-60 - 20 * torch.rand(rows, negatives, generator=generator)).to(device),
+            (-40 - 20 * torch.rand(len(rows), generator=generator)).to(device),
+            (-60 - 20 * torch.rand(len(rows), negatives, generator=generator)).to(device),
         )
 
     def parts(self, size: int) -> list[slice]:
@@ -70,6 +59,44 @@ class Setup:
         """The query is written again from its own z."""
         return [{"text_ids": r["query_ids"], "suffix_ids": r["suffix_ids"], "target_ids": r["query_ids"]}
                 for r in self.rows[part]]  # fmt: skip
+
+
+def nli(device: str, quick: bool, rows: int, triplets: str | None) -> Setup:
+    """SmolLM2-135M, or a tiny random model for a quick run, and NLI triplets."""
+    texts, describe = workload.triplets(rows, triplets)
+    dtype = _dtype(device)
+    if quick:
+        from autoregembed.testing import tiny_model, tiny_tokenizer
+
+        tokenizer: Any = tiny_tokenizer(r["query"] for r in texts)
+        model = tiny_model(vocab_size=512, dtype=dtype, max_position_embeddings=1024).to(device)
+    else:
+        model, tokenizer = workload.smollm2(dtype, device)
+    return Setup(device, model, tokenizer, workload.tokenise(texts, tokenizer), describe)
+
+
+def uniform(device: str, rows: int, k: int, m: int, length: int) -> Setup:
+    """A random Llama of 4 layers, D = 256, V = 8192, and random texts that all have `length` tokens: for curves."""
+    from autoregembed.testing import tiny_model, tiny_tokenizer
+
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64}
+    model = tiny_model(
+        vocab_size=8192, dtype=_dtype(device), max_position_embeddings=4096, initializer_range=0.02, **sizes
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def text() -> list[int]:
+        return torch.randint(400, 8192, (length,), generator=generator).tolist()
+
+    made = [
+        {"query_ids": text(), "positive_ids": text(), "suffix_ids": [5], "target_ids": [text() for _ in range(1 + m)]}
+        for _ in range(rows)
+    ]
+    return Setup(device, model.to(device), tiny_tokenizer(), made, "random 4-layer Llama, D=256, V=8192", k)
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def _twin(model: Any) -> Any:
@@ -204,10 +231,16 @@ def _work(setup: Setup, stage: int) -> tuple[float, float]:
 
 
 def step_case(
-    setup: Callable[[], Setup], stage: int, device: str, b: int, micro: int, m: int = 1, *, rounds: int = 5
+    setup: Callable[[], Setup],
+    stage: int,
+    device: str,
+    shape: dict[str, int],
+    *,
+    rounds: int = 5,
+    curve: str | None = None,
 ) -> Case:
-    """One stage; `setup()` loads the model, at first use."""
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    """One stage; `setup()` loads the model, at first use. `shape` has at least B and micro."""
+    dtype, micro = _dtype(device), shape["micro"]
     first: list[tuple[Tensor, Tensor]] = []
 
     def prepare(case: Case) -> None:
@@ -233,20 +266,36 @@ def step_case(
         "released": Variant(lambda: partial(released, setup(), stage, micro), note="padded, from its description"),
         OURS: Variant(lambda: partial(ours, setup(), stage, micro)),
     }
-    shape = {"B": b, "micro": micro, "K": COMPRESS, **({"M": m} if stage == 2 else {})}
     return Case(
         suite="step", op="step", job=f"stage{stage}", shape=shape, dtype=str(dtype)[6:], inputs="", variants=variants,
         flops=0.0, bytes=0.0, prepare=prepare, check=check, baseline="released", rounds=rounds, device=device,
-        details={OURS: lambda: breakdown(setup(), stage, micro)},
+        curve=curve, details={} if curve else {OURS: lambda: breakdown(setup(), stage, micro)},
     )  # fmt: skip
 
 
 def cases(device: str, quick: bool = False, rows: int | None = None, triplets: str | None = None) -> Iterator[Callable]:
     b = rows or (4 if quick else 64)
     micro = min(b, 2 if quick else 16 if device == "cpu" else b)
-    setup = functools.cache(partial(Setup, device, quick, b, triplets))
+    setup = functools.cache(partial(nli, device, quick, b, triplets))
+    shape = {"B": b, "micro": micro, "K": COMPRESS, "M": 1}
     for stage in (2, 1):
-        yield partial(step_case, setup, stage, device, b, micro, rounds=3 if quick else 5)
+        yield partial(step_case, setup, stage, device, shape, rounds=3 if quick else 5)
+    if quick:
+        return
+    b = 8
+    points = [("K", k, 1, 32) for k in (1, 4, 16)] + [("M", 4, m, 32) for m in (1, 3, 7)]
+    points += [("L", 4, 1, length) for length in (32, 128, 512, *([2048] if device != "cpu" else []))]
+    for letter, k, m, length in points:
+        shape = {"B": b, "micro": b, "K": k, "M": m, "L": length}
+        yield partial(
+            step_case,
+            functools.cache(partial(uniform, device, b, k, m, length)),
+            2,
+            device,
+            shape,
+            rounds=3,
+            curve=letter,
+        )
 
 
 def test_step(variant, benchmark):

@@ -85,7 +85,8 @@ class Case:
     @property
     def name(self) -> str:
         shape = " ".join(f"{k}={v}" for k, v in self.shape.items())
-        return f"{self.op} {self.job} {shape} {self.dtype} {self.device.split(':')[0]}"
+        name = f"{self.op} {self.job} {shape} {self.dtype} {self.device.split(':')[0]}"
+        return f"{name}, curve over {self.curve}" if self.curve else name
 
 
 @dataclass
