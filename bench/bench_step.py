@@ -269,17 +269,17 @@ def step_case(
     return Case(
         suite="step", op="step", job=f"stage{stage}", shape=shape, dtype=str(dtype)[6:], inputs="", variants=variants,
         flops=0.0, bytes=0.0, prepare=prepare, check=check, baseline="released", rounds=rounds, device=device,
-        curve=curve, details={} if curve else {OURS: lambda: breakdown(setup(), stage, micro)},
+        warm_up=device != "cpu", curve=curve, details={} if curve else {OURS: lambda: breakdown(setup(), stage, micro)},
     )  # fmt: skip
 
 
 def cases(device: str, quick: bool = False, rows: int | None = None, triplets: str | None = None) -> Iterator[Callable]:
-    b = rows or (4 if quick else 64)
+    b = rows or (4 if quick else 16 if device == "cpu" else 64)
     micro = min(b, 2 if quick else 16 if device == "cpu" else b)
     setup = functools.cache(partial(nli, device, quick, b, triplets))
     shape = {"B": b, "micro": micro, "K": COMPRESS, "M": 1}
     for stage in (2, 1):
-        yield partial(step_case, setup, stage, device, shape, rounds=3 if quick else 5)
+        yield partial(step_case, setup, stage, device, shape, rounds=3 if device == "cpu" else 11)
     if quick:
         return
     b = 8

@@ -62,6 +62,8 @@ class Case:
         baseline: what "speed-up" is relative to.
         curve: the letter that this case is a point of a scaling curve over, or None.
         tokens: of one call, for tokens per second.
+        warm_up: one more call of each variant between check and timing.
+        details: by variant, milliseconds by place of one call.
     """
 
     suite: str
@@ -80,6 +82,7 @@ class Case:
     rounds: int = 5
     device: str = "cpu"
     tokens: int = 0
+    warm_up: bool = True
     details: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
 
     @property
@@ -270,8 +273,8 @@ def run(case: Case, machine: Machine, *, rounds: int | None = None, memory: bool
             rows[name].skipped = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             calls[name] = call
-    for call in calls.values():
-        call()  # warm-up, outside deterministic mode
+    for call in calls.values() if case.warm_up else ():
+        call()  # outside deterministic mode, for which torch.compile may have compiled something else
     synchronise(case.device)
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}

@@ -98,7 +98,7 @@ class Released(nn.Module):
         """Stage 2 over rows {query_ids, positive_ids, suffix_ids, target_ids = [positive, M negatives]}.
 
         `batch` holds all rows of the step when `rows` is a slice of it that fits in memory: a row is padded to the
-        longest of its batch, as the collator of the released code pads.
+        longest of its batch, as the released code pads.
         """
         suffixes = [r["suffix_ids"] for r in rows]
         queries, positives = [r["query_ids"] for r in rows], [r["target_ids"][0] for r in rows]
