@@ -1,6 +1,7 @@
 # make quickstart   train a real LLM on real text, by both stages, on this machine's CPU
 # make test         lint, types, tests
 # make sanitize     the native module's tests under ASan + UBSan, then TSan
+# make bench        every op and the training step beside peers, floor and roofline
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
@@ -46,8 +47,13 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(BIN)/.installed
-	$(BIN)/python -m bench.bench_head
+# Without dependencies: those of a peer would replace torch by a CUDA build of several GB.
+$(BIN)/.peers: $(BIN)/.data
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps triton cut-cross-entropy==25.1.1 trl==1.16.0
+	touch $@
+
+bench: $(BIN)/.peers
+	$(BIN)/autoregembed bench --limit 480 --json runs/bench/results.json --report runs/bench/report.html
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

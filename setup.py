@@ -65,6 +65,8 @@ class CMakeBuild(build_ext):
 setup(
     packages=[
         "autoregembed",
+        "autoregembed.bench",
+        "autoregembed.bench.peers",
         "autoregembed.integrations",
         "autoregembed.kernels",
         "autoregembed.kernels.native",
@@ -72,6 +74,8 @@ setup(
         "autoregembed.kernels.triton",
     ],
     package_dir={
+        "autoregembed.bench": "bench",
+        "autoregembed.bench.peers": "bench/peers",
         "autoregembed.kernels.native": "kernels/native",
         "autoregembed.kernels.torch": "kernels/torch",
         "autoregembed.kernels.triton": "kernels/triton",
