@@ -82,8 +82,8 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("combine", "any", 0, 0): Tile(64, 1, warps=2),
     ("sequence_sum", "any", 0, 0): Tile(1, 1024),
     # rows moved or scaled: cols is the step along D
-    ("rows", "any", 0, 0): Tile(2, 1024),
-    ("alignment", "any", 0, 0): Tile(1024, 1, warps=8),
+    ("rows", "any", 0, 0): Tile(2, 1024, registers=255),
+    ("alignment", "any", 0, 0): Tile(1024, 1, warps=8, registers=255),
     ("unit", "any", 0, 0): Tile(1, 1, warps=8),
     # The interpreter's tiles are small, so that small tensors have several and a ragged last one.
     **{
