@@ -144,6 +144,15 @@ def test_epilogue_accurate(level, case):
         assert_accurate(rounded, eager_gradient, wanted_gradient, max_logit=max_logit, gradient_factor=abs(scale))
 
 
+def test_bf16_gradient_is_the_fp32_one_rounded_to_nearest(level):
+    torch.manual_seed(0)
+    logits, target = torch.randn(3, 2111) * 4, torch.randint(2111, (3,))
+    e = {store: logits.clone() for store in ("fp32", "bf16")}
+    for store, z in e.items():
+        native.epilogue(z, target, None, 5.0, 1.0, store, *torch.empty(2, 3), 1)
+    assert torch.equal(e["bf16"].view(torch.bfloat16)[:, :2111], e["fp32"].bfloat16())
+
+
 def test_certain_target_keeps_its_gradient(level):
     """1 − p far below eps: as rest / s, never as a difference with 1."""
     logits = torch.full((1, 5000), -30.0)
