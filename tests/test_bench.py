@@ -135,6 +135,12 @@ def test_a_wrong_kernel_is_never_timed(monkeypatch, bug):
         harness.run(case, harness.Machine("cpu", {"float32": 1e11}, 1e10))
 
 
+def test_unwritten_outputs_are_seen_as_nan():
+    with harness.poisoned():
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_peer_that_fails_is_a_reason_and_not_an_end():
     def broken():
         raise RuntimeError("no such symbol")
