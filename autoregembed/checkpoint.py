@@ -92,14 +92,21 @@ def load_causal_lm(
     """A causal LM, its tokenizer and its recipe: `autoregembed.json` of a folder this library wrote, else {}.
 
     Raises:
-        CheckpointError: the source cannot be loaded.
+        CheckpointError: the source cannot be loaded, or lacks weights that Transformers would then draw at random.
     """
     options = {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+        path = Path(source) / RECIPE
+        recipe = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"model: found {source!r}, which cannot be loaded: {error}") from error
+    missing = sorted(info["missing_keys"])
+    if missing and not gguf_file:
+        raise CheckpointError(
+            f"model: found {source!r}, which cannot be loaded: it has no {missing[0]} ({len(missing)} weights missing)"
+        )
     if gguf_file:
         # Transformers marks such a model as quantised and refuses to save it.
         plain = type(model)._from_config(model.config, dtype=dtype)
@@ -108,16 +115,15 @@ def load_causal_lm(
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
         model = plain
-    path = Path(source) / RECIPE
-    recipe = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return model, tokenizer, recipe
 
 
 def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     """Makes room for K compress tokens behind the vocabulary; returns their ids.
 
-    They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start at
-    the mean of the embedding matrix, with a hundredth of its spread to tell them apart.
+    They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start at the
+    embedding of a blank, a tenth of the matrix' spread apart: what the model has read often leaves its activations
+    calm, a random vector does not (gradient norms of 10 against 50 to 1000 on SmolLM2-135M).
     """
     if k < 1:
         raise ValueError(f"num_compress_tokens: found {k}, allowed is at least 1")
@@ -129,7 +135,9 @@ def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     with torch.no_grad():
         known = weight[:used].float()
         noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-        weight[ids] = (known.mean(0) + 0.01 * known.std(0) * noise).to(weight.dtype)
+        blank = tokenizer(" ", add_special_tokens=False)["input_ids"]
+        center = known[blank[0]] if blank else known.mean(0)
+        weight[ids] = (center + 0.1 * known.std(0) * noise).to(weight.dtype)
     return ids
 
 

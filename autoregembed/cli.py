@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,12 +55,16 @@ def read_config(arguments: list[str]):
     for name in names:
         if name not in (*fields, "config", "help", "print_config"):
             near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{name}: found an unknown field{hint} Allowed are {', '.join(fields)}")
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{name}: found an unknown field{hint}, allowed are {', '.join(fields)}")
     try:
         parsed: Namespace = _train_parser().parse_args(arguments)
     except ArgumentError as error:
-        raise ConfigError(str(error)) from error
+        wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
+        if wrong is None or wrong[1] not in fields:
+            raise ConfigError(str(error)) from error
+        allowed = Config.__dataclass_fields__[wrong[1]].type
+        raise ConfigError(f"{wrong[1]}: found {wrong[2].strip()}, allowed is {allowed}") from error
     return Config(**{name: parsed[name] for name in fields})
 
 
@@ -68,6 +73,7 @@ def _doctor() -> None:
     import torch
 
     from autoregembed import __version__, ops
+    from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     table = Table("part", "state", title=f"autoregembed {__version__}", title_justify="left")
@@ -81,9 +87,12 @@ def _doctor() -> None:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
-        table.add_row("  impl=auto", ops._resolve("auto", torch.device(device)))
-        for route, state in ops.available_impls(device).items():
-            table.add_row(f"  impl={route}", state)
+        routes = ops.available_impls(device)
+        auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
+        table.add_row("  impl=auto", auto)
+        for route, state in routes.items():
+            detail = native_linear_logprob.describe() if (route, state) == ("native", "ok") else ""
+            table.add_row(f"  impl={route}", state + detail)
         if importlib.util.find_spec("transformers") is None:
             continue
         from autoregembed.packing import attention_routes
@@ -94,10 +103,26 @@ def _doctor() -> None:
     console.print(table)
 
 
-def _encode(model: str, texts: str, output: str) -> None:
-    """Embeds the lines of a text file, or of stdin, into a .safetensors file."""
-    from safetensors.torch import save_file
+def _exported(model: str):
     from sentence_transformers import SentenceTransformer
+
+    from autoregembed.checkpoint import CheckpointError
+
+    try:
+        return SentenceTransformer(model)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model: found {model!r}, which cannot be loaded: {error}") from error
+
+
+def _encode(model: str, texts: str, output: str) -> None:
+    """Embeds with MODEL, an exported folder, the lines of a text file or of stdin into a .safetensors file.
+
+    Args:
+        model: an exported folder, or any sentence-transformers model.
+        texts: one text a line; "-" is stdin.
+        output: receives `embeddings` (n, D), rows of norm 1, in the order of the lines.
+    """
+    from safetensors.torch import save
 
     with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
         lines = [line.rstrip("\n") for line in file]
@@ -106,25 +131,55 @@ def _encode(model: str, texts: str, output: str) -> None:
             raise ValueError(f"texts: found an empty text in line {number}, allowed is at least one token")
     if not lines:
         raise ValueError(f"texts: found no line in {texts!r}, allowed is at least one")
-    embeddings = SentenceTransformer(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
-    save_file({"embeddings": embeddings.cpu().contiguous()}, output)
+    target = Path(output)
+    if not target.parent.is_dir() or target.is_dir():
+        raise FileNotFoundError(f"output: found {output!r}, allowed is a file in a folder that exists")
+    embeddings = _exported(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
+    target.write_bytes(save({"embeddings": embeddings.cpu().contiguous()}))
     console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
 
 
-def _evaluate(model: str, sts: str, split: str | None, json_file: str | None) -> None:
-    """Spearman's correlation of cosine similarity with human scores, for an exported model."""
-    from sentence_transformers import SentenceTransformer
+def _evaluate(
+    model: str,
+    sts: str | None = None,
+    corpus: str | None = None,
+    queries: str | None = None,
+    qrels: str | None = None,
+    split: str | None = None,
+    json_file: str | None = None,
+) -> None:
+    """Scores MODEL, an exported folder, by STS (Spearman with human scores) and retrieval (nDCG@10, recall@k).
 
-    from autoregembed.evaluate import load_sts
-    from autoregembed.evaluate import sts as evaluate_sts
+    Args:
+        model: the exported folder, or any sentence-transformers model.
+        sts: rows {sentence1, sentence2, score}: a jsonl, json, csv, tsv or parquet file, or a hub id.
+        corpus: rows {_id, text, title?}, as in BEIR.
+        queries: rows {_id, text}.
+        qrels: rows {query-id, corpus-id, score}.
+        split: of hub data sets.
+        json_file: receives the result too.
+    """
+    from autoregembed import evaluate
 
-    exported = SentenceTransformer(model)
-    pairs = load_sts(sts, split)
+    retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
+    missing = [name for name, value in retrieval.items() if value is None]
+    if len(missing) in (1, 2):
+        raise ValueError(f"{missing[0]}: found None, allowed is a file, since another part of retrieval was given")
+    if missing and sts is None:
+        raise ValueError("sts: found None, allowed is a file, unless corpus, queries and qrels are given")
+    pairs = None if sts is None else evaluate.load_sts(sts, split)
+    parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
+    exported = _exported(model)
 
     def embed(texts: list[str]):
         return exported.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
 
-    result = {"model": model, "data": sts, "pairs": len(pairs), **evaluate_sts(embed, pairs)}
+    result: dict = {"model": model}
+    if pairs is not None:
+        result |= {"sts": sts, "pairs": len(pairs), **evaluate.sts(embed, pairs)}
+    if parts is not None:
+        sizes = {"queries": len(parts[0]), "documents": len(parts[1])}
+        result |= {"corpus": corpus, **sizes, **evaluate.retrieval(embed, *parts)}
     console.print_json(json.dumps(result))
     if json_file:
         Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -178,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train", ArgumentParser(description="Train one stage."), help="train CONFIG.yaml [--field value ...]"
     )
     for name, function in (("encode", _encode), ("eval", _evaluate), ("doctor", _doctor), ("bench", _bench)):
-        sub = ArgumentParser(description=function.__doc__)
+        sub = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
         flags = [n for n, p in inspect.signature(function).parameters.items() if p.default is False]
         sub.add_function_arguments(function, skip=set(flags))
         for flag in flags:
@@ -193,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             console.print_json(json.dumps(train(read_config(arguments[1:]), console)))
             return 0
+        if arguments[:1] in (["encode"], ["eval"]) and len(arguments) > 1 and not arguments[1].startswith("-"):
+            arguments = [arguments[0], "--model", *arguments[1:]]
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
         commands_by_name: dict[str, Callable] = {
@@ -205,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         console.print(str(stop) or "interrupted")
         return 130
-    except (ValueError, TypeError, IndexError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, IndexError, ArithmeticError, OSError, RuntimeError) as error:
         Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
         return 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import xxhash
 from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -20,7 +22,7 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
 
     Raises:
         FileNotFoundError: `source` looks like a file and there is none.
-        ValueError: an empty data set or an unknown file type.
+        ValueError: an empty data set, an unknown file type, or a file that cannot be parsed.
     """
     path = Path(source)
     suffixes = [s for s in path.suffixes[-2:] if s != ".gz"]
@@ -28,8 +30,17 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
     if path.is_file():
         if builder is None:
             raise ValueError(f"data: found {source!r}, allowed are files ending in {', '.join(_BUILDERS)} (or .gz)")
-        options = {"delimiter": "\t"} if suffixes[-1].lower() == ".tsv" else {}
-        rows = load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
+        # The words "NA", "null" and "None" are texts like any other.
+        options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
+        if suffixes[-1].lower() == ".tsv":
+            options["delimiter"] = "\t"
+        try:
+            rows = load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
+        except (DatasetGenerationError, ValueError, StopIteration, gzip.BadGzipFile) as error:
+            reason = error.__cause__ or error
+            if isinstance(error, StopIteration) or "no data" in str(error):
+                reason = ValueError("it has no rows")
+            raise ValueError(f"data: found {source!r}, which cannot be read: {reason}") from error
     elif builder is not None:
         raise FileNotFoundError(f"data: found no file {source!r}")
     else:
@@ -39,9 +50,18 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
     return rows
 
 
+def _columns(rows: Dataset | IterableDataset) -> list[str]:
+    if rows.column_names is not None:
+        return rows.column_names
+    first = next(iter(rows), None)
+    if first is None:
+        raise ValueError("data: found no rows in the stream, allowed is at least one")
+    return list(first)
+
+
 def require_columns(rows: Dataset | IterableDataset, *alternatives: tuple[str, ...]) -> tuple[str, ...]:
     """The first of several sets of column names that `rows` has; ValueError naming what is missing otherwise."""
-    columns = rows.column_names or list(next(iter(rows)))
+    columns = _columns(rows)
     for names in alternatives:
         if set(names) <= set(columns):
             return names
@@ -71,12 +91,18 @@ class Prompt:
     def suffix(self, instruction: str | None = None) -> list[int]:
         return self.ids(f"\n{self.instruction if instruction is None else instruction}\n")
 
-    def text(self, ids: list[int], suffix: list[int]) -> list[int]:
+    def text(self, ids: list[int], suffix: list[int], row: int | None = None) -> list[int]:
+        """The ids of a text that fit beside `suffix`.
+
+        Raises:
+            ValueError: there is room for none.
+        """
         room = self.max_length - len(suffix) - self.num_compress_tokens - (self.bos_token_id is not None)
         if room < 1:
             raise ValueError(
                 f"max_length: found {self.max_length}, allowed is at least {self.max_length - room + 1} for this "
                 f"instruction of {len(suffix)} tokens and {self.num_compress_tokens} compress tokens"
+                + ("" if row is None else f" in row {row}")
             )
         return ids[:room]
 
@@ -98,6 +124,12 @@ def _nonempty(ids: list, column: str, row: int) -> list:
     return ids
 
 
+def _text(value, column: str, row: int) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"data: found {value!r} as {column!r} in row {row}, allowed is a string")
+    return value
+
+
 def _texts(value, column: str, row: int) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
@@ -105,9 +137,13 @@ def _texts(value, column: str, row: int) -> list[str]:
     return values
 
 
+def _instruction(batch: dict, i: int, row: int) -> str | None:
+    value = batch["instruction"][i] if "instruction" in batch else None
+    return value if value is None else _text(value, "instruction", row)
+
+
 def _map(rows, function, prompt: Prompt, version: str, num_proc: int | None):
-    columns = rows.column_names or list(next(iter(rows)))
-    options = {"batched": True, "with_indices": True, "remove_columns": columns}
+    options = {"batched": True, "with_indices": True, "remove_columns": _columns(rows)}
     if isinstance(rows, IterableDataset):
         return rows.map(function, **options)
     # Our own fingerprint: that of the function's closure would change with the tokenizer's state.
@@ -123,10 +159,10 @@ def compression_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
     def tokenise(batch, indices):
         out: dict[str, list] = {"text_ids": [], "suffix_ids": [], "target_ids": []}
         for i, row in enumerate(indices):
-            suffix = prompt.suffix(batch["instruction"][i] if "instruction" in batch else None)
-            context = _nonempty(prompt.ids(_texts(batch["context"][i], "context", row)[0]), "context", row)
-            output = _nonempty(prompt.ids(_texts(batch["output"][i], "output", row)[0]), "output", row)
-            out["text_ids"].append(prompt.text(context, suffix))
+            suffix = prompt.suffix(_instruction(batch, i, row))
+            context = _nonempty(prompt.ids(_text(batch["context"][i], "context", row)), "context", row)
+            output = _nonempty(prompt.ids(_text(batch["output"][i], "output", row)), "output", row)
+            out["text_ids"].append(prompt.text(context, suffix, row))
             out["suffix_ids"].append(suffix)
             out["target_ids"].append(output[: prompt.max_target_length])
         return out
@@ -155,20 +191,24 @@ def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
         for i, row in enumerate(indices):
             query, positives = batch[names[0]][i], batch[names[1]][i]
             negatives = batch[negative][i] if negative in batch and batch[negative][i] is not None else []
-            instruction = batch["instruction"][i] if "instruction" in batch else None
+            instruction = _instruction(batch, i, row)
             if isinstance(query, list):  # MEDI: every text is an [instruction, text] pair
-                if len(query) != 2 or len(positives) != 2 or (negatives and len(negatives) != 2):
-                    raise ValueError(f"data: found {query!r} in row {row}, allowed is a string or [instruction, text]")
-                instruction, query = query
+                for column, pair in ((names[0], query), (names[1], positives), (negative, negatives)):
+                    if not isinstance(pair, list) or (len(pair) != 2 and (pair or column != negative)):
+                        raise ValueError(
+                            f"data: found {pair!r} as {column!r} in row {row}, allowed is an [instruction, text] pair, "
+                            f"since {names[0]!r} is a list"
+                        )
+                instruction, query = _texts(query, names[0], row)
                 positives, negatives = positives[1:], negatives[1:]
             suffix = prompt.suffix(instruction)
-            query_ids = _nonempty(prompt.ids(_texts(query, names[0], row)[0]), names[0], row)
+            query_ids = _nonempty(prompt.ids(_text(query, names[0], row)), names[0], row)
             negative_ids = [_nonempty(prompt.ids(t), negative, row) for t in _texts(negatives, negative, row)]
             for positive in _nonempty(_texts(positives, names[1], row), names[1], row):
                 positive_ids = _nonempty(prompt.ids(positive), names[1], row)
-                out["query_ids"].append(prompt.text(query_ids, suffix))
-                out["positive_ids"].append(prompt.text(positive_ids, suffix))
-                out["negative_ids"].append([prompt.text(t, suffix) for t in negative_ids])
+                out["query_ids"].append(prompt.text(query_ids, suffix, row))
+                out["positive_ids"].append(prompt.text(positive_ids, suffix, row))
+                out["negative_ids"].append([prompt.text(t, suffix, row) for t in negative_ids])
                 out["suffix_ids"].append(suffix)
                 out["target_ids"].append([t[: prompt.max_target_length] for t in (positive_ids, *negative_ids)])
         return out

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoregembed.encoder import base_model, max_positions, require_finite
+from autoregembed.encoder import fit_length, max_positions, require_finite
 from autoregembed.ops import linear_logprob
-from autoregembed.packing import Ids, Packed, check_ids, pack, run_packed, use_packed_attention
+from autoregembed.packing import Ids, Packed, base_model, check_ids, pack, run_packed, use_packed_attention
 
 Z_SCALES = ("none", "match")
 
@@ -23,6 +23,7 @@ class Decoder(nn.Module):
     Args:
         model: a Hugging Face causal LM, not the encoder's own.
         eos_token_id: ends every target; by default the model config's (the first, where it lists several).
+        bos_token_id: read before z. None: z comes first (the released code).
         z_scale: "none" feeds z as it comes (the released code); "match" scales every compressed vector to the RMS of
             the model's input embeddings, since the last hidden states of an LM are an order of magnitude larger.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
@@ -38,6 +39,7 @@ class Decoder(nn.Module):
         model: PreTrainedModel,
         *,
         eos_token_id: int | None = None,
+        bos_token_id: int | None = None,
         z_scale: str = "none",
         attention: str = "auto",
         impl: str = "auto",
@@ -61,17 +63,24 @@ class Decoder(nn.Module):
         if type(head) is not nn.Linear:
             raise ValueError(f"model: found an lm_head of type {type(head).__name__}, allowed is a plain nn.Linear")
         check_ids("eos_token_id", [[self.eos_token_id]], head.weight.shape[0])
+        self.prefix = [] if bos_token_id is None else [bos_token_id]
+        if self.prefix:
+            check_ids("bos_token_id", [self.prefix], head.weight.shape[0])
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         self._verify_head()
-        self.attention = use_packed_attention(model, attention)
+        self.attention = use_packed_attention(model, attention, embeds=True)
         self.register_buffer("input_rms", None, persistent=False)
         if z_scale == "match":
-            with torch.no_grad():
-                embedding = model.get_input_embeddings()
-                ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
-                squares = [embedding(part).double().square().sum() for part in ids.split(8192)]
-                self.input_rms = (sum(squares) / (len(ids) * config.hidden_size)).sqrt().float()
+            self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
+
+    @torch.no_grad()
+    def input_rms_per_dimension(self) -> Tensor:
+        """RMS of the model's input embeddings over the vocabulary, (D,) float32."""
+        embedding = self.model.get_input_embeddings()
+        ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
+        squares = torch.stack([embedding(part).double().square().sum(0) for part in ids.split(8192)]).sum(0)
+        return (squares / len(ids)).sqrt().float()
 
     @torch.no_grad()
     def _verify_head(self) -> None:
@@ -94,26 +103,36 @@ class Decoder(nn.Module):
         if self.input_rms is None:
             return z
         work = torch.promote_types(z.dtype, torch.float32)
-        rms = z.to(work).square().mean(-1, keepdim=True).sqrt()
-        return (z.to(work) * (self.input_rms / rms.clamp(min=torch.finfo(work).tiny))).to(z.dtype)
+        rms = z.to(work).square().mean(-1, keepdim=True).clamp(min=torch.finfo(work).tiny).sqrt()
+        return (z.to(work) * (self.input_rms.to(work) / rms)).to(z.dtype)
+
+    def fit_max_target_length(self, num_compress_tokens: int, length: int | None = None) -> int:
+        """Tokens of a target, without eos: `length`, by default 512 or what bos and K vectors leave if less.
+
+        Raises:
+            ValueError: bos, K vectors and `length` tokens are more than the model's positions.
+        """
+        positions = max_positions(self.model)
+        room = None if positions is None else positions - len(self.prefix) - num_compress_tokens
+        return fit_length("max_target_length", length, room)
 
     def num_tokens(self, targets: Sequence[Ids]) -> int:
         """Supervised rows N: target tokens and one eos each."""
         return sum(map(len, targets)) + len(targets)
 
     def _pack(self, z: Tensor, targets: Sequence[Ids], source: Tensor) -> tuple[Packed, Tensor, Tensor, Tensor]:
-        """The packed input of S pairs: K rows of z, then all target tokens; eos is a label and never an input.
+        """The packed input of S pairs: bos if any, K rows of z, all target tokens; eos is a label, never an input.
 
         Returns the pack, its input embeddings (T, D), the rows whose hidden states are scored (N,) and labels (N,).
         """
         k = z.shape[1]
         device = z.device
-        packed = pack([[0] * k + list(target) for target in targets], device)
-        starts = packed.cu_seqlens[:-1].long()  # (S,)
+        packed = pack([[*self.prefix, *[0] * k, *target] for target in targets], device)
+        starts = packed.cu_seqlens[:-1].long() + len(self.prefix)  # (S,)
         z_rows = (starts[:, None] + torch.arange(k, device=device)).flatten()
         embedded = self.model.get_input_embeddings()(packed.ids)
         z_rows_values = z[source[packed.order]].flatten(0, 1).to(embedded.dtype)
-        rows = (packed.position_ids >= k - 1).nonzero().squeeze(1)
+        rows = (packed.position_ids >= len(self.prefix) + k - 1).nonzero().squeeze(1)
         # Row t scores token t+1; the last row of a pair scores eos.
         labels = packed.ids.roll(-1)
         labels[packed.cu_seqlens[1:].long() - 1] = self.eos_token_id
@@ -134,10 +153,16 @@ class Decoder(nn.Module):
             ValueError: wrong shapes, an empty target, or one longer than the model's positions.
             IndexError: an id outside the vocabulary, or a source outside z.
         """
-        weight = self.model.get_output_embeddings().weight
-        if z.ndim != 3 or z.shape[2] != self.model.get_input_embeddings().weight.shape[1]:
-            raise ValueError(f"z: found shape {tuple(z.shape)}, allowed is (B, K, D) with the decoder's D")
-        check_ids("targets", targets, weight.shape[0])
+        weight, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
+        if z.ndim != 3 or z.shape[1] == 0 or z.shape[2] != embedding.shape[1]:
+            raise ValueError(
+                f"z: found shape {tuple(z.shape)}, allowed is (B, K, D) with K > 0 and D = {embedding.shape[1]}"
+            )
+        if not z.is_floating_point():
+            raise TypeError(f"z: found dtype {z.dtype}, allowed are floating-point types")
+        if z.device != embedding.device:
+            raise ValueError(f"z: found device {z.device}, allowed is the decoder's, {embedding.device}")
+        check_ids("targets", targets, min(len(weight), len(embedding)))
         if source is None:
             if len(targets) != len(z):
                 raise ValueError(f"targets: found {len(targets)}, allowed without source is one for each of {len(z)} z")
@@ -157,7 +182,7 @@ class Decoder(nn.Module):
                 "truncate the target"
             )
         hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
-        lengths = packed.cu_seqlens.diff() - (z.shape[1] - 1)
+        lengths = packed.cu_seqlens.diff() - (len(self.prefix) + z.shape[1] - 1)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         head = self.model.get_output_embeddings()
         scores = linear_logprob(

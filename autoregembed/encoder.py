@@ -10,18 +10,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoregembed.packing import Ids, check_ids, pack, run_packed, use_packed_attention
-
-
-def base_model(model: Any) -> Any:
-    """The part of a causal LM (PEFT-wrapped or not) that maps ids to last hidden states."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model.get_decoder() if hasattr(model, "lm_head") or hasattr(model, "get_decoder") else model
+from autoregembed.packing import Ids, base_model, check_ids, pack, run_packed, use_packed_attention
 
 
 def max_positions(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def fit_length(name: str, length: int | None, positions: int | None, *, default: int = 512) -> int:
+    """`length` if it fits; without one, the default or as many positions as there are.
+
+    Raises:
+        ValueError: more than `positions`.
+    """
+    if length is None:
+        return default if positions is None else min(default, positions)
+    if positions is not None and length > positions:
+        raise ValueError(f"{name}: found {length}, allowed is at most {positions}, what the model has positions for")
+    return length
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm that yields a causal LM's last hidden states (its active copy, when PEFT trains one).
+
+    Raises:
+        ValueError: the base model has no norm behind its layers.
+    """
+    base = base_model(model)
+    width = base.config.get_text_config().hidden_size
+    for module in reversed(list(base.children())):
+        module = getattr(module, "modules_to_save", {"default": module})["default"]
+        weight = getattr(module, "weight", None)
+        if weight is not None and tuple(weight.shape) == (width,):
+            return module
+    raise ValueError(f"model: found no norm behind the layers of {type(base).__name__}, allowed is one")
+
+
+@torch.no_grad()
+def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
+    """Multiplies the output of a norm by `gain`, through its weight (and bias).
+
+    Raises:
+        ValueError: the norm's output is proportional neither to its weight nor to 1 + weight.
+    """
+    parameters: dict[str, Tensor] = dict(norm.named_parameters(recurse=False))
+    weight = parameters["weight"]
+    gain = gain.to(weight)
+    x = torch.randn(4, len(gain), generator=torch.Generator().manual_seed(0)).to(weight)
+    wanted = norm(x) * gain
+    old = {name: p.clone() for name, p in parameters.items()}
+    for offset in (0.0, 1.0):  # Gemma's norm multiplies by 1 + weight
+        weight.copy_((old["weight"] + offset) * gain - offset)
+        if "bias" in old:
+            parameters["bias"].copy_(old["bias"] * gain)
+        if torch.allclose(norm(x), wanted, rtol=64 * torch.finfo(weight.dtype).eps, atol=1e-6):
+            return
+    for name, value in old.items():
+        parameters[name].copy_(value)
+    raise ValueError(f"model: found a final {type(norm).__name__}, allowed is one that scales with its weight")
 
 
 def require_finite(model: nn.Module) -> None:
@@ -79,7 +125,7 @@ class Encoder(nn.Module):
         if bos_token_id is not None:
             check_ids("bos_token_id", [[bos_token_id]], vocabulary)
         require_finite(model)
-        self.attention = use_packed_attention(model, attention)
+        self.attention = use_packed_attention(model, attention, embeds=own_compress_rows)
         self.compress_rows = None
         if own_compress_rows:
             self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())
@@ -88,11 +134,34 @@ class Encoder(nn.Module):
     def num_compress_tokens(self) -> int:
         return len(self.compress_token_ids)
 
+    def fit_max_length(self, length: int | None = None) -> int:
+        """Tokens of one text with all that surrounds it: `length`, by default 512 or the model's positions if fewer.
+
+        Raises:
+            ValueError: `length` is more than the model's positions.
+        """
+        return fit_length("max_length", length, max_positions(self.model))
+
     @torch.no_grad()
     def fold_compress_rows(self) -> None:
         """Writes `compress_rows` into the model's embedding matrix; a no-op without them."""
         if self.compress_rows is not None:
             self.model.get_input_embeddings().weight[self.compress_token_ids] = self.compress_rows
+
+    @torch.no_grad()
+    def calibrate(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
+        """Scales the model's final norm so that each dimension of z has a given RMS over some texts.
+
+        A few dimensions of an LM's last hidden states are ten times as large as the rest. A decoder reads such a z as
+        noise until training has tamed them; this does so before the first step and adds nothing to the model.
+
+        Args:
+            rms: (D,) of the decoder's input embeddings (`Decoder.input_rms_per_dimension`).
+            ids, suffix_ids: as in `forward`; a hundred texts are plenty.
+        """
+        z = self(ids, suffix_ids).double()
+        gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        scale_output(final_norm(self.model), gain)
 
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
         """The token ids that the model reads for each text."""
@@ -122,6 +191,8 @@ class Encoder(nn.Module):
         if len(ids) == 0:
             raise ValueError("ids: found no text, allowed is at least one")
         check_ids("ids", ids, embedding.weight.shape[0])
+        if suffix_ids is not None:  # each may be empty
+            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], embedding.weight.shape[0])
         packed = pack(self.sequences(ids, suffix_ids), embedding.weight.device)
         limit = max_positions(self.model)
         if limit is not None and packed.max_length > limit:
@@ -136,6 +207,8 @@ class Encoder(nn.Module):
             hidden = run_packed(base_model(self.model), packed, input_ids=packed.ids[None])
         else:
             x = embedding(packed.ids)
-            x = x.index_copy(0, rows.flatten(), self.compress_rows.to(x.dtype).repeat(len(ids), 1))
+            # Gemma's embedding module multiplies what it reads from its matrix.
+            own = (self.compress_rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
+            x = x.index_copy(0, rows.flatten(), own.repeat(len(ids), 1))
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
         return hidden[rows]

@@ -17,17 +17,19 @@ Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
 @torch.inference_mode()
 def embed(
-    encoder: Encoder, tokenizer, texts: Sequence[str], *, max_length: int = 512, token_budget: int = 4096
+    encoder: Encoder, tokenizer, texts: Sequence[str], *, max_length: int | None = None, token_budget: int = 4096
 ) -> Tensor:
     """normalize(mean_k z) of each text, (n, D) float32 on the CPU, in the order of `texts`.
 
-    Texts are tokenised as in training and truncated so that instruction and compress tokens stay.
+    Texts are tokenised as in training and truncated so that instruction and compress tokens stay, by default to
+    512 tokens or the model's positions if fewer.
 
     Raises:
-        ValueError: no text, or one without a token; the row is named.
+        ValueError: no text, one without a token (the row is named), or a `max_length` above the model's positions.
     """
     if len(texts) == 0:
         raise ValueError("texts: found none, allowed is at least one")
+    max_length = encoder.fit_max_length(max_length)
     prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, "", max_length)
     ids = [prompt.text(prompt.ids(text), encoder.suffix_ids) for text in texts]
     empty = [row for row, x in enumerate(ids) if not x]
@@ -48,11 +50,41 @@ def load_sts(source: str, split: str | None = None):
     """Rows {sentence1, sentence2, score} of a csv, jsonl, json or parquet file or a hub data set.
 
     Raises:
-        ValueError: a column is missing, or there is no row.
+        ValueError: a column is missing, there is no row, or a score is not a number.
     """
     rows = data.load_rows(source, split)
     data.require_columns(rows, ("sentence1", "sentence2", "score"))
+    for row, score in enumerate(rows["score"]):
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise ValueError(f"data: found {score!r} as 'score' in row {row}, allowed is a number")
     return rows
+
+
+def load_retrieval(corpus: str, queries: str, qrels: str, split: str | None = None) -> tuple[dict, dict, dict]:
+    """(queries, corpus, qrels) as `retrieval` takes them, from the three parts of a BEIR data set.
+
+    Args:
+        corpus: rows {_id, text, title?}: a file or hub data set; a title stands before its text.
+        queries: rows {_id, text}.
+        qrels: rows {query-id, corpus-id, score}.
+        split: of hub data sets.
+
+    Raises:
+        ValueError: a column is missing, there is no row, or a score is not a number.
+    """
+    texts: list[dict[str, str]] = []
+    for source in (queries, corpus):
+        rows = data.load_rows(source, split)
+        data.require_columns(rows, ("_id", "text"))
+        texts.append({str(r["_id"]): " ".join(filter(None, (r.get("title"), r["text"]))) for r in rows})
+    relevance: dict[str, dict[str, float]] = {}
+    rows = data.load_rows(qrels, split)
+    data.require_columns(rows, ("query-id", "corpus-id", "score"))
+    for row in rows:
+        if not isinstance(row["score"], int | float):
+            raise ValueError(f"data: found {row['score']!r} as 'score' in {qrels!r}, allowed is a number")
+        relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = row["score"]
+    return texts[0], texts[1], relevance
 
 
 def spearman(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
@@ -74,7 +106,7 @@ def retrieval(
     embed: Embed,
     queries: dict[str, str],
     corpus: dict[str, str],
-    qrels: dict[str, dict[str, int]],
+    qrels: dict[str, dict[str, float]],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
     """nDCG@10 (gain = relevance, discount log2(rank + 1)) and recall@k by cosine similarity, means over queries.

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from autoregembed.checkpoint import atomic_folder
-from autoregembed.encoder import Encoder, base_model
+from autoregembed.checkpoint import CheckpointError, atomic_folder
+from autoregembed.encoder import Encoder
+from autoregembed.packing import base_model
 
 
 def merged(encoder: Encoder) -> Any:
@@ -23,29 +25,36 @@ def merged(encoder: Encoder) -> Any:
     copied = copy.deepcopy(encoder)
     copied.fold_compress_rows()
     model = copied.model.merge_and_unload() if hasattr(copied.model, "merge_and_unload") else copied.model
-    model.set_attn_implementation("sdpa")
     return model
 
 
 def _tokenizer(encoder: Encoder, tokenizer, max_length: int):
-    """The tokenizer whose post-processor writes `bos · text · suffix · compress tokens`."""
+    """The tokenizer whose post-processor writes `bos · text · suffix · compress tokens`.
+
+    It is of the generic class: some models' own classes write a post-processor anew when they are loaded.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: found {type(tokenizer).__name__}, allowed is a fast tokenizer")
-    tokenizer = copy.deepcopy(tokenizer)
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
     head = [] if encoder.bos_token_id is None else [encoder.bos_token_id]
     tail = [*encoder.suffix_ids, *encoder.compress_token_ids]
     # A template item may stand for several ids; its strings are names only and need not be in the vocabulary.
     specials = [("<head>", head), ("<tail>", tail)]
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+    backend.post_processor = TemplateProcessing(
         single=f"{'<head> ' if head else ''}$A <tail>",
         pair=f"{'<head> ' if head else ''}$A $B <tail>",
         special_tokens=[{"id": n, "ids": ids, "tokens": [f"{n[:-1]}{i}>" for i in ids]} for n, ids in specials if ids],
     )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    tokenizer.padding_side, tokenizer.truncation_side = "right", "right"
-    tokenizer.model_max_length = max_length
-    return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=tokenizer.unk_token,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0),
+        padding_side="right",
+        truncation_side="right",
+        model_max_length=max_length,
+    )
 
 
 def export(
@@ -53,7 +62,7 @@ def export(
     tokenizer,
     folder: str | Path,
     *,
-    max_length: int = 512,
+    max_length: int | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes `folder`, whole or not at all.
@@ -62,15 +71,18 @@ def export(
         encoder: adapters are merged and compress rows folded in a copy; the encoder itself stays as it is.
         tokenizer: the fast tokenizer of its training.
         folder: new or empty, unless `overwrite`.
-        max_length: tokens of a text with instruction and compress tokens.
+        max_length: tokens of a text with instruction and compress tokens; by default 512, or the model's positions if
+            they are fewer.
 
     Raises:
         FileExistsError: `folder` is in use.
-        ValueError: a slow tokenizer, or `max_length` leaves no room for text.
+        CheckpointError: the tokenizer cannot be saved so that it gives the same ids.
+        ValueError: a slow tokenizer, or a `max_length` that leaves no room for text or is above the model's positions.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer, WordWeights
 
+    max_length = encoder.fit_max_length(max_length)
     fixed = len(encoder.sequences([[]])[0])
     if max_length <= fixed:
         raise ValueError(f"max_length: found {max_length}, allowed is more than {fixed}, the tokens around a text")
@@ -88,6 +100,11 @@ def export(
             Pooling(model.config.get_text_config().hidden_size, "mean"),
             Normalize(),
         ]
+        text = f"{tokenizer.eos_token or ''} The export reads what training read. " * max_length
+        found = modules[0].tokenizer(text, truncation=True)["input_ids"]
+        expected = encoder.sequences([tokenizer(text, add_special_tokens=False)["input_ids"][: max_length - fixed]])[0]
+        if found != expected:
+            raise CheckpointError(f"tokenizer: found ids {found[:8]}… once saved, allowed are {expected[:8]}…")
         SentenceTransformer(modules=modules, device="cpu").save(str(temporary / "whole"), create_model_card=False)
         for path in source.iterdir():
             path.unlink()

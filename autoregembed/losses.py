@@ -52,8 +52,11 @@ class LinearLogprob(nn.Module):
         target: Tensor,  # (N,)
         bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S+1,)
+        gradient_rows: int | None = None,
     ) -> Tensor:
-        return ops.linear_logprob(hidden, weight, target, bias=bias, cu_seqlens=cu_seqlens, **self.options)
+        return ops.linear_logprob(
+            hidden, weight, target, bias=bias, cu_seqlens=cu_seqlens, gradient_rows=gradient_rows, **self.options
+        )
 
 
 class CompressionLoss(nn.Module):
@@ -111,5 +114,11 @@ class InfoNCELoss(nn.Module):
         super().__init__()
         self.options: dict[str, Any] = {"temperature": temperature, "impl": impl}
 
-    def forward(self, query: Tensor, passages: Tensor, target: Tensor | None = None) -> Tensor:  # (B, D), (P, D), (B,)
-        return ops.info_nce(query, passages, target, **self.options)
+    def forward(
+        self,
+        query: Tensor,  # (B, D)
+        passages: Tensor,  # (P, D)
+        target: Tensor | None = None,  # (B,)
+        passage_ids: Tensor | None = None,  # (P,)
+    ) -> Tensor:
+        return ops.info_nce(query, passages, target, passage_ids=passage_ids, **self.options)

@@ -1,24 +1,42 @@
 """The ops: validated entry points, `torch.library` schemas, and the choice of an implementation.
 
-`impl` names a route: "torch" (any device), "reference" (the specification, with full logits), or "auto". A route
-that is asked for by name and cannot run raises `ImplUnavailable`; it is never replaced by another.
+`impl` names a route: "triton" (GPU), "native" (C++, CPU), "torch" (any device), "reference" (the specification, with
+full logits), or "auto". A route that is asked for by name and cannot run raises `ImplUnavailable`; it is never replaced
+by another.
+
+The Triton route never waits for the device, hence reads neither targets nor `cu_seqlens` on the host: what the other
+routes answer with an IndexError or ValueError is NaN there, in the rows or sequences concerned.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 import math
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from autoregembed import reference as spec
+from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 from autoregembed.kernels.torch import linear_logprob as torch_linear_logprob
 
-__all__ = ["AlignmentOutput", "ImplUnavailable", "alignment_loss", "available_impls", "info_nce", "linear_logprob"]
+__all__ = [
+    "AlignmentOutput",
+    "ImplUnavailable",
+    "alignment_loss",
+    "available_impls",
+    "info_nce",
+    "linear_logprob",
+    "splice",
+    "take",
+]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REFERENCES = ("add", "subtract", "none")
@@ -29,20 +47,52 @@ class ImplUnavailable(RuntimeError):
     """An implementation was asked for by name and cannot run here."""
 
 
-def available_impls(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Every route by name, with "ok" or the reason why it cannot run on `device`; `auto` takes the first "ok"."""
+# Read once: torch.compile traces through the choice of a route, and Triton reads its variable once as well.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_state(device: torch.device) -> str:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
+            return "needs compute capability 8.0 or newer"
+        return "ok"
+    if device.type != "cpu":
+        return f"runs on CUDA and HIP devices, found {device}"
+    if not _INTERPRETED:
+        return "runs on CUDA and HIP devices; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1 from the start"
+    return "ok"
+
+
+def available_impls(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Every route by name, with "ok" or why it cannot run for `dtype` on `device`.
+
+    `auto` takes the first "ok", but never Triton's interpreter.
+    """
+    native = native_linear_logprob.UNAVAILABLE or "ok"
+    if torch.device(device).type != "cpu":
+        native = f"runs on a CPU, found {device}"
+    elif native == "ok" and dtype == torch.float64:
+        native = "has no float64"
     return {
-        "triton": "not part of this version",
-        "native": "not part of this version",
+        "triton": _triton_state(torch.device(device)),
+        "native": native,
         "torch": "ok",
         "reference": "ok",
     }
 
 
-def _resolve(impl: str, device: torch.device) -> str:
-    routes = available_impls(device)
+def _resolve(impl: str, device: torch.device, dtype: torch.dtype, has_kernel: tuple[str, ...]) -> str:
+    """The route for an op that has kernels for the routes `has_kernel`; every op has its "reference"."""
+    routes = {
+        name: "this op has no such kernel" if state == "ok" and name not in (*has_kernel, "reference") else state
+        for name, state in available_impls(device, dtype).items()
+    }
     if impl == "auto":
-        return next(name for name, state in routes.items() if state == "ok")
+        interpreted = "triton" if device.type == "cpu" else ""
+        return next(name for name, state in routes.items() if state == "ok" and name != interpreted)
     if impl not in routes:
         raise ValueError(f"impl: found {impl!r}, allowed are 'auto', {', '.join(map(repr, routes))}")
     if routes[impl] != "ok":
@@ -50,9 +100,13 @@ def _resolve(impl: str, device: torch.device) -> str:
     return impl
 
 
-def _require_float(name: str, x: Tensor) -> None:
+def _require_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: found {type(x).__name__}, allowed is torch.Tensor")
+
+
+def _require_float(name: str, x: Tensor) -> None:
+    _require_tensor(name, x)
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: found dtype {x.dtype}, allowed are {', '.join(map(str, _FLOATS))}")
 
@@ -81,8 +135,23 @@ def _require_positive(name: str, x: float) -> None:
         raise ValueError(f"{name}: found {x}, allowed is a positive finite number")
 
 
-# Modules with `forward` and `backward` as in kernels/torch/linear_logprob.py.
-_LINEAR_LOGPROB = {"torch": torch_linear_logprob}
+# No id is ignored: an `ignore_index` that is no caller's id.
+NOT_IGNORED = -(2**63)
+
+# Modules with `forward` and `backward` as in kernels/torch/linear_logprob.py; Triton's is loaded when first used.
+_LINEAR_LOGPROB: dict[str, Any] = {
+    "triton": None,
+    "native": native_linear_logprob,
+    "torch": torch_linear_logprob,
+}
+
+
+def _triton(kernel: str) -> Any:
+    return importlib.import_module(f"autoregembed.kernels.triton.{kernel}")
+
+
+def _linear_logprob_route(impl: str) -> Any:
+    return _LINEAR_LOGPROB[impl] or _triton("linear_logprob")
 
 
 def _require_target(target: Tensor, size: int, ignore_index: int) -> None:
@@ -91,9 +160,8 @@ def _require_target(target: Tensor, size: int, ignore_index: int) -> None:
     bad &= target != ignore_index
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"target: found id {int(target[row])} at row {row}, allowed are 0..{size - 1} and {ignore_index=}"
-        )
+        ignored = "" if ignore_index == NOT_IGNORED else f" and {ignore_index=}"
+        raise IndexError(f"target: found id {int(target[row])} at row {row}, allowed are 0..{size - 1}{ignored}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,9 +181,11 @@ def _linear_logprob(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """logprob (N,) and its gradient with respect to hidden, U (N, D); U is (0, D) unless `with_gradient`."""
-    _require_target(target, weight.shape[0], ignore_index)
-    route = _LINEAR_LOGPROB[impl]
-    return route.forward(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient)
+    if impl != "triton":
+        _require_target(target, weight.shape[0], ignore_index)
+    route = _linear_logprob_route(impl)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return route.forward(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient)
 
 
 @_linear_logprob.register_fake
@@ -138,7 +208,9 @@ def _linear_logprob_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (N, D), weight (V, D) and bias (V,) of a trainable head; the logits are recomputed."""
-    return _LINEAR_LOGPROB[impl].backward(grad, hidden, weight, target, bias, softcap, scale, ignore_index)
+    route = _linear_logprob_route(impl)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return route.backward(grad, hidden, weight, target, bias, softcap, scale, ignore_index)
 
 
 @_linear_logprob_backward.register_fake
@@ -153,6 +225,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     if with_gradient:
         ctx.save_for_backward(output[1])
+        ctx.impl = impl
     else:
         ctx.save_for_backward(hidden, weight, target, bias)
         ctx.head = (softcap, scale, ignore_index, impl)
@@ -165,6 +238,8 @@ def _backward(ctx, grad, _grad_u):
         return none
     if ctx.with_gradient:
         (u,) = ctx.saved_tensors
+        if ctx.impl == "triton":
+            return (_scale_rows(grad, u), *none[1:])
         return ((grad[:, None] * u).to(u.dtype), *none[1:])
     hidden, weight, target, bias = ctx.saved_tensors
     d_hidden, d_weight, d_bias = _linear_logprob_backward(grad, hidden, weight, target, bias, *ctx.head)
@@ -184,7 +259,9 @@ _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("autoregembed::sequence_sum", mutates_args=())
 def _sequence_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums of x (N,) over [cu_seqlens[i], cu_seqlens[i+1]), (S,): one sequence at a time, no atomics."""
-    return torch.segment_reduce(x, "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0)
+    _require_bounds(cu_seqlens, x.shape[0])
+    # One number after another: in float64, or the sum of a long text would drift by many times fp32's eps.
+    return torch.segment_reduce(x.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0).to(x.dtype)
 
 
 @_sequence_sum.register_fake
@@ -205,18 +282,45 @@ def _sequence_sum_context(ctx, inputs, output):
 _sequence_sum.register_autograd(_sequence_sum_backward, setup_context=_sequence_sum_context)
 
 
-def _require_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: found dtype {cu_seqlens.dtype}, allowed are torch.int32, torch.int64")
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-        raise ValueError(f"cu_seqlens: found shape {tuple(cu_seqlens.shape)}, allowed is (S+1,)")
-    if not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in itertools.pairwise(bounds)):
-            raise ValueError(
-                f"cu_seqlens: found {bounds[:8]}{'…' if len(bounds) > 8 else ''}, allowed is a non-decreasing row "
-                f"from 0 to N = {length}"
-            )
+def _require_bounds(cu_seqlens: Tensor, length: int) -> None:
+    """Reads the data, so on a GPU it waits for the device."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in itertools.pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens: found {bounds[:8]}{'…' if len(bounds) > 8 else ''}, allowed is a non-decreasing row "
+            f"from 0 to N = {length}"
+        )
+
+
+@torch.library.custom_op("autoregembed::sequence_sum_triton", mutates_args=())
+def _sequence_sum_triton(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`sequence_sum` that does not read cu_seqlens on the host; a sequence with bad bounds gives NaN."""
+    return _triton("linear_logprob").sequence_sum(x, cu_seqlens)
+
+
+@torch.library.custom_op("autoregembed::sequence_expand_triton", mutates_args=())
+def _sequence_expand_triton(x: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
+    """x (S,) repeated over the rows of each sequence, (N,)."""
+    return _triton("linear_logprob").sequence_expand(x, cu_seqlens, length)
+
+
+@torch.library.custom_op("autoregembed::scale_rows", mutates_args=())
+def _scale_rows(grad: Tensor, u: Tensor) -> Tensor:
+    """grad (N,) times the rows of u (N, D), in one pass."""
+    return _triton("linear_logprob").scale_rows(grad, u)
+
+
+_sequence_sum_triton.register_fake(lambda x, cu_seqlens: x.new_empty(cu_seqlens.shape[0] - 1))
+_sequence_expand_triton.register_fake(lambda x, cu_seqlens, length: x.new_empty(length))
+_scale_rows.register_fake(lambda grad, u: torch.empty_like(u))
+
+
+@once_differentiable
+def _sequence_sum_triton_backward(ctx, grad):
+    return _sequence_expand_triton(grad, ctx.saved_tensors[0], ctx.length), None
+
+
+_sequence_sum_triton.register_autograd(_sequence_sum_triton_backward, setup_context=_sequence_sum_context)
 
 
 def linear_logprob(
@@ -229,6 +333,7 @@ def linear_logprob(
     scale: float = 1.0,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
+    gradient_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Log-probabilities of target tokens under a linear head, without the (N, V) logits.
@@ -242,20 +347,22 @@ def linear_logprob(
     Args:
         hidden: (N, D), float16, bfloat16, float32 or float64.
         weight: (V, D), the lm_head, same dtype and device.
-        target: (N,) int64 token ids in [0, V), or `ignore_index` for rows that give 0 and no gradient.
+        target: (N,) int64 or int32 token ids in [0, V), or `ignore_index` for rows that give 0 and no gradient.
         bias: (V,) or None.
         softcap: positive; logits are capped to (−softcap, softcap) as in Gemma. None: no cap.
         scale: factor on the logits before the cap.
         ignore_index: the target value of rows that do not count.
         cu_seqlens: (S+1,) int32 or int64; rows cu_seqlens[i] to cu_seqlens[i+1] belong to sequence i.
-        impl: "auto", "torch" or "reference".
+        gradient_rows: rows from this one on are scored only: they are constants, and cost one GEMM where the rows
+            before them cost two. None: all rows carry gradients.
+        impl: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
         (N,) log-probabilities in nats, or (S,) sums per sequence with `cu_seqlens`; float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: wrong dtype, device or shape; the message names the argument.
-        IndexError: a target id outside [0, V) that is not `ignore_index`.
+        IndexError: a target id outside [0, V) that is not `ignore_index`; NaN on the Triton route.
         ImplUnavailable: `impl` names a route that cannot run here.
 
     Source: log p(target | z) of arXiv 2502.11401, §3; the two-GEMM form is derived in kernels/torch/linear_logprob.py.
@@ -272,6 +379,7 @@ def linear_logprob(
     _require_shape("weight", weight, (None, hidden.shape[1]), "(V, D)")
     if weight.shape[0] == 0:
         raise ValueError("weight: found V = 0, allowed is at least one token")
+    _require_tensor("target", target)
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target: found dtype {target.dtype}, allowed are torch.int64, torch.int32")
     _require_like("target", target, "hidden", hidden, dtype=False)
@@ -284,21 +392,48 @@ def linear_logprob(
         _require_positive("softcap", softcap)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: found {scale}, allowed is a finite number")
+    impl = _resolve(impl, hidden.device, hidden.dtype, (*_LINEAR_LOGPROB,))
     if cu_seqlens is not None:
-        _require_cu_seqlens(cu_seqlens, hidden.shape[0])
+        _require_tensor("cu_seqlens", cu_seqlens)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens: found dtype {cu_seqlens.dtype}, allowed are torch.int32, torch.int64")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"cu_seqlens: found shape {tuple(cu_seqlens.shape)}, allowed is (S+1,)")
         _require_like("cu_seqlens", cu_seqlens, "hidden", hidden, dtype=False)
+    n = hidden.shape[0]
+    if gradient_rows is not None and not 0 <= gradient_rows <= n:
+        raise ValueError(f"gradient_rows: found {gradient_rows}, allowed are 0..{n} (N)")
     target = target.long()
-    impl = _resolve(impl, hidden.device)
     if impl == "reference":
         _require_target(target, weight.shape[0], ignore_index)
-        return spec.linear_logprob(
-            hidden, weight, target, bias=bias, softcap=softcap, scale=scale,
-            ignore_index=ignore_index, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+        if cu_seqlens is not None:
+            _require_bounds(cu_seqlens, hidden.shape[0])
+        if gradient_rows is not None:
+            hidden = torch.cat([hidden[:gradient_rows], hidden[gradient_rows:].detach()])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return spec.linear_logprob(
+                hidden, weight, target, bias=bias, softcap=softcap, scale=scale,
+                ignore_index=ignore_index, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
     trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
-    logprob, _ = _linear_logprob(hidden, weight, target, bias, softcap, float(scale), ignore_index, with_gradient, impl)
-    return logprob if cu_seqlens is None else _sequence_sum(logprob, cu_seqlens)
+
+    def rows(h: Tensor, w: Tensor, y: Tensor, b: Tensor | None, gradient: bool) -> Tensor:
+        return _linear_logprob(h, w, y, b, softcap, float(scale), ignore_index, gradient, impl)[0]
+
+    if gradient_rows is None or gradient_rows == n or not torch.is_grad_enabled():
+        logprob = rows(hidden, weight, target, bias, with_gradient)
+    else:
+        scored = hidden[gradient_rows:].detach(), weight.detach(), target[gradient_rows:]
+        logprob = rows(*scored, None if bias is None else bias.detach(), False)
+        if gradient_rows > 0:
+            first = rows(hidden[:gradient_rows], weight, target[:gradient_rows], bias, with_gradient)
+            logprob = torch.cat([first, logprob])
+        else:
+            logprob = logprob + hidden[:0].sum(dtype=logprob.dtype)  # attached to the graph
+    if cu_seqlens is None:
+        return logprob
+    return (_sequence_sum_triton if impl == "triton" else _sequence_sum)(logprob, cu_seqlens)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,6 +447,48 @@ class AlignmentOutput(NamedTuple):
     s1: Tensor
     s2: Tensor
     accuracy: Tensor
+
+
+@torch.library.custom_op("autoregembed::alignment", mutates_args=())
+def _alignment(
+    query_positive: Tensor,
+    positive_positive: Tensor,
+    query_negatives: Tensor,
+    reference_positive: Tensor | None,
+    reference_negatives: Tensor | None,
+    negative_mask: Tensor | None,
+    beta: float,
+    temperature: float,
+    reference: str,
+    negatives: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, s1, s2, accuracy, each (), and the loss's gradients of the first three arguments."""
+    return _triton("alignment").forward(
+        query_positive, positive_positive, query_negatives, reference_positive, reference_negatives, negative_mask,
+        beta, temperature, reference, negatives,
+    )  # fmt: skip
+
+
+@_alignment.register_fake
+def _(query_positive, positive_positive, query_negatives, *_):
+    scores = (query_positive, positive_positive, query_negatives)
+    return *(query_positive.new_empty(()) for _ in range(4)), *(x.new_empty(x.shape) for x in scores)
+
+
+def _alignment_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable
+def _alignment_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 10
+    return *(grad * x for x in ctx.saved_tensors), *(None,) * 7
+
+
+_alignment.register_autograd(_alignment_backward, setup_context=_alignment_context)
 
 
 def alignment_loss(
@@ -357,9 +534,12 @@ def alignment_loss(
 
     Source: arXiv 2502.11401, §3.3, and the code released with it.
     """
+    _require_float("query_positive", query_positive)
+    _require_float("positive_positive", positive_positive)
+    _require_float("query_negatives", query_negatives)
     if query_negatives.ndim == 1:
         query_negatives = query_negatives[:, None]
-    if reference_negatives is not None and reference_negatives.ndim == 1:
+    if isinstance(reference_negatives, Tensor) and reference_negatives.ndim == 1:
         reference_negatives = reference_negatives[:, None]
     if reference not in REFERENCES:
         raise ValueError(f"reference: found {reference!r}, allowed are {REFERENCES}")
@@ -367,7 +547,6 @@ def alignment_loss(
         raise ValueError(f"negatives: found {negatives!r}, allowed are {NEGATIVES}")
     _require_positive("beta", beta)
     _require_positive("temperature", temperature)
-    _require_float("query_positive", query_positive)
     _require_shape("query_positive", query_positive, (None,), "(B,)")
     _require_shape("query_negatives", query_negatives, (None, None), "(B, M)")
     b, m = query_positive.shape[0], query_negatives.shape[1]
@@ -385,18 +564,28 @@ def alignment_loss(
         shape, meaning = ((b, m), "(B, M)") if name.endswith("negatives") else ((b,), "(B,)")
         _require_shape(name, x, shape, meaning)
     if negative_mask is not None:
+        _require_tensor("negative_mask", negative_mask)
         if negative_mask.dtype != torch.bool:
             raise TypeError(f"negative_mask: found dtype {negative_mask.dtype}, allowed is torch.bool")
+        _require_like("negative_mask", negative_mask, "query_positive", query_positive, dtype=False)
+        if negative_mask.ndim == 1:
+            negative_mask = negative_mask[:, None]
         _require_shape("negative_mask", negative_mask, (b, m), "(B, M)")
-    _resolve(impl, query_positive.device)
+    impl = _resolve(impl, query_positive.device, query_positive.dtype, ("triton", "torch"))
     # B·M numbers: the specification is the torch route. Scores are sums of hundreds of nats, hence never 16 bits.
     work = torch.float64 if query_positive.dtype == torch.float64 else torch.float32
-    loss, s1, s2, accuracy = spec.alignment_loss(
+    given_scores = (
         query_positive.to(work),
         positive_positive.to(work),
         query_negatives.to(work),
         None if reference_positive is None else reference_positive.detach().to(work),
         None if reference_negatives is None else reference_negatives.detach().to(work),
+    )
+    if impl == "triton":
+        loss, s1, s2, accuracy, *_ = _alignment(*given_scores, negative_mask, beta, temperature, reference, negatives)
+        return AlignmentOutput(loss, s1.detach(), s2.detach(), accuracy.detach())
+    loss, s1, s2, accuracy = spec.alignment_loss(
+        *given_scores,
         beta=beta, temperature=temperature, reference=reference, negatives=negatives, mask=negative_mask,
     )  # fmt: skip
     return AlignmentOutput(loss, s1, s2, accuracy)
@@ -406,12 +595,67 @@ def alignment_loss(
 # info_nce
 
 
+@torch.library.custom_op("autoregembed::info_nce", mutates_args=())
+def _info_nce(
+    query: Tensor,
+    passages: Tensor,
+    target: Tensor,
+    passage_ids: Tensor | None,
+    temperature: float,
+    query_gradient: bool,
+    passage_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss () and its gradients of query (B, D) and passages (P, D), each (0, D) unless asked for."""
+    forward = _triton("info_nce").forward
+    with torch.autocast(query.device.type, enabled=False):
+        return forward(query, passages, target, passage_ids, temperature, query_gradient, passage_gradient)
+
+
+@_info_nce.register_fake
+def _(query, passages, target, passage_ids, temperature, query_gradient, passage_gradient):
+    (b, d), p = query.shape, passages.shape[0]
+    loss = query.new_empty((), dtype=torch.promote_types(query.dtype, torch.float32))
+    return loss, query.new_empty(b if query_gradient else 0, d), query.new_empty(p if passage_gradient else 0, d)
+
+
+def _info_nce_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.wanted = inputs[5:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable
+def _info_nce_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    both = (grad * x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+    return *both, *(None,) * 5
+
+
+_info_nce.register_autograd(_info_nce_backward, setup_context=_info_nce_context)
+
+
+def _info_nce_masked(q: Tensor, p: Tensor, target: Tensor, temperature: float, passage_ids: Tensor) -> Tensor:
+    """The torch route with duplicates masked: chunks of rows, each recomputed in the backward."""
+    _require_target(target, p.shape[0], NOT_IGNORED)
+
+    def loss_of(q: Tensor, p: Tensor, y: Tensor) -> Tensor:
+        return spec.info_nce(q, p, y, temperature=temperature, passage_ids=passage_ids) * q.shape[0]
+
+    step = torch_linear_logprob.rows_per_chunk(q.device, p.shape[0], q.element_size())
+    chunks = zip(q.split(step), target.long().split(step), strict=True)
+    sums = [checkpoint(loss_of, rows, p, y, use_reentrant=False) for rows, y in chunks]
+    return torch.stack(sums).sum() / q.shape[0]
+
+
 def info_nce(
     query: Tensor,
     passages: Tensor,
     target: Tensor | None = None,
     *,
     temperature: float = 0.05,
+    passage_ids: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Contrastive loss over cosine similarities, in-batch and hard negatives in one list of passages.
@@ -421,15 +665,18 @@ def info_nce(
     Args:
         query: (B, D), need not be normalised.
         passages: (P, D): the positives, then any hard negatives.
-        target: (B,) int64, the positive's place in `passages`; by default query i belongs to passage i, P ≥ B.
+        target: (B,) int64 or int32, the positive's place in `passages`; by default query i belongs to passage i, P ≥ B.
         temperature: positive.
-        impl: "auto", "torch" or "reference".
+        passage_ids: (P,) int64, equal for equal passages: a passage with the id of a query's positive that is not the
+            positive itself is no negative of that query.
+        impl: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
         () float32 (float64 for float64 inputs); 0 attached to the graph for B = 0.
 
     Raises:
-        TypeError, ValueError, IndexError: wrong dtype, device, shape or target.
+        TypeError, ValueError, IndexError: wrong dtype, device, shape or target (a target out of range: NaN on the
+            Triton route).
 
     Source: van den Oord et al., arXiv 1807.03748; the control of arXiv 2502.11401.
     """
@@ -444,18 +691,226 @@ def info_nce(
         if len(passages) < len(query):
             raise ValueError(f"passages: found P = {len(passages)}, allowed without a target is P ≥ B = {len(query)}")
         target = torch.arange(len(query), device=query.device)
-    if len(query) == 0:
-        return (query.sum() + passages.sum() * 0).to(torch.promote_types(query.dtype, torch.float32))
-    if _resolve(impl, query.device) == "reference":
-        return spec.info_nce(query, passages, target, temperature=temperature)
+    else:
+        _require_tensor("target", target)
+        if target.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"target: found dtype {target.dtype}, allowed are torch.int64, torch.int32")
+        _require_like("target", target, "query", query, dtype=False)
+        _require_shape("target", target, (query.shape[0],), "(B,)")
+    if passage_ids is not None:
+        _require_tensor("passage_ids", passage_ids)
+        if passage_ids.dtype != torch.int64:
+            raise TypeError(f"passage_ids: found dtype {passage_ids.dtype}, allowed is torch.int64")
+        _require_like("passage_ids", passage_ids, "query", query, dtype=False)
+        _require_shape("passage_ids", passage_ids, (passages.shape[0],), "(P,)")
+    impl = _resolve(impl, query.device, query.dtype, (*_LINEAR_LOGPROB,))
+    if impl == "triton" and query.shape[0] > 0 and passages.shape[0] > 0:
+        if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, passages = query.to(dtype), passages.to(dtype)
+        grad = torch.is_grad_enabled()
+        wanted = grad and query.requires_grad, grad and passages.requires_grad
+        return _info_nce(query, passages, target.long(), passage_ids, float(temperature), *wanted)[0]
     work = torch.promote_types(query.dtype, torch.float32)
+    query, passages = query.to(work), passages.to(work)
+    if query.shape[0] == 0:
+        return query.sum() + passages[:0].sum()
+    if passages.shape[0] == 0:
+        raise ValueError("passages: found P = 0, allowed is at least one passage")
     with torch.autocast(query.device.type, enabled=False):
+        if impl == "reference":
+            _require_target(target, passages.shape[0], NOT_IGNORED)
+            return spec.info_nce(query, passages, target.long(), temperature=temperature, passage_ids=passage_ids)
+        if passage_ids is not None:
+            return _info_nce_masked(query, passages, target, temperature, passage_ids)
         logprob = linear_logprob(
-            F.normalize(query.to(work), dim=-1),
-            F.normalize(passages.to(work), dim=-1),
+            F.normalize(query, dim=-1),
+            F.normalize(passages, dim=-1),
             target,
             scale=1 / temperature,
-            ignore_index=-1,
+            ignore_index=NOT_IGNORED,
             impl=impl,
         )
         return -logprob.mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# take and splice
+
+
+@torch.library.custom_op("autoregembed::take", mutates_args=())
+def _take(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | None) -> Tensor:
+    return _triton("splice").take(hidden, cu_seqlens, k, index)
+
+
+@torch.library.custom_op("autoregembed::take_backward", mutates_args=())
+def _take_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length: int) -> Tensor:
+    return _triton("splice").take_backward(grad, cu_seqlens, index, length)
+
+
+@torch.library.custom_op("autoregembed::splice", mutates_args=())
+def _splice(
+    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, scale: float
+) -> Tensor:
+    return _triton("splice").splice(z, embedding, ids, cu_seqlens, source, offset, scale)
+
+
+@torch.library.custom_op("autoregembed::splice_backward", mutates_args=())
+def _splice_backward(
+    grad: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    return _triton("splice").splice_backward(grad, cu_seqlens, source, offset, b, k, dtype)
+
+
+@_take.register_fake
+def _(hidden, cu_seqlens, k, index):
+    return hidden.new_empty(cu_seqlens.shape[0] - 1 if index is None else index.shape[0], k, hidden.shape[1])
+
+
+_take_backward.register_fake(lambda grad, cu_seqlens, index, length: grad.new_empty(length, grad.shape[2]))
+
+
+@_splice.register_fake
+def _(z, embedding, ids, cu_seqlens, source, offset, scale):
+    return embedding.new_empty(ids.shape[0], embedding.shape[1])
+
+
+@_splice_backward.register_fake
+def _(grad, cu_seqlens, source, offset, b, k, dtype):
+    return grad.new_empty(b, k, grad.shape[1], dtype=dtype)
+
+
+def _take_context(ctx, inputs, output):
+    hidden, cu_seqlens, _, index = inputs
+    ctx.save_for_backward(cu_seqlens, index)
+    ctx.length = hidden.shape[0]
+
+
+def _splice_context(ctx, inputs, output):
+    z, _, _, cu_seqlens, source, offset, _ = inputs
+    ctx.save_for_backward(cu_seqlens, source)
+    ctx.place = offset, z.shape[0], z.shape[1], z.dtype
+
+
+@once_differentiable
+def _take_autograd(ctx, grad):
+    return _take_backward(grad, *ctx.saved_tensors, ctx.length), None, None, None
+
+
+@once_differentiable
+def _splice_autograd(ctx, grad):
+    return _splice_backward(grad, *ctx.saved_tensors, *ctx.place), *(None,) * 6
+
+
+_take.register_autograd(_take_autograd, setup_context=_take_context)
+_splice.register_autograd(_splice_autograd, setup_context=_splice_context)
+
+
+def _require_index(name: str, x: Tensor, size: int | None, other: Tensor) -> None:
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: found dtype {x.dtype}, allowed are torch.int32, torch.int64")
+    _require_like(name, x, "the data", other, dtype=False)
+    if x.ndim != 1 or (size is not None and x.shape[0] != size):
+        raise ValueError(f"{name}: found shape {tuple(x.shape)}, allowed is ({'*' if size is None else size},)")
+
+
+def take(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    k: int,
+    index: Tensor | None = None,
+    *,
+    impl: str = "auto",
+) -> Tensor:
+    """The last K rows of packed sequences: z out of the encoder's output.
+
+    out[i] = hidden[cu_seqlens[j + 1] − K : cu_seqlens[j + 1]], j = index[i] or i
+
+    Args:
+        hidden: (T, D), a pack of B sequences of at least K rows each.
+        cu_seqlens: (B+1,) int32 or int64, from 0 to T.
+        k: K, at least 1.
+        index: the sequence that each output reads, int32 or int64, (B,) or any other number; `Packed.rank` restores the
+            caller's order. None: all in the order of the pack.
+        impl: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        (len(index) or B, K, D). On the Triton route a sequence shorter than K or out of range gives NaN.
+
+    Raises:
+        TypeError, ValueError, IndexError: wrong dtype, device, shape or index.
+    """
+    _require_float("hidden", hidden)
+    _require_shape("hidden", hidden, (None, None), "(T, D)")
+    _require_index("cu_seqlens", cu_seqlens, None, hidden)
+    if k < 1:
+        raise ValueError(f"k: found {k}, allowed is at least 1")
+    if index is not None:
+        _require_index("index", index, None, hidden)
+    impl = _resolve(impl, hidden.device, hidden.dtype, ("triton", "torch"))
+    if impl == "triton":
+        return _take(hidden, cu_seqlens, k, index)
+    if impl == "reference":
+        return spec.take(hidden, cu_seqlens, k, index)
+    ends = cu_seqlens[1:].long()
+    if index is not None:
+        ends = ends[index]
+    return hidden[ends[:, None] - k + torch.arange(k, device=ends.device)]
+
+
+def splice(
+    z: Tensor,
+    embedding: Tensor,
+    ids: Tensor,
+    cu_seqlens: Tensor,
+    source: Tensor | None = None,
+    *,
+    offset: int = 0,
+    embedding_scale: float = 1.0,
+    impl: str = "auto",
+) -> Tensor:
+    """The decoder's packed input: per pair K rows of z among the frozen embedding rows of bos and the target.
+
+    At t = cu_seqlens[s] + offset + j: out[t] = z[source[s], j] for 0 ≤ j < K, else embedding_scale · embedding[ids[t]]
+
+    Args:
+        z: (B, K, D) compressed embeddings; the only argument that gets a gradient.
+        embedding: (V, D), frozen.
+        ids: (T,) int64 or int32; those in the places of z are never read.
+        cu_seqlens: (S+1,) int32 or int64, from 0 to T.
+        source: (S,) int64 or int32, the row of z that pair s reads; several may read the same. None: pair s reads s.
+        offset: rows of a pair before z (1 where bos comes first).
+        embedding_scale: Gemma's √D, as its embedding layer rounds it; 1 elsewhere.
+        impl: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        (T, D) in the embedding's dtype. On the Triton route an id or source out of range gives rows of NaN.
+
+    Raises:
+        TypeError, ValueError, IndexError: wrong dtype, device, shape, id or source, or a trainable embedding.
+    """
+    _require_float("z", z)
+    _require_float("embedding", embedding)
+    _require_like("embedding", embedding, "z", z, dtype=False)
+    _require_shape("z", z, (None, None, None), "(B, K, D)")
+    _require_shape("embedding", embedding, (None, z.shape[2]), "(V, D)")
+    if torch.is_grad_enabled() and embedding.requires_grad:
+        raise ValueError("embedding: found one that requires grad, allowed is a frozen one")
+    _require_index("ids", ids, None, z)
+    _require_index("cu_seqlens", cu_seqlens, None, z)
+    if source is not None:
+        _require_index("source", source, cu_seqlens.shape[0] - 1, z)
+    if offset < 0:
+        raise ValueError(f"offset: found {offset}, allowed is 0 or more")
+    impl = _resolve(impl, z.device, z.dtype, ("triton", "torch"))
+    if impl == "triton":
+        return _splice(z, embedding, ids, cu_seqlens, source, offset, float(embedding_scale))
+    if impl == "reference":
+        return spec.splice(z, embedding, ids, cu_seqlens, source, offset=offset, embedding_scale=embedding_scale)
+    starts = cu_seqlens[:-1].long() + offset
+    places = (starts[:, None] + torch.arange(z.shape[1], device=z.device)).flatten()
+    rows = (z if source is None else z[source]).flatten(0, 1).to(embedding.dtype)
+    embedded = F.embedding(ids.index_fill(0, places, 0), embedding)
+    if embedding_scale != 1.0:
+        embedded = embedded * embedding_scale
+    return embedded.index_copy(0, places, rows)

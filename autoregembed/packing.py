@@ -83,7 +83,8 @@ def check_ids(name: str, sequences: Sequence[Ids], vocabulary: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention over a pack, through Transformers' AttentionInterface.
 
-SDPA, VARLEN, FLASH = "autoregembed_sdpa", "autoregembed_varlen", "flash_attention_2"
+# No "sdpa" in these names: Transformers would refuse it to models with a softcap, which torch's kernel does not have.
+SDPA, VARLEN, FLASH = "autoregembed_packed", "autoregembed_varlen", "flash_attention_2"
 _ROUTES = {"sdpa": SDPA, "varlen": VARLEN, "flash_attention_2": FLASH}
 _packed_forward = contextvars.ContextVar("autoregembed_packed_forward", default=False)
 
@@ -100,13 +101,23 @@ def attention_routes(device: torch.device, dtype: torch.dtype) -> dict[str, str]
     return {"flash_attention_2": flash, "varlen": varlen, "sdpa": "ok"}
 
 
-def use_packed_attention(model: PreTrainedModel, route: str = "auto") -> str:
+def use_packed_attention(model: PreTrainedModel, route: str = "auto", *, embeds: bool = False) -> str:
     """Sets the attention of `model` to a route that understands packs; unpacked calls of it go to SDPA as before.
 
-    Returns the name of the route taken.
+    Two short sequences are run in one pack and alone, and compared: not every model hands its attention and positions
+    to Transformers' interfaces, and one that does not would mix the texts of a pack without a word.
+
+    Args:
+        model: a causal LM, its base model, or a PeftModel around one.
+        route: "auto" or a name of `attention_routes`.
+        embeds: the model will be given `inputs_embeds`, not `input_ids`.
+
+    Returns:
+        The name of the route taken.
 
     Raises:
-        ValueError: an unknown route, or one that cannot run for this model.
+        ValueError: an unknown route, one that cannot run for this model, or a model that does not keep the texts of a
+            pack apart. Its attention is then as before.
     """
     parameter = next(model.parameters())
     routes = attention_routes(parameter.device, parameter.dtype)
@@ -123,8 +134,52 @@ def use_packed_attention(model: PreTrainedModel, route: str = "auto") -> str:
     mixers = {t for t in getattr(config, "layer_types", None) or [] if "attention" not in t}
     if mixers:
         raise ValueError(f"model: found layers of type {sorted(mixers)}, allowed are causal attention layers only")
+    before = config._attn_implementation
+    wanted = torch.cat([_hidden(model, [ids], alone=True) for ids in _PROBE])
     model.set_attn_implementation(_ROUTES[route])
+    try:
+        found = _hidden(model, _PROBE, embeds=embeds)
+        # Leaked context or wrong positions change every token of the second sequence by a large part of its norm;
+        # rounding changes them by a few eps, or some tokens by more where a mixture of experts is near a tie.
+        error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        if not error[len(_PROBE[0]) :].median() <= max(1e-3, 16 * torch.finfo(parameter.dtype).eps):
+            raise ValueError(
+                f"model: found {type(model).__name__}, whose hidden states in a pack are not those of each text alone "
+                f"(relative difference {error.max():.2g}); allowed are models with causal attention through "
+                "Transformers' AttentionInterface"
+            )
+    except BaseException:
+        model.set_attn_implementation(before)
+        raise
     return route
+
+
+_PROBE = [[0, 1, 2], [1, 0, 0, 2, 1]]
+
+
+@torch.no_grad()
+def _hidden(model: Any, sequences: Sequence[Ids], *, alone: bool = False, embeds: bool = False) -> Tensor:
+    """Hidden states (T, D) of sequences sorted by length, in one pack or as the only text, without dropout."""
+    embedding = model.get_input_embeddings()
+    packed = pack(sequences, embedding.weight.device)
+    ids = packed.ids[None] % embedding.weight.shape[0]
+    inputs = {"inputs_embeds": embedding(ids)} if embeds else {"input_ids": ids}
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        if alone:
+            return base_model(model)(**inputs, use_cache=False).last_hidden_state.squeeze(0)
+        return run_packed(base_model(model), packed, **inputs)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def base_model(model: Any) -> Any:
+    """The part of a causal LM (PEFT-wrapped or not) that maps ids to last hidden states."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model.get_decoder() if hasattr(model, "lm_head") or hasattr(model, "get_decoder") else model
 
 
 @contextlib.contextmanager
@@ -160,24 +215,41 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _softcapped(q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float, mask: Tensor) -> Tensor:
+def _softcapped(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float, mask: Tensor, dropout: float
+) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scaling / softcap)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    # The smallest number and not -inf: a padding row may see nothing at all.
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return F.dropout(p, dropout) @ v
 
 
 def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Causal attention within each sequence of a pack: one SDPA call for every run of equal lengths, no padding."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    cu_seqlens, softcap = kwargs.get("cu_seq_lens_q"), kwargs.get("softcap")
+    if cu_seqlens is None and softcap is not None:
+        if attention_mask is None:
+            queries, keys = query.shape[2], key.shape[2]
+            attention_mask = _window_mask(keys, keys, query.device)[keys - queries :]
+        scaling = scaling or query.shape[-1] ** -0.5
+        return _softcapped(query, key, value, scaling, softcap, attention_mask, dropout).transpose(1, 2), None
     if cu_seqlens is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _refuse(attention_mask, kwargs)
-    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+    window = kwargs.get("sliding_window")
+    if query.device.type == "cpu" and value.dtype in (torch.float16, torch.bfloat16):
+        # The CPU's 16-bit attention kernel takes five times as long as its fp32 one on texts of 20 tokens.
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = (x.float() for x in (query, key, value))
+            y, _ = _sdpa(module, q, k, v, None, dropout=dropout, scaling=scaling, **kwargs)
+        return y.to(value.dtype), None
     runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
     sizes = [length * count for length, count in runs]
     # (1, H, T, d) -> per run (count, H, length, d). `split` and not slices: its backward is one concatenation.
@@ -188,7 +260,7 @@ def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
         band = _window_mask(length, window, q.device) if window is not None and length > window else None
         if softcap is not None:
             mask = _window_mask(length, length, q.device) if band is None else band
-            y = _softcapped(q, k, v, scaling or q.shape[-1] ** -0.5, softcap, mask)
+            y = _softcapped(q, k, v, scaling or q.shape[-1] ** -0.5, softcap, mask, dropout)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True

@@ -71,16 +71,17 @@ def alignment_loss(
     x = (s1[:, None] - s2) / temperature
     pairs = mask.sum()
     if negatives == "independent":
-        loss = torch.where(mask, F.softplus(x), 0.0).sum() / pairs.clamp(min=1)
+        softplus = torch.logaddexp(x, torch.zeros_like(x))  # F.softplus drops e^−x above x = 20
+        loss = torch.where(mask, softplus, 0.0).sum() / pairs.clamp(min=1)
     else:
         x = torch.where(mask, x, -torch.inf)
-        joint = torch.cat([torch.zeros_like(x[:, :1]), x], 1).logsumexp(1)
+        joint = torch.cat([x.new_zeros(x.shape[0], 1), x], 1).logsumexp(1)
         loss = joint.sum() / mask.any(1).sum().clamp(min=1)
     with torch.no_grad():
         mean_s2 = torch.where(mask, s2, 0.0).sum() / pairs.clamp(min=1)
-        accuracy = (mask & (margin > 0)).sum() / pairs.clamp(min=1)
-        mean_s1 = s1.sum() / max(len(a), 1)
-    return loss, mean_s1, mean_s2, accuracy.to(loss.dtype)
+        accuracy = (mask & (margin > 0)).to(loss.dtype).sum() / pairs.clamp(min=1)
+        mean_s1 = s1.sum() / max(a.shape[0], 1)
+    return loss, mean_s1, mean_s2, accuracy
 
 
 def info_nce(
@@ -89,11 +90,51 @@ def info_nce(
     target: Tensor | None = None,  # (B,)
     *,
     temperature: float = 0.05,
+    passage_ids: Tensor | None = None,  # (P,)
 ) -> Tensor:
-    """Mean over queries of −log softmax(cos(q, passages) / temperature)[target]; target i → passage i by default."""
+    """Mean over queries of −log softmax(cos(q, passages) / temperature)[target]; target i → passage i by default.
+
+    With `passage_ids`, passages with the id of a query's target other than the target itself leave its softmax.
+    """
     if target is None:
         target = torch.arange(len(query), device=query.device)
     if len(query) == 0:
-        return query.sum() + passages.sum() * 0
+        return query.sum() + passages[:0].sum()
     logits = F.normalize(query, dim=-1) @ F.normalize(passages, dim=-1).T / temperature
+    if passage_ids is not None:
+        duplicate = passage_ids[None, :] == passage_ids[target][:, None]
+        positive = torch.arange(len(passages), device=target.device)[None, :] == target[:, None]
+        logits = logits.masked_fill(duplicate & ~positive, -torch.inf)
     return (logits.logsumexp(1) - logits.gather(1, target[:, None]).squeeze(1)).mean()
+
+
+def take(
+    hidden: Tensor,  # (T, D)
+    cu_seqlens: Tensor,  # (B+1,)
+    k: int,
+    index: Tensor | None = None,  # any number of sequences
+) -> Tensor:
+    """The last K rows of the sequences `index` (all, in order, by default), (len(index), K, D)."""
+    bounds = cu_seqlens.tolist()
+    chosen = range(len(bounds) - 1) if index is None else index.tolist()
+    rows = [hidden[max(bounds[i], bounds[i + 1] - k) : bounds[i + 1]] for i in chosen]
+    return torch.stack(rows) if rows else hidden[:0].reshape(0, k, hidden.shape[1])
+
+
+def splice(
+    z: Tensor,  # (B, K, D)
+    embedding: Tensor,  # (V, D)
+    ids: Tensor,  # (T,)
+    cu_seqlens: Tensor,  # (S+1,)
+    source: Tensor | None = None,  # (S,)
+    *,
+    offset: int = 0,
+    embedding_scale: float = 1.0,
+) -> Tensor:
+    """Per pair: embedding rows of `offset` ids, the K rows of z[source[s]], embedding rows of the other ids; (T, D)."""
+    chosen = range(len(cu_seqlens) - 1) if source is None else source.tolist()
+    rows = []
+    for (start, end), b in zip(itertools.pairwise(cu_seqlens.tolist()), chosen, strict=True):
+        before, after = ids[start : start + offset], ids[start + offset + z.shape[1] : end]
+        rows += [embedding[before] * embedding_scale, z[b].to(embedding.dtype), embedding[after] * embedding_scale]
+    return torch.cat(rows) if rows else embedding[:0]

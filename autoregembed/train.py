@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -30,7 +31,7 @@ from transformers import get_scheduler
 
 from autoregembed import checkpoint, data
 from autoregembed.decoder import Decoder
-from autoregembed.encoder import Encoder, text_embedding
+from autoregembed.encoder import Encoder, final_norm, text_embedding
 from autoregembed.evaluate import embed, load_sts, sts
 from autoregembed.export import export, merged
 from autoregembed.losses import alignment_loss, info_nce
@@ -55,8 +56,9 @@ class Config:
         trust_remote_code: run model code that a hub repository brings along.
         instruction: for rows without one of their own, for evaluation and for the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, else 5.
-        max_length: tokens the encoder reads of one text, instruction and compress tokens included.
-        max_target_length: tokens of a target that the decoder scores, without eos.
+        max_length: tokens the encoder reads of one text, instruction and compress tokens included; default: 512, or the
+            model's positions if they are fewer.
+        max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
         train_split: the split of a hub data set.
         streaming: stream the data; needs `steps`, and no reference scores.
         eval_data: sentence1, sentence2, score rows; Spearman's correlation before, during and after training.
@@ -78,6 +80,10 @@ class Config:
         lora_alpha: scale of the adapters.
         lora_targets: module names, or all-linear.
         z_scale: none, or match: scale z to the RMS of the decoder's input embeddings.
+        decoder_bos: the decoder reads bos before z; the released code has none there, and the decoder's attention sink
+            then falls on some vector of z, another one for each text.
+        calibrate: scale the encoder's final norm, once before its first training step, so that every dimension of z
+            has the RMS that the decoder's input embeddings have there.
         alignment_weight: stage 2, factor of the alignment loss.
         contrastive_weight: stage 2, factor of InfoNCE.
         beta: β of the alignment.
@@ -87,7 +93,7 @@ class Config:
         negatives: independent or joint.
         hard_negatives: encode the negatives too and give them to InfoNCE.
         reference_file: reference scores to use; default: kept beside the data, by fingerprint.
-        precision: auto (bf16 on a GPU that has it, else fp32), fp32 or bf16.
+        precision: auto (bf16 where the GPU or CPU multiplies it in hardware, else fp32), fp32 or bf16.
         attention: auto, flash_attention_2, varlen or sdpa.
         gradient_checkpointing: recompute the encoder's activations in backward.
         compile: torch.compile the layers of encoder and decoder.
@@ -107,8 +113,8 @@ class Config:
     trust_remote_code: bool = False
     instruction: str = "Represent the text."
     num_compress_tokens: int | None = None
-    max_length: int = 512
-    max_target_length: int = 512
+    max_length: int | None = None
+    max_target_length: int | None = None
     train_split: str | None = None
     streaming: bool = False
     eval_data: str | None = None
@@ -130,6 +136,8 @@ class Config:
     lora_alpha: float = 16.0
     lora_targets: list[str] | str = "all-linear"
     z_scale: Literal["none", "match"] = "none"
+    decoder_bos: bool = False
+    calibrate: bool = False
     alignment_weight: float = 1.0
     contrastive_weight: float = 0.0
     beta: float = 0.1
@@ -232,6 +240,15 @@ def contrastive(embeddings: list[Tensor], sizes: list[int], temperature: float) 
     return info_nce(queries, torch.cat([positives, hard]), temperature=temperature)
 
 
+def _counts(config: Config, rows: list[dict]) -> dict[str, int]:
+    """How many tokens, rows, pairs the loss ("loss") and the statistics of these rows are means over."""
+    if config.stage == 1:
+        return {"loss": sum(len(r["target_ids"]) + 1 for r in rows)}
+    pairs = sum(len(r["target_ids"]) - 1 for r in rows)
+    joint = sum(len(r["target_ids"]) > 1 for r in rows)
+    return {"loss": pairs if config.negatives == "independent" else joint, "rows": len(rows), "pairs": pairs}
+
+
 @dataclass
 class Objective:
     """Loss and gradient of one optimiser step."""
@@ -248,14 +265,14 @@ class Objective:
         inner = self.accelerator.unwrap_model(self.encoder)
         parts = data.cut(lengths(rows, inner, config.hard_negatives), config.token_budget)
         micro = [[rows[i] for i in part] for part in parts]
-        total = self._total(rows)
+        totals = self._totals(rows)
         cached = self._cached_contrastive(micro) if config.contrastive_weight and config.stage == 2 else None
         log: dict[str, Tensor] = {}
         for i, part in enumerate(micro):
             last = i == len(micro) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.encoder):
                 z = self.encoder(*texts_of(part, config.hard_negatives))
-                share, stats = self._share(z, part, total)
+                share, stats = self._share(z, part, totals)
                 if cached is not None:
                     e = text_embedding(z.float())
                     if cached[i] is None:
@@ -275,25 +292,20 @@ class Objective:
         gathered = self.accelerator.reduce({k: v.float() for k, v in log.items()}, "mean")
         return {k: v.item() for k, v in gathered.items()}
 
-    def _total(self, rows: list[dict]) -> float:
-        """What the loss is a mean over, on all processes, per process: DDP averages gradients over processes."""
-        config = self.config
-        if config.stage == 1:
-            count = sum(len(r["target_ids"]) + 1 for r in rows)
-        elif config.negatives == "independent":
-            count = sum(len(r["target_ids"]) - 1 for r in rows)
-        else:
-            count = sum(len(r["target_ids"]) > 1 for r in rows)
-        here = torch.tensor(float(count), device=self.accelerator.device)
-        return max(1.0, self.accelerator.reduce(here, "mean").item())
+    def _totals(self, rows: list[dict]) -> dict[str, float]:
+        """What the loss and the statistics are means over: counts of all processes, per process (DDP averages)."""
+        counts = _counts(self.config, rows)
+        here = torch.tensor([float(n) for n in counts.values()], device=self.accelerator.device)
+        everywhere = self.accelerator.reduce(here, "mean").clamp(min=1).tolist()
+        return dict(zip(counts, everywhere, strict=True))
 
-    def _share(self, z: Tensor, rows: list[dict], total: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _share(self, z: Tensor, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
         if self.decoder is None:
             return z.sum() * 0, {}
         if config.stage == 1:
             logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows])
-            return -logprob.sum() / total, {}
+            return -logprob.sum() / totals["loss"], {}
         a, b, c, mask = alignment_scores(self.decoder, z, rows)
         r_a = r_c = None
         if self.reference is not None:
@@ -303,10 +315,14 @@ class Objective:
             a, b, c, r_a, r_c, beta=config.beta, temperature=config.temperature, reference=config.reference,
             negatives=config.negatives, negative_mask=mask,
         )  # fmt: skip
-        count = mask.sum() if config.negatives == "independent" else mask.any(1).sum()
-        share = count / total
-        stats = {"align": out.loss.detach(), "s1": out.s1, "s2": out.s2, "accuracy": out.accuracy}
-        return config.alignment_weight * out.loss * share, {k: v * share for k, v in stats.items()}
+        share = {name: n / totals[name] for name, n in _counts(config, rows).items()}
+        stats = {
+            "align": out.loss.detach() * share["loss"],
+            "s1": out.s1 * share["rows"],
+            "s2": out.s2 * share["pairs"],
+            "accuracy": out.accuracy * share["pairs"],
+        }
+        return config.alignment_weight * out.loss * share["loss"], stats
 
     def _cached_contrastive(self, micro: list[list[dict]]) -> list:
         """Exact InfoNCE over a step that is cut: all embeddings first, then the gradient of each part's (GradCache)."""
@@ -346,7 +362,7 @@ def reference_scores(encoder: nn.Module, decoder: Decoder, rows, token_budget: i
 def _reference(config: Config, encoder, decoder, rows, prompt: data.Prompt, console: Console) -> tuple[Tensor, Tensor]:
     fingerprint = {
         "data": data.content_fingerprint(rows),
-        "model": checkpoint.weights_fingerprint(encoder, decoder) + f"-{decoder.z_scale}",
+        "model": checkpoint.weights_fingerprint(encoder, decoder) + f"-{decoder.z_scale}-{decoder.prefix}",
         "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
     }
     if config.reference_file:
@@ -388,21 +404,28 @@ def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
             frozen, _, decoder_recipe = checkpoint.load_causal_lm(source, **{**options, "gguf_file": gguf})
             if decoder_recipe:
                 raise ConfigError(f"decoder: found {source!r}, a trained encoder; allowed is the original model")
+        bos_token_id = tokenizer.bos_token_id if config.decoder_bos else None
+        if config.decoder_bos and bos_token_id is None:
+            raise ConfigError(
+                f"decoder_bos: found True, allowed with the tokenizer of {source!r}, without bos, is False"
+            )
         decoder = Decoder(
-            frozen, eos_token_id=tokenizer.eos_token_id, z_scale=config.z_scale, attention=config.attention
-        )
+            frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_scale=config.z_scale,
+            attention=config.attention,
+        )  # fmt: skip
     ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, k)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+        name = _name_of(model, model.get_input_embeddings())
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             target_modules=config.lora_targets,
-            trainable_token_indices={name.rsplit(".", 1)[-1]: ids},
+            trainable_token_indices={name: ids},
+            modules_to_save=[_name_of(model, final_norm(model))] if config.calibrate else None,
         )
         model = get_peft_model(model, lora)
     bos = tokenizer.bos_token_id
@@ -429,11 +452,17 @@ def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
         "compress_token_ids": ids,
         "instruction": config.instruction,
         "z_scale": config.z_scale,
+        "decoder_bos": config.decoder_bos,
+        "calibrated": recipe.get("calibrated", False),
         "stage": config.stage,
         "decoder": str(Path(source).resolve()) if Path(source).exists() else source,
         "decoder_gguf_file": config.gguf_file if (config.decoder or not recipe) else recipe.get("decoder_gguf_file"),
     }
     return encoder, decoder, tokenizer, saved
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(n for n, m in model.named_modules() if m is module).rsplit(".", 1)[-1]
 
 
 def optimiser(encoder: Encoder, config: Config) -> torch.optim.Optimizer:
@@ -444,7 +473,7 @@ def optimiser(encoder: Encoder, config: Config) -> torch.optim.Optimizer:
         {"params": others, "lr": config.learning_rate, "weight_decay": config.weight_decay},
         {"params": compress, "lr": config.compress_learning_rate or config.learning_rate, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.adam_beta2))
+    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.adam_beta2), fused=True)
 
 
 def _is_compress(name: str) -> bool:
@@ -469,8 +498,8 @@ def train(config: Config, console: Console | None = None) -> dict:
     checkpoint.write_json(out / "config.json", asdict(config))
     torch.set_flush_denormal(True)
     set_seed(config.seed)
-    cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda_bf16)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and _multiplies_bf16())
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no", log_with=config.log_with or None, project_dir=str(out)
     )
@@ -479,10 +508,9 @@ def train(config: Config, console: Console | None = None) -> dict:
         accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
 
     encoder, decoder, tokenizer, recipe = build(config)
-    prompt = data.Prompt(
-        tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction, config.max_length,
-        config.max_target_length,
-    )  # fmt: skip
+    k, max_length = encoder.num_compress_tokens, encoder.fit_max_length(config.max_length)
+    targets = decoder.fit_max_target_length(k, config.max_target_length) if decoder else 512
+    prompt = data.Prompt(tokenizer, k, encoder.bos_token_id, config.instruction, max_length, targets)
     encoder.suffix_ids = prompt.suffix()
     rows = data.load_rows(config.train_data, config.train_split, config.streaming)
     tokenise = data.compression_rows if config.stage == 1 else data.alignment_rows
@@ -494,11 +522,15 @@ def train(config: Config, console: Console | None = None) -> dict:
     pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
 
     if decoder is not None:
-        decoder.to(accelerator.device, torch.bfloat16 if bf16 and accelerator.device.type == "cuda" else None)
+        decoder.to(accelerator.device, torch.bfloat16 if bf16 else None)
     encoder.to(accelerator.device)
+    if config.calibrate and decoder is not None and not recipe["calibrated"]:
+        few = rows.take(128) if config.streaming else rows.select(range(0, len(rows), -(-len(rows) // 128)))
+        encoder.calibrate(decoder.input_rms_per_dimension(), *texts_of(list(few), hard_negatives=False))
+        recipe["calibrated"] = True
     reference = None
     if config.needs_reference:
-        with accelerator.main_process_first():
+        with accelerator.main_process_first(), accelerator.autocast():
             reference = _reference(config, encoder.eval(), decoder, rows, prompt, console)
     optimizer = optimiser(encoder, config)
     encoder.train()
@@ -511,7 +543,7 @@ def train(config: Config, console: Console | None = None) -> dict:
     def evaluate() -> float | None:
         if pairs is None:
             return None
-        return sts(lambda texts: embed(encoder, tokenizer, texts, max_length=config.max_length), pairs)["spearman"]
+        return sts(lambda texts: embed(encoder, tokenizer, texts, max_length=max_length), pairs)["spearman"]
 
     state_folder = out / "checkpoints"
     first, scores, seconds = 0, {}, 0.0
@@ -595,7 +627,7 @@ def train(config: Config, console: Console | None = None) -> dict:
             with checkpoint.atomic_folder(out / "adapter", overwrite=True) as folder:
                 encoder.model.save_pretrained(folder)
         checkpoint.save_model(out / "model", merged(encoder), tokenizer, recipe)
-        export(encoder, tokenizer, out / "export", max_length=config.max_length, overwrite=True)
+        export(encoder, tokenizer, out / "export", max_length=max_length, overwrite=True)
         checkpoint.write_json(out / "summary.json", summary)
     accelerator.wait_for_everyone()
     if config.log_with:
@@ -607,6 +639,14 @@ def _describe(stage: int, log: dict[str, float]) -> str:
     names = ("loss",) if stage == 1 else ("loss", "align", "s1", "s2", "accuracy", "nce")
     text = "  ".join(f"{n} {log[n]:.3f}" for n in names if n in log)
     return f"stage {stage}  {text}  {log['tokens_per_second']:.0f} tok/s  {log['memory_gb']:.1f} GB"
+
+
+def _multiplies_bf16() -> bool:
+    """Whether bf16 products run in hardware here; on a CPU without, they are far slower than fp32 ones."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
 def _memory_gb() -> float:

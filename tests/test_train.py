@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from autoregembed import checkpoint, data
-from autoregembed.encoder import text_embedding
+from autoregembed.encoder import final_norm, scale_output, text_embedding
 from autoregembed.evaluate import embed
 from autoregembed.losses import info_nce
+from autoregembed.testing import tiny_model
 from autoregembed.train import Config, ConfigError, Interrupted, Objective, build, reference_scores, texts_of, train
 
 COMMON = {"batch_size": 8, "learning_rate": 1e-3, "instruction": "Again:", "precision": "fp32"}
@@ -292,3 +293,29 @@ def test_config_names_the_field_that_is_wrong(field, value):
 
 def test_interrupted_is_a_keyboard_interrupt():
     assert issubclass(Interrupted, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_calibrate_gives_z_the_decoders_rms_once(model_folder, compression_file, tmp_path, quiet, lora_rank):
+    tiny = {"calibrate": True, "steps": 1, "learning_rate": 1e-12, "lora_rank": lora_rank}
+    first = train(stage1(model_folder, compression_file, tmp_path / "one", **tiny), quiet)
+    again = train(stage1(first["model"], compression_file, tmp_path / "two", **tiny), quiet)
+    for summary in (first, again):
+        config = stage1(summary["model"], compression_file, "unused")
+        encoder, decoder, tokenizer, recipe = build(config)
+        assert recipe["calibrated"]
+        prompt = data.Prompt(tokenizer, 5, encoder.bos_token_id, config.instruction)
+        rows = data.compression_rows(data.load_rows(compression_file), prompt).to_list()
+        with torch.no_grad():
+            z = encoder(*texts_of(rows, False))
+        found, wanted = z.square().mean((0, 1)).sqrt(), decoder.input_rms_per_dimension()
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
+def test_scale_output_scales_any_final_norm(architecture):
+    model = tiny_model(architecture)
+    ids, gain = torch.tensor([[1, 5, 9]]), torch.rand(32) + 0.5
+    before = model.base_model(ids).last_hidden_state
+    scale_output(final_norm(model), gain)
+    torch.testing.assert_close(model.base_model(ids).last_hidden_state, before * gain, rtol=1e-4, atol=1e-5)

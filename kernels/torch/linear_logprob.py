@@ -15,6 +15,9 @@ with e = exp(z − max z) and rest = Σ_{v≠y} e_v, the row sum is s = rest + e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,13 @@ from torch import Tensor
 # beside the caches' reach; measured in bench/bench_head.py. GPU: thousands of rows, far above the ~300 that make the
 # streaming of W compute-bound.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+
+# Bytes of logits that the passes of `softmax_chunk` take at a time: every pass but the first finds them in a CPU's L2.
+# Elsewhere one launch over the whole chunk beats several.
+BLOCK_BYTES = {"cpu": 1 << 20}
+
+# Bytes of W widened to fp32 at a time.
+WIDEN_BYTES = 8 << 20
 
 # exp(FLOOR) = 2e-35: far below eps even times V, and far above the denormals that slow a CPU's exp and GEMM tenfold.
 FLOOR = -80.0
@@ -36,50 +46,104 @@ def _working_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _matmul_operand(x: Tensor) -> Tensor:
-    """Only CUDA has GEMMs that read 16 bits and write fp32; elsewhere the operand is widened before the product."""
-    return x if x.is_cuda or x.dtype in (torch.float32, torch.float64) else x.float()
+def _must_widen(x: Tensor) -> bool:
+    """Only CUDA has GEMMs that read 16 bits and write fp32; elsewhere operands are widened before the product."""
+    return not x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
-class _Chunk:
-    """Softmax of one chunk of rows, left in place of its logits: `e` (R, V), row sum `s` and `rest` (R, 1)."""
+def _widened(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """W in blocks of rows of fp32: the copy of one block stays in cache, a copy of all of W would double the memory."""
+    step = max(1, WIDEN_BYTES // (4 * max(1, weight.shape[1])))
+    for i in range(0, len(weight), step):
+        rows = slice(i, i + step)
+        yield rows, weight[rows].float()
 
-    def __init__(self, h: Tensor, w: Tensor, y: Tensor, bias: Tensor | None, softcap: float | None, scale: float,
-                 out: Tensor):  # fmt: skip
-        # h (R, D), w (V, D), y (R,), out (R, V) in the working dtype
-        same = h.dtype == out.dtype
-        z = torch.mm(h, w.t(), out=out) if same else torch.mm(h, w.t(), out_dtype=out.dtype)
-        if bias is not None:
-            z.add_(bias)
-        if scale != 1.0:
-            z.mul_(scale)
-        self.slope = None
-        if softcap is not None:
-            z.div_(softcap).tanh_()
-            self.slope = 1 - z * z
-            z.mul_(softcap)
-        y = y[:, None]
-        z_y = z.gather(1, y)
-        top = z.amax(1, keepdim=True)
-        # A row of −inf alone has no distribution: its log-probability is NaN, as eager PyTorch has it.
-        self.e = z.sub_(top).clamp_(min=FLOOR).exp_()
-        e_y = self.e.gather(1, y)
-        self.e.scatter_(1, y, 0.0)
-        self.rest = self.e.sum(1, keepdim=True)
-        self.s = self.rest + e_y
-        log_s = self.s.log()
-        self.logprob = ((z_y - top) - log_s).squeeze(1)
-        self.y = y
-        self.scale = scale
 
-    def negative_gradient(self) -> Tensor:
-        """d logprob / d x (R, V) without its factor per row, `row_factor`."""
-        g = self.e.scatter_(1, self.y, -self.rest)
-        return g if self.slope is None else g.mul_(self.slope)
+class Chunk(NamedTuple):
+    """What the middle step leaves of one chunk of R rows."""
 
-    @property
-    def row_factor(self) -> Tensor:
-        return -self.scale / self.s  # (R, 1)
+    logprob: Tensor  # (R,)
+    e: Tensor  # (R, V), in the memory of the logits, in their dtype or in that asked for; undefined without a gradient
+    factor: Tensor  # (R,): d logprob / d (h Wᵀ + b) = factor · e
+
+
+class Middle(Protocol):
+    """The step between the two GEMMs, the part of this route that another one may replace."""
+
+    def __call__(
+        self,
+        z: Tensor,  # (R, V) h Wᵀ in the working dtype, overwritten
+        y: Tensor,  # (R,) int64 in [0, V)
+        bias: Tensor | None,  # (V,)
+        softcap: float | None,
+        scale: float,
+        gradient: torch.dtype | None,  # the dtype of the product that e goes into; None: e is not needed
+    ) -> Chunk: ...
+
+
+def softmax_chunk(
+    z: Tensor, y: Tensor, bias: Tensor | None, softcap: float | None, scale: float, gradient: torch.dtype | None
+) -> Chunk:
+    """`Middle` in plain torch; e stays in the dtype of the logits."""
+    budget = BLOCK_BYTES.get(z.device.type)
+    block = len(z) if budget is None else max(1, budget // (z.shape[1] * z.itemsize))
+    parts = [
+        _softmax_block(rows, y_rows, bias, softcap, scale, gradient is not None)
+        for rows, y_rows in zip(z.split(block), y.split(block), strict=True)
+    ]
+    logprob, factor = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Chunk(logprob, z, factor)
+
+
+def _softmax_block(
+    z: Tensor, y: Tensor, bias: Tensor | None, softcap: float | None, scale: float, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """`Middle` for some rows: their log-probabilities and factors; z becomes e."""
+    if bias is not None:
+        z.add_(bias)
+    if scale != 1.0:
+        z.mul_(scale)
+    slope = None
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = 1 - z * z if with_gradient else None
+        z.mul_(softcap)
+    y = y[:, None]
+    z_y = z.gather(1, y)
+    top = z.amax(1, keepdim=True)
+    # A row of −inf alone has no distribution: its log-probability is NaN, as eager PyTorch has it.
+    e = z.sub_(top).clamp_(min=FLOOR).exp_()
+    e_y = e.gather(1, y)
+    e.scatter_(1, y, 0.0)
+    rest = e.sum(1, keepdim=True)
+    s = rest + e_y
+    logprob = (z_y - top) - s.log()
+    if with_gradient:
+        e.scatter_(1, y, -rest)
+        if slope is not None:
+            e.mul_(slope)
+    return logprob.squeeze(1), (-scale / s).squeeze(1)
+
+
+def _logits(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """h Wᵀ of h (R, D) and w (V, D) in out (R, V)."""
+    if h.dtype == w.dtype == out.dtype:
+        return torch.mm(h, w.t(), out=out)
+    if not _must_widen(w):
+        return torch.mm(h, w.t(), out_dtype=out.dtype)
+    for columns, part in _widened(w):
+        torch.mm(h, part.t(), out=out[:, columns])
+    return out
+
+
+def _times_weight(e: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """e W of e (R, V) and w (V, D) in out (R, D) of e's dtype."""
+    if e.dtype == w.dtype:
+        return torch.mm(e, w, out=out)
+    out.zero_()
+    for columns, part in _widened(w):
+        out.addmm_(e[:, columns], part)
+    return out
 
 
 def forward(
@@ -91,36 +155,38 @@ def forward(
     scale: float,
     ignore_index: int,
     with_gradient: bool,
+    middle: Middle = softmax_chunk,
 ) -> tuple[Tensor, Tensor]:
     """Returns logprob (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
     keep = target != ignore_index
     if not bool(keep.all()):
         kept = keep.nonzero().squeeze(1)
-        some, some_u = forward(hidden[kept], weight, target[kept], bias, softcap, scale, ignore_index, with_gradient)
+        some, some_u = forward(
+            hidden[kept], weight, target[kept], bias, softcap, scale, ignore_index, with_gradient, middle
+        )
         logprob = some.new_zeros(len(hidden)).index_copy_(0, kept, some)
         return logprob, torch.zeros_like(hidden).index_copy_(0, kept, some_u) if with_gradient else some_u
     (n, d), v = hidden.shape, weight.shape[0]
     work = _working_dtype(hidden)
     logprob = hidden.new_empty(n, dtype=work)
     u = hidden.new_empty(n if with_gradient else 0, d)
-    w = _matmul_operand(weight)
+    gradient = weight.dtype if with_gradient else None
     step = rows_per_chunk(hidden.device, v, work.itemsize)
     buffer = hidden.new_empty(min(step, n), v, dtype=work)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
-        h = _matmul_operand(hidden[rows])
-        chunk = _Chunk(h, w, target[rows], bias, softcap, scale, buffer[: len(h)])
-        logprob[rows] = chunk.logprob
+        h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
+        z = _logits(h, weight, buffer[: len(h)])
+        logprob[rows], e, factor = middle(z, target[rows], bias, softcap, scale, gradient)
         if with_gradient:
-            g = chunk.negative_gradient()
-            if g.dtype == w.dtype:
-                torch.mm(g, w, out=(out := u[rows] if u.dtype == w.dtype else h))
-                torch.mul(out, chunk.row_factor, out=out)
+            if e.dtype == weight.dtype or _must_widen(weight):
+                out = u[rows] if u.dtype == e.dtype else h
+                torch.mul(_times_weight(e, weight, out), factor[:, None], out=out)
                 if out is h:
                     u[rows] = out
             else:
                 # 16-bit tensor cores: the factor goes in before rounding, so that E stays within [−1, 1].
-                u[rows] = torch.mm(g.mul_(chunk.row_factor).to(w.dtype), w)
+                u[rows] = torch.mm(e.mul_(factor[:, None]).to(weight.dtype), weight)
     return logprob, u
 
 
@@ -133,18 +199,19 @@ def backward(
     softcap: float | None,
     scale: float,
     ignore_index: int,
+    middle: Middle = softmax_chunk,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a trainable head by recomputing the logits: hidden (N, D), weight (V, D), bias (V,)."""
     keep = target != ignore_index
     if not bool(keep.all()):
         kept = keep.nonzero().squeeze(1)
         some, d_weight, d_bias = backward(
-            grad[kept], hidden[kept], weight, target[kept], bias, softcap, scale, ignore_index
+            grad[kept], hidden[kept], weight, target[kept], bias, softcap, scale, ignore_index, middle
         )
         return torch.zeros_like(hidden).index_copy_(0, kept, some), d_weight, d_bias
     n, v = len(hidden), weight.shape[0]
     work = _working_dtype(hidden)
-    w = _matmul_operand(weight)
+    w = weight.float() if _must_widen(weight) else weight
     d_hidden = torch.empty_like(hidden)
     d_weight = torch.zeros_like(weight, dtype=work)
     d_bias = weight.new_zeros(v, dtype=work)
@@ -152,9 +219,9 @@ def backward(
     buffer = hidden.new_empty(min(step, n), v, dtype=work)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
-        h = _matmul_operand(hidden[rows])
-        chunk = _Chunk(h, w, target[rows], bias, softcap, scale, buffer[: len(h)])
-        e = chunk.negative_gradient().mul_(chunk.row_factor * grad[rows, None].to(work))
+        h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
+        _, e, factor = middle(_logits(h, w, buffer[: len(h)]), target[rows], bias, softcap, scale, work)
+        e.mul_((factor * grad[rows].to(work))[:, None])
         d_bias += e.sum(0)
         e = e.to(w.dtype)
         d_hidden[rows] = torch.mm(e, w).to(hidden.dtype)

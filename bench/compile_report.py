@@ -1,0 +1,220 @@
+"""Compiles every launch of every kernel for parts that are not here, and prints registers, shared memory and spills.
+
+    python -m bench.compile_report [--arch sm_90] [--json]
+
+No GPU is needed: the ops' own launchers run on meta tensors, each launch is recorded, and Triton compiles it for the
+part. What is compiled is therefore what production would launch, tile table included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call on meta tensors) for every kernel, dtype and option that changes the compiled code."""
+    from autoregembed.kernels.triton import alignment, info_nce, splice
+    from autoregembed.kernels.triton import linear_logprob as head
+
+    def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def rows(d, v, dtype, *, bias=False, softcap=None, gradient=True, method=None):
+        n = 2048
+        y = meta(n, dtype=torch.int64)
+        b = meta(v, dtype=dtype) if bias else None
+        return lambda: head.forward(meta(n, d, dtype=dtype), meta(v, d, dtype=dtype), y, b, softcap, 1.0, -100,
+                                    gradient, method)  # fmt: skip
+
+    for dtype in (BF16, FP16, FP32, FP64):
+        for d, v in ((576, 49152), (4096, 128256)):
+            if dtype != BF16 and d == 4096:
+                continue
+            yield f"gradient {dtype} D={d}", rows(d, v, dtype)
+            if dtype != FP64:
+                yield f"score {dtype} D={d}", rows(d, v, dtype, gradient=False)
+                yield f"tiled {dtype} D={d}", rows(d, v, dtype, method="tiled")
+    for gradient, method in ((True, "cublas"), (True, "tiled"), (False, None)):
+        yield (
+            f"bias, softcap, ragged D, gradient={gradient} {method}",
+            rows(636, 50257, BF16, bias=True, softcap=30.0, gradient=gradient, method=method),
+        )
+    yield (
+        "trainable head",
+        lambda: head.backward(
+            meta(2048, dtype=FP32), meta(2048, 896), meta(32000, 896), meta(2048, dtype=torch.int64), None, None, 1.0,
+            -100,
+        ),
+    )  # fmt: skip
+    for dtype in (FP32, FP64):
+        yield (
+            f"sequence_sum {dtype}",
+            lambda dtype=dtype: head.sequence_sum(meta(2048, dtype=dtype), meta(65, dtype=torch.int32)),
+        )
+    for dtype in (BF16, FP32):
+        yield (
+            f"scale_rows {dtype}",
+            lambda dtype=dtype: head.scale_rows(meta(2048, dtype=FP32), meta(2048, 896, dtype=dtype)),
+        )
+
+    yield "sequence_expand", lambda: head.sequence_expand(meta(64, dtype=FP32), meta(65, dtype=torch.int32), 2048)
+    for reference, negatives in (("add", "independent"), ("none", "joint")):
+        for dtype, m in ((FP32, 7), (FP64, 1), (FP32, 300)):
+            a, c = meta(512, dtype=dtype), meta(512, m, dtype=dtype)
+            mask = meta(512, m, dtype=torch.bool) if m == 7 else None
+            yield (
+                f"alignment {reference} {negatives} {dtype} M={m}",
+                lambda a=a, c=c, mask=mask, r=reference, n=negatives: alignment.forward(
+                    a, a, c, a, c, mask, 0.1, 0.1, r, n
+                ),
+            )
+    cu, index = meta(65, dtype=torch.int32), meta(64, dtype=torch.int64)
+    for dtype in (BF16, FP32, FP64):
+        for chosen in (index, None):
+            x, z, ids = meta(4096, 896, dtype=dtype), meta(64, 5, 896, dtype=dtype), meta(4096, dtype=torch.int64)
+            yield f"take {dtype}", lambda x=x, i=chosen: splice.take(x, cu, 5, i)
+            yield f"take backward {dtype}", lambda z=z, i=chosen: splice.take_backward(z, cu, i, 4096)
+            yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.splice(z, x, d, cu, i, 1, 1.0)
+            yield (
+                f"splice backward {dtype}",
+                lambda x=x, i=chosen, t=dtype: splice.splice_backward(x, cu, i, 1, 64, 5, t),
+            )
+    for dtype in (BF16, FP32, FP64):
+        for d, p in ((4096, 16384), (8192, 20000)):
+            for gradient in (True, False):
+                for ids in (None, meta(p, dtype=torch.int64)):
+                    if d == 8192 and (ids is None or not gradient):
+                        continue
+                    q, passages, y = meta(4096, d, dtype=dtype), meta(p, d, dtype=dtype), meta(4096, dtype=torch.int64)
+                    yield (
+                        f"info_nce {dtype} D={d} ids={ids is not None}",
+                        lambda q=q, p=passages, y=y, i=ids, g=gradient: info_nce.forward(q, p, y, i, 0.05, g, g),
+                    )
+
+
+def target_of(arch: str):
+    from triton.backends.compiler import GPUTarget
+
+    return (
+        GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    )
+
+
+def launches(arch: str) -> dict[tuple, tuple[str, Any, dict]]:
+    """Distinct launches on a part: (kernel, signature, constants, options) to (case, source, compile options)."""
+    import triton
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from autoregembed.kernels.triton import primitives, tiles
+
+    backend = make_backend(target_of(arch))
+    found: dict[tuple, tuple[str, Any, dict]] = {}
+    current = ""
+
+    def record(kernel, args, options):
+        assert isinstance(kernel, triton.JITFunction), "set TRITON_INTERPRET=0 before Triton is imported"
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, rest = binder(*args, **options)
+        compile_options, signature, constants, attributes = kernel._pack_args(
+            backend, options, bound, specialization, rest
+        )
+        source = ASTSource(kernel, signature, constants, attributes)
+        key = (kernel.__name__, *map(str, (signature, constants, attributes, compile_options)))
+        found.setdefault(key, (current, source, compile_options.__dict__))
+
+    tiles._override = arch
+    try:
+        with primitives.recording(record):
+            for name, call in cases():
+                current = name
+                call()
+    finally:
+        tiles._override = None
+    return found
+
+
+def spills_of(assembly: str) -> dict[str, int]:
+    """What AMD's assembly says of itself."""
+    names = "vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+    number = {k: int(v) for k, v in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
+    return {
+        "registers": number["vgpr_count"],
+        "spills": number["vgpr_spill_count"] + number["private_segment_fixed_size"],
+    }
+
+
+def resources_of(cubin: bytes) -> dict[str, int]:
+    """Registers and spilled bytes of a thread, from the cubin: local memory is stack that the register file lacks."""
+    from triton.backends import nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers = max(map(int, re.findall(r"REG:(\d+)", text)))
+    return {"registers": registers, "spills": max(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", text)))}
+
+
+MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
+
+
+def report(arch: str) -> list[dict[str, Any]]:
+    import triton
+
+    rows = []
+    for case, source, options in launches(arch).values():
+        compiled = triton.compile(source, target=target_of(arch), options=options)
+        text = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
+        usage = spills_of(text) if arch.startswith("gfx") else resources_of(compiled.asm["cubin"])
+        rows.append(
+            {
+                "arch": arch,
+                "kernel": source.fn.__name__,
+                "case": case,
+                "warps": compiled.metadata.num_warps,
+                "shared": compiled.metadata.shared,
+                "tensor_memory": getattr(compiled.metadata, "tmem_size", 0),
+                "matrix": next((name for name in MATRIX if name in text), ""),
+                "dot": "tt.dot" in compiled.asm["ttir"],
+                "sixteen_bits": any(kind in str(source.signature) for kind in ("*bf16", "*fp16", "<bf16", "<fp16")),
+                "bulk_copy": "cp.async.bulk.tensor" in text,
+                **usage,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    from autoregembed.kernels.triton import tiles
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", action="append", choices=sorted(tiles.ARCHITECTURES))
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    rows = [row for arch in given.arch or tiles.ARCHITECTURES for row in report(arch)]
+    if given.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(f"{'part':7} {'kernel':16} {'case':52} {'warps':>5} {'regs':>4} {'shared':>7} {'spills':>6}  matrix unit")
+    for row in rows:
+        print(
+            f"{row['arch']:7} {row['kernel'][1:]:16} {row['case'][:52]:52} {row['warps']:5} {row['registers']:4} "
+            f"{row['shared']:7} {row['spills']:6}  {row['matrix']}{' + TMA' if row['bulk_copy'] else ''}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Does the suite notice? One-line bugs, each put into a copy of the Triton kernels, each of which the tests must catch.
+
+    python tests/seeded_bugs.py [substring of a bug's name]
+
+Prints one line a bug and exits with the number of survivors. Every bug runs in a fork of one process that has imported
+everything but the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+HEAD, ALIGN, SPLICE, NCE = "linear_logprob", "alignment", "splice", "info_nce"
+SHAPES = "any_shape and dtype0"
+# (name, file, the line's text, what it becomes, file of tests, tests that should notice)
+BUGS = [
+    ("epilogue drops the last block", HEAD, "blocks = tl.cdiv(V, BLOCK)\n", "blocks = V // BLOCK\n", HEAD, SHAPES),
+    ("epilogue leaves E unscaled", HEAD, "e = e * (-g * (tl.exp(m - shift) / s))", "e = e * -g", HEAD, SHAPES),
+    ("target one to the right", HEAD, "hit = col == y\n", "hit = col == y + 1\n", HEAD, SHAPES),
+    ("gradient of the target forgotten", HEAD, "e = tl.where(col == y, e_y, e)", "e = e", HEAD, SHAPES),
+    ("1 − p by a difference", HEAD, "e_y = g * slope_y * (rest / s)", "e_y = g * slope_y * (1 - tl.exp(logprob))",
+     HEAD, "certain_target"),
+    ("sum not rescaled to a new maximum", HEAD, "rest = rest * tl.exp(top - shift) + tl.sum(e)",
+     "rest = rest + tl.sum(e)", HEAD, SHAPES),
+    ("softcap's slope missing", HEAD, "                        e = e * slope\n", "                        e = e\n",
+     HEAD, SHAPES),
+    ("ignored rows leave E as it was", HEAD, "if GRADIENT:\n                for block in range(0, blocks):\n"
+     "                    col = block * BLOCK + lanes\n                    tl.store(e_row + col, tl.zeros",
+     "if False:\n                for block in range(0, blocks):\n                    col = block * BLOCK + lanes\n"
+     "                    tl.store(e_row + col, tl.zeros", HEAD, "ignored"),
+    ("invalid ids score as id 0", HEAD, "tl.store(logprob_ptr + row, tl.where(valid, logprob, float(\"nan\")))",
+     "tl.store(logprob_ptr + row, logprob)", HEAD, "ignored"),
+    ("−inf columns give NaN", "primitives", 'return tl.where(top == -float("inf"), 0.0, top)', "return top", HEAD,
+     "masked_columns"),
+    ("scorer keeps columns past V", HEAD,
+     'z = tl.where((col < V)[None, :], z, -float("inf"))\n            if id_ptr', "z = z\n            if id_ptr",
+     HEAD, SHAPES),
+    ("scorer's splits overlap", HEAD, "last = (split + 1) * tiles_v // splits", "last = tiles_v", HEAD,
+     "chunks_and_splits"),
+    ("scorer forgets the bias", HEAD,
+     "x += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]\n            if row_norm_ptr",
+     "x += 0.0\n            if row_norm_ptr", HEAD, SHAPES),
+    ("combine ignores parts' maxima", HEAD, "other=0.0) * tl.exp(m - shift)", "other=0.0)", HEAD, SHAPES),
+    ("combine reads one part too few", HEAD, "for part in range(0, parts):\n        at = tl.cast(part, tl.int64) * N"
+     " + row\n        m = tl.load", "for part in range(0, parts - 1):\n        at = tl.cast(part, tl.int64) * N + row\n"
+     "        m = tl.load", HEAD, "chunks_and_splits"),
+    ("tiled: wrong part's factor", HEAD, "tl.cast(k // PART, tl.int64)", "tl.cast(k // (2 * PART), tl.int64)", HEAD,
+     SHAPES),
+    ("tiled: last step dropped", HEAD, "steps = tl.cdiv(V, DEPTH)", "steps = V // DEPTH", HEAD, SHAPES),
+    ("GEMM: end of D dropped", "primitives", "for k in range(0, depth, DEPTH):\n            if EVEN",
+     "for k in range(0, depth - DEPTH + 1, DEPTH):\n            if EVEN", HEAD, SHAPES),
+    ("GEMM: second operand of the wrong tile", "primitives", "b.load([col, k]).T", "b.load([0 * col, k]).T", HEAD,
+     "whole_words and dtype0"),
+    ("tanh without its series", "primitives", "y = tl.where(tl.abs(x) < 0.25, x * p, big)", "y = big", HEAD,
+     "large_cap"),
+    ("gradient applied twice to rows", HEAD, "(g[:, None] * u)", "(g[:, None] * g[:, None] * u)", HEAD, SHAPES),
+    ("gradient is zero", HEAD, "(g[:, None] * u)", "(0.0 * g[:, None] * u)", HEAD, SHAPES),
+    ("sequence sums lose the tail", HEAD, "for start in range(0, count, BLOCK):",
+     "for start in range(0, count - BLOCK + 1, BLOCK):", HEAD, "sequence_sums"),
+    ("bad bounds unnoticed", HEAD, "tl.where(good, tl.sum(sums), float(\"nan\"))", "tl.sum(sums)", HEAD, "bad_bounds"),
+    ("binary search off by one", "primitives", "right = tl.load(cu_ptr + middle) <= row",
+     "right = tl.load(cu_ptr + middle) < row", HEAD, "sequence_sums"),
+    ("alignment: sign of |a − b|", ALIGN, "tl.where(d < 0, -1.0, 0.0)", "tl.where(d < 0, 1.0, 0.0)", ALIGN,
+     "loss_gradients"),
+    ("alignment: mean over all places", ALIGN, "pairs += tl.sum(some)", "pairs += tl.sum(some) * 0 + ROWS", ALIGN,
+     "loss_gradients"),
+    ("alignment: subtract is add", ALIGN, "margin + SIGN * (", "margin + SIGN * SIGN * (", ALIGN, "loss_gradients"),
+    ("alignment: log(1 + t) by log", "primitives", "return tl.where(exact, t, tl.log(u) * (t / tl.where(exact, 1.0, "
+     "u - 1.0)))", "return tl.log(u)", ALIGN, "small_losses"),
+    ("take: one row early", SPLICE, "row = end - K + out_row % K", "row = end - K - 1 + out_row % K", SPLICE,
+     "test_take and dtype0"),
+    ("splice: K + 1 rows of z", SPLICE, "(j >= 0) & (j < K)", "(j >= 0) & (j <= K)", SPLICE, "test_splice and dtype0"),
+    ("splice: only the first reader's gradient", SPLICE, "for n in range(0, most):\n            s = first + n",
+     "for n in range(0, tl.minimum(most, 1)):\n            s = first + n", SPLICE, "test_splice and dtype0"),
+    ("InfoNCE: projection missing", NCE, "out = (g - x * along)", "out = g", NCE, "both_gradients and dtype0"),
+    ("InfoNCE: mean over passages", NCE, "factor = -1 / (b * temperature)", "factor = -1 / (p * temperature)", NCE,
+     "both_gradients and dtype0"),
+    ("InfoNCE: duplicates hide the positive", HEAD, "z = tl.where(same & (col != y), -float(\"inf\"), z)",
+     "z = tl.where(same, -float(\"inf\"), z)", NCE, "both_gradients and dtype0"),
+]  # fmt: skip
+
+
+def caught(bug: tuple[str, str, str, str, str, str]) -> bool:
+    """Whether the chosen tests fail with the bug in place (in a fork: this process stays as it is)."""
+    import pytest
+
+    name, file, old, new, tests, chosen = bug
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "triton"
+        shutil.copytree(ROOT / "kernels" / "triton", copy, ignore=shutil.ignore_patterns("__pycache__"))
+        source = (copy / f"{file}.py").read_text(encoding="utf-8")
+        if old not in source:
+            raise SystemExit(f"{name}: the line is not in {file}.py: {old!r}")
+        (copy / f"{file}.py").write_text(source.replace(old, new), encoding="utf-8")
+        child = os.fork()
+        if child == 0:
+            import autoregembed.kernels
+
+            autoregembed.kernels.__path__.insert(0, folder)
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                command = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k", chosen]
+                code = pytest.main([*command, str(TESTS / f"test_triton_{tests}.py")])
+            os._exit(int(code))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, 1):
+        raise SystemExit(f"{name}: pytest answered {code}")
+    return code == 1
+
+
+def main() -> int:
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path[:0] = [str(ROOT), str(TESTS)]
+    import datasets  # noqa: F401
+    import hypothesis  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import transformers  # noqa: F401
+
+    import autoregembed.train  # noqa: F401
+
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    survivors = 0
+    for bug in BUGS:
+        if wanted in bug[0]:
+            found = caught(bug)
+            survivors += not found
+            print(f"{'caught' if found else 'SURVIVED':9} {bug[0]}", flush=True)
+    print(f"{survivors} survived")
+    return survivors
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,194 @@
+import pytest
+import torch
+from conftest import sentence
+from safetensors.torch import load_file, save_file
+
+from autoregembed import checkpoint
+from autoregembed.testing import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
+V = len(TOKENIZER)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("spare", [0, 2, 8])
+def test_compress_tokens_lie_behind_the_vocabulary_and_change_nothing_else(tied, spare):
+    """Models often have more rows than their tokenizer has tokens; those are used first."""
+    before = tiny_model(vocab_size=V + spare, tie_word_embeddings=tied)
+    model = tiny_model(vocab_size=V + spare, tie_word_embeddings=tied)
+    ids = checkpoint.add_compress_tokens(model, TOKENIZER, 5)
+    assert ids == list(range(V, V + 5))
+    old, new = before.get_input_embeddings().weight, model.get_input_embeddings().weight
+    assert len(new) == max(V + 5, V + spare)
+    assert torch.equal(new[:V], old[:V])
+    assert model.config.vocab_size == len(new)
+    assert len(TOKENIZER) == V
+    rows = new[ids]
+    blank, spread = old[TOKENIZER(" ", add_special_tokens=False)["input_ids"][0]], old[:V].std(0)
+    assert 0.08 < ((rows - blank) / spread).std() < 0.12, "a tenth of real tokens' spread around a blank"
+    assert torch.pdist(rows).min() > 0.05 * torch.pdist(old[:V]).median()
+    again = tiny_model(vocab_size=V + spare, tie_word_embeddings=tied)
+    checkpoint.add_compress_tokens(again, TOKENIZER, 5)
+    assert torch.equal(again.get_input_embeddings().weight[ids], rows)
+
+
+def test_no_compress_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"^num_compress_tokens: found 0"):
+        checkpoint.add_compress_tokens(tiny_model(vocab_size=V), TOKENIZER, 0)
+
+
+def test_a_model_comes_back_as_it_was_with_its_recipe(tmp_path):
+    model = tiny_model(vocab_size=V, tie_word_embeddings=True, dtype=torch.bfloat16)
+    recipe = {"compress_token_ids": [1, 2], "decoder": "é"}
+    checkpoint.save_model(tmp_path / "m", model, TOKENIZER, recipe)
+    loaded, tokenizer, found = checkpoint.load_causal_lm(str(tmp_path / "m"), dtype=torch.bfloat16)
+    assert found == recipe
+    assert checkpoint.weights_fingerprint(loaded) == checkpoint.weights_fingerprint(model)
+    text = "the cat </s> sat"
+    assert tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+    (tmp_path / "m" / checkpoint.RECIPE).unlink()
+    assert checkpoint.load_causal_lm(str(tmp_path / "m"))[2] == {}
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["nothing", "empty folder", "no weights", "a weight less", "damaged weights", "damaged config", "damaged recipe"],
+)
+def test_what_cannot_be_loaded_is_a_checkpoint_error_that_names_it(what, tmp_path):
+    folder = tmp_path / "m"
+    if what == "empty folder":
+        folder.mkdir()
+    elif what != "nothing":
+        checkpoint.save_model(folder, tiny_model(vocab_size=V), TOKENIZER, {"compress_token_ids": [3]})
+        if what == "no weights":
+            (folder / "model.safetensors").unlink()
+        elif what == "a weight less":
+            weights = load_file(folder / "model.safetensors")
+            weights.pop("model.layers.1.mlp.up_proj.weight")
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        elif what == "damaged weights":
+            (folder / "model.safetensors").write_bytes(b"rubbish" * 9)
+        elif what == "damaged config":
+            (folder / "config.json").write_text("{")
+        else:
+            (folder / checkpoint.RECIPE).write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match=rf"^model: found '{folder}', which cannot be loaded"):
+        checkpoint.load_causal_lm(str(folder))
+
+
+def test_the_fingerprint_of_weights_is_that_of_names_shapes_and_values():
+    one = tiny_model()
+    same = tiny_model()
+    seen = {checkpoint.weights_fingerprint(one), checkpoint.weights_fingerprint(same)}
+    assert len(seen) == 1
+    with torch.no_grad():
+        same.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
+    seen.add(checkpoint.weights_fingerprint(same))
+    seen.add(checkpoint.weights_fingerprint(tiny_model(dtype=torch.bfloat16)))
+    seen.add(checkpoint.weights_fingerprint(one, one))
+    seen.add(checkpoint.weights_fingerprint(torch.nn.ModuleDict({"renamed": one})))
+    assert len(seen) == 5
+
+
+def test_reference_scores_come_back_and_only_for_what_they_belong_to(tmp_path):
+    path, mine = tmp_path / "new" / "r.safetensors", {"data": "a", "model": "b", "tokenizer": "c"}
+    positive, negatives = torch.tensor([-3.0, -4.5]), torch.tensor([[-1.0, torch.nan], [-2.0, -5.0]])
+    checkpoint.save_reference(path, positive, negatives, mine)
+    found = checkpoint.load_reference(path, mine)
+    torch.testing.assert_close(found, (positive, negatives), rtol=0, atol=0, equal_nan=True)
+    for name in mine:
+        other = {**mine, name: "x"}
+        with pytest.raises(checkpoint.ReferenceMismatch) as error:
+            checkpoint.load_reference(path, other)
+        for key in mine:
+            assert f"'{key}': '{mine[key]}'" in str(error.value)
+            assert f"'{key}': '{other[key]}'" in str(error.value)
+    assert [p.name for p in path.parent.iterdir()] == ["r.safetensors"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training state
+
+
+def trained(width: int = 4, steps: int = 3):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Linear(width, 1))
+    model[0].bias.requires_grad_(False)
+    parameters = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1].parameters(), "lr": 0.01}]
+    optimizer = torch.optim.AdamW(parameters)
+    for _ in range(steps):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model, optimizer):
+    model(torch.randn(5, 3)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_state_goes_on_bit_for_bit(tmp_path):
+    model, optimizer = trained()
+    checkpoint.save_state(tmp_path / "step-3", model, optimizer, 3, {"scores": {"0": 0.5}})
+    assert checkpoint.verify(tmp_path / "step-3") is None
+    step(model, optimizer)
+    other, fresh = trained(steps=0)
+    state = checkpoint.load_state(tmp_path / "step-3", other, fresh)
+    assert (state["step"], state["scores"]) == (3, {"0": 0.5})
+    step(other, fresh)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [g["lr"] for g in fresh.param_groups] == [0.1, 0.01]
+    names = set(load_file(tmp_path / "step-3" / "trainable.safetensors"))
+    assert names == {"0.weight", "1.weight", "1.bias"}
+
+
+def test_a_state_of_another_shape_is_refused_and_changes_nothing(tmp_path):
+    checkpoint.save_state(tmp_path / "s", *trained(), 3, {})
+    model, optimizer = trained(width=5)
+    before = checkpoint.weights_fingerprint(model)
+    with pytest.raises(checkpoint.CheckpointError, match=r"^resume: found 0\.weight with shape \(4, 3\).*\(5, 3\)"):
+        checkpoint.load_state(tmp_path / "s", model, optimizer)
+    assert checkpoint.weights_fingerprint(model) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "one byte", "no manifest", "manifest of rubbish"])
+def test_damaged_states_are_skipped_with_the_reason(damage, tmp_path):
+    for n in (1, 2):
+        checkpoint.save_state(tmp_path / f"step-{n:08d}", *trained(), n, {})
+    newest = tmp_path / "step-00000002"
+    file = newest / "optimizer.safetensors"
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "shorter":
+        file.write_bytes(content[:-1])
+    elif damage == "one byte":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        manifest = newest / "manifest.json"
+        manifest.unlink() if damage == "no manifest" else manifest.write_text("[1]")
+    found, skipped = checkpoint.newest_state(tmp_path)
+    assert found == tmp_path / "step-00000001"
+    assert len(skipped) == 1
+    assert skipped[0].startswith("step-00000002: " + ("manifest" if "manifest" in damage else "optimizer.safetensors"))
+    assert checkpoint.newest_state(tmp_path / "none") == (None, [])
+
+
+def test_an_interrupted_replacement_leaves_the_old_folder(tmp_path):
+    with checkpoint.atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("old")
+
+    def interrupted():
+        with checkpoint.atomic_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / "a").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with checkpoint.atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "b").write_text("new")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,243 @@
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import sentence, write_jsonl
+from safetensors.torch import load_file
+
+from autoregembed import Encoder, checkpoint
+from autoregembed.cli import main, read_config
+from autoregembed.evaluate import embed, load_sts, sts
+from autoregembed.export import export
+from autoregembed.testing import tiny_model, tiny_tokenizer
+from autoregembed.train import ConfigError
+
+FIELDS = {"stage": 1, "model": "m", "train_data": "d.jsonl", "output_dir": "o"}
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Messages are asserted on whole, so lines must not be broken."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    from autoregembed import cli
+
+    monkeypatch.setattr(cli.console, "width", 1000)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(folder, what the library itself makes of texts)"""
+    tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
+    model = tiny_model(vocab_size=len(tokenizer))
+    ids = checkpoint.add_compress_tokens(model, tokenizer, 3)
+    encoder = Encoder(model, compress_token_ids=ids, suffix_ids=tokenizer("\n")["input_ids"], bos_token_id=1)
+    folder = export(encoder, tokenizer, tmp_path_factory.mktemp("cli") / "model")
+    return str(folder), lambda texts: embed(encoder, tokenizer, texts)
+
+
+def config_file(tmp_path: Path, **fields) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**FIELDS, **fields}))
+    return str(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train
+
+
+def test_flags_win_over_the_file(tmp_path):
+    file = config_file(tmp_path, batch_size=4, learning_rate=1e-3, freeze=["embed"], z_scale="match")
+    config = read_config([file, "--batch_size", "16", "--output_dir=other", "--stage", "2"])
+    assert (config.stage, config.batch_size, config.output_dir) == (2, 16, "other")
+    assert (config.learning_rate, config.freeze, config.z_scale, config.temperature) == (1e-3, ["embed"], "match", 0.1)
+    alone = [x for name, value in FIELDS.items() for x in (f"--{name}", str(value))]
+    assert read_config(alone).model == "m"
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001"])
+def test_numbers_may_be_written_as_people_do(text, tmp_path):
+    """YAML 1.1 takes 1e-4 for a string."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(FIELDS) + f"learning_rate: {text}\n")
+    assert read_config([str(path)]).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rte": 0.1}, r"^learning_rte: found an unknown field \(did you mean 'learning_rate'\?\)"),
+        ({"batchsize": 1}, r"^batchsize: found an unknown field \(did you mean 'batch_size'\?\)"),
+        ({"qqq": 1}, "^qqq: found an unknown field, allowed are stage, model, "),
+        ({"batch_size": "many"}, "^batch_size: found many, allowed is int$"),
+        ({"batch_size": 2.5}, r"^batch_size: found 2\.5, allowed is int$"),
+        ({"steps": "all"}, r"^steps: found all, allowed is int \| None$"),
+        ({"stage": 3}, r"^stage: found 3, allowed is Literal\[1, 2\]$"),
+        ({"reference": "plus"}, r"^reference: found plus, allowed is Literal\['add', 'subtract', 'none'\]"),
+        ({"temperature": 0}, "^temperature: found 0"),
+        ({"freeze": "embed"}, r"^freeze: found embed, allowed is list\[str\]"),
+        ({"freeze": ["("]}, r"^freeze: found '\('"),
+        ({"model": None}, "required: model"),
+    ],
+)
+def test_a_wrong_field_is_named(fields, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        read_config([config_file(tmp_path, **fields)])
+
+
+def test_a_wrong_flag_is_named_with_the_nearest(tmp_path):
+    with pytest.raises(ConfigError, match=r"^warmup_step: found an unknown field \(did you mean 'warmup_steps'\?\)"):
+        read_config([config_file(tmp_path), "--warmup_step", "3"])
+    with pytest.raises(ConfigError, match=r"^batch_size: found a few, allowed is int$"):
+        read_config([config_file(tmp_path), "--batch_size", "a few"])
+
+
+@pytest.mark.parametrize(("content", "message"), [("- 1\n", "allowed is a mapping"), ("a: [1\n", "cannot be read")])
+def test_files_that_hold_no_fields_are_refused(content, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=rf"^config: found .*{message}"):
+        read_config([str(tmp_path / "c.yaml")])
+    with pytest.raises(ConfigError, match=r"^config: found .*cannot be read"):
+        read_config([str(tmp_path / "none.yaml")])
+
+
+def test_a_field_that_is_missing_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("stage: 1\n")
+    with pytest.raises(ConfigError, match=r"model|train_data|output_dir"):
+        read_config([str(tmp_path / "c.yaml")])
+
+
+def test_train_trains_and_bad_input_exits_with_2(model_folder, compression_file, tmp_path, capsys):
+    fields = {"model": model_folder, "train_data": compression_file, "output_dir": str(tmp_path / "out")}
+    file = config_file(tmp_path, **fields, steps=1, batch_size=4, max_length=99)
+    assert main(["train", file, "--precision", "fp32"]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads(printed[printed.index("{") :])
+    assert summary["steps"] == 1
+    assert Path(summary["model"], "model.safetensors").is_file()
+    for arguments, message in (
+        (["train", file, "--steps", "0"], "ConfigError: steps: found 0"),
+        (["train", file, "--train_data", str(tmp_path / "none.jsonl")], "FileNotFoundError: data: found no file"),
+        (["train", file, "--model", str(tmp_path)], "CheckpointError: model: found"),
+        (["train", file, "--bathc_size", "1"], "did you mean 'batch_size'?"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help_exits_with_0(capsys):
+    assert main(["train", "--help"]) == 0
+    assert "--contrastive_weight" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    for arguments in ([], ["trian"], ["eval", "--stts", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encode, eval, doctor
+
+
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_encode_writes_the_embeddings_of_the_lines(source, exported, tmp_path, monkeypatch, capsys):
+    folder, expected = exported
+    texts = ["the cat sat", "Grüße </s>", sentence(0, 300)]
+    content = "\n".join(texts) + "\n"
+    (tmp_path / "texts.txt").write_text(content, encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+    output = tmp_path / "e.safetensors"
+    name = "-" if source == "stdin" else str(tmp_path / "texts.txt")
+    assert main(["encode", folder, "--texts", name, "--output", str(output)]) == 0
+    found = load_file(output)["embeddings"]
+    torch.testing.assert_close(found, expected(texts), rtol=0, atol=1e-5)
+    assert "3 embeddings of 32 numbers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("the\n\ncat\n", {}, "ValueError: texts: found an empty text in line 2"),
+        ("", {}, "ValueError: texts: found no line"),
+        (None, {}, "FileNotFoundError"),
+        ("the\n", {"output": "none/e.safetensors"}, "FileNotFoundError: output: found"),
+        ("the\n", {"output": "."}, "FileNotFoundError: output: found"),
+        ("the\n", {"model": "nowhere"}, "CheckpointError: model: found 'nowhere', which cannot be loaded"),
+    ],
+)
+def test_encode_refuses_and_writes_nothing(content, options, message, exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("texts.txt").write_text(content)
+    fields = {"model": exported[0], "texts": "texts.txt", "output": "e.safetensors", **options}
+    assert main(["encode", *(x for name, value in fields.items() for x in (f"--{name}", value))]) == 2
+    assert message in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} <= {"texts.txt"}
+
+
+def beir(tmp_path) -> list[str]:
+    corpus = [{"_id": str(i), "title": "", "text": sentence(i, 6)} for i in range(20)]
+    queries = [{"_id": f"q{i}", "text": sentence(i, 6)} for i in range(5)]
+    (tmp_path / "qrels.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\t{i}\t1\n" for i in range(4)) + "q4\t9\t1\n"
+    )
+    names = {
+        "corpus": write_jsonl(tmp_path / "corpus.jsonl", corpus),
+        "queries": write_jsonl(tmp_path / "q.jsonl", queries),
+    }
+    return [x for name, value in {**names, "qrels": str(tmp_path / "qrels.tsv")}.items() for x in (f"--{name}", value)]
+
+
+def test_eval_scores_sts_and_retrieval(exported, sts_file, tmp_path, capsys):
+    folder, library = exported
+    output = tmp_path / "result.json"
+    assert main(["eval", folder, "--sts", sts_file, *beir(tmp_path), "--json_file", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["spearman"] == pytest.approx(sts(library, load_sts(sts_file))["spearman"], abs=1e-6)
+    assert (found["pairs"], found["queries"], found["documents"]) == (12, 5, 20)
+    assert found["recall@1"] == pytest.approx(0.8)
+    assert 0.8 <= found["ndcg@10"] < 1
+    assert main(["eval", folder, "--sts", sts_file]) == 0
+    assert "ndcg@10" not in json.loads(capsys.readouterr().out)
+    assert main(["eval", folder, *beir(tmp_path)]) == 0
+    assert "spearman" not in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "ValueError: sts: found None"),
+        (["--corpus", "c.jsonl"], "ValueError: queries: found None"),
+        (["--sts", "none.csv"], "FileNotFoundError: data: found no file 'none.csv'"),
+    ],
+)
+def test_eval_refuses(arguments, message, exported, capsys):
+    assert main(["eval", exported[0], *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_doctor_says_what_runs_and_why_the_rest_does_not(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in printed.splitlines() if "│" in line}
+    assert rows["torch"] == torch.__version__
+    assert rows["impl=torch"] == "ok"
+    assert rows["attention=sdpa (float32)"] == "ok"
+    assert "needs CUDA" in rows["attention=varlen (float32)"]
+    assert rows["impl=auto"] in {name.removeprefix("impl=") for name, state in rows.items() if state == "ok"}
+    if not torch.cuda.is_available():
+        assert not any(name.startswith("device cuda") for name in rows)
+
+
+def test_the_module_runs_as_a_command(tmp_path):
+    command = [sys.executable, "-m", "autoregembed"]
+    result = subprocess.run([*command, "nonsense"], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "{train,encode,eval,doctor}" in result.stderr

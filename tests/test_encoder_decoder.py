@@ -1,0 +1,446 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoregembed import Decoder, Encoder
+from autoregembed.packing import base_model
+from autoregembed.testing import tiny_model
+
+K = 3
+COMPRESS = [317, 318, 319]
+SUFFIX = [7, 8]
+MODELS = {
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama, untied": ("llama", {"tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {}),
+    "qwen3, tied": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+                          "sliding_window": 4}),
+    "gemma3": ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "mistral, sliding window": ("mistral", {"sliding_window": 4}),
+    "gpt-neox": ("gpt_neox", {}),
+    "gpt2, learned positions": ("gpt2", {}),
+    "phi, head with a bias": ("phi", {}),
+    "cohere, logit scale": ("cohere", {"logit_scale": 0.25}),
+    "granite, logits scaling": ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+}  # fmt: skip
+BOS = {"gpt-neox": None, "gpt2, learned positions": None, "qwen2": None}
+# Transformers computes some norms, rotations and softmaxes in float32 even for float64 models.
+TOLERANCE = {"gemma2": 2e-5}
+
+
+def model_of(name: str, **options):
+    architecture, own = MODELS[name]
+    return tiny_model(architecture, dtype=torch.float64, **{**own, **options})
+
+
+def encoder_of(name: str, **options) -> Encoder:
+    fixed = {"compress_token_ids": COMPRESS, "suffix_ids": SUFFIX, "bos_token_id": BOS.get(name, 1)}
+    return Encoder(model_of(name), **{**fixed, **options})
+
+
+def texts(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 300, (n,), generator=generator).tolist() for n in sizes]
+
+
+def some_z(b, seed=0):
+    return torch.randn(b, K, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_z(model, name, ids, suffix=SUFFIX):
+    """The K last states of the plain model, which reads one text and nothing else."""
+    head = [] if BOS.get(name, 1) is None else [1]
+    row = torch.tensor([[*head, *ids, *suffix, *COMPRESS]])
+    return base_model(model)(input_ids=row).last_hidden_state[0, -K:]
+
+
+def plain_logprob(model, z, target, eos=2, bos=()):
+    """Full logits of the plain model, one pair at a time."""
+    embedding = model.get_input_embeddings()
+    inputs = torch.cat([embedding(torch.tensor(bos, dtype=torch.int64)), z, embedding(torch.tensor(target))])
+    logprob = model(inputs_embeds=inputs[None]).logits[0, len(bos) + K - 1 :].double().log_softmax(-1)
+    return logprob.gather(1, torch.tensor([*target, eos])[:, None]).sum()
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_z_is_that_of_the_plain_model_run_on_each_text_alone(name):
+    ids = texts(6, 2, 13, 2, 1)
+    plain = model_of(name)
+    expected = torch.stack([plain_z(plain, name, t) for t in ids])
+    z = encoder_of(name)(ids)
+    assert z.dtype == torch.float64
+    close(z, expected, TOLERANCE.get(name, 1e-10))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_scores_are_those_of_full_logits(name):
+    targets, z = texts(5, 1, 9, 5, seed=1), some_z(4)
+    plain = model_of(name)
+    expected = torch.stack([plain_logprob(plain, *pair) for pair in zip(z, targets, strict=True)])
+    decoder = Decoder(model_of(name))
+    scores = decoder.logprob(z, targets)
+    assert scores.dtype == torch.float64
+    close(scores, expected, TOLERANCE.get(name, 1e-10))
+    assert decoder.num_tokens(targets) == 24
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradient_of_z_is_that_of_full_logits(name):
+    targets, source, upstream = texts(4, 7, 2, 4, seed=1), [1, 0, 1, 1], torch.tensor([1.0, -2.0, 0.5, 3.0])
+    z = some_z(2).requires_grad_()
+    plain = model_of(name).requires_grad_(False)
+    loop = torch.stack([plain_logprob(plain, z[i], t) for i, t in zip(source, targets, strict=True)])
+    (expected,) = torch.autograd.grad(loop @ upstream.double(), z)
+    decoder = Decoder(model_of(name))
+    (found,) = torch.autograd.grad(decoder.logprob(z, targets, source) @ upstream.double(), z)
+    assert expected.abs().min(-1).values.max() > 0
+    close(found, expected, TOLERANCE.get(name, 1e-10) * max(1.0, float(expected.abs().max())))
+    assert all(not p.requires_grad and p.grad is None for p in decoder.parameters())
+
+
+@given(order=st.permutations(range(6)), cuts=st.sets(st.integers(1, 5)))
+@settings(max_examples=10, deadline=None)
+@torch.no_grad()
+def test_neither_order_nor_batch_size_matters(order, cuts):
+    ids, suffixes, targets = texts(3, 8, 3, 1, 12, 5), texts(1, 2, 3, 1, 2, 3, seed=4), texts(2, 2, 9, 1, 4, 7, seed=5)
+    encoder, decoder = SHARED["encoder"], SHARED["decoder"]
+    z = encoder(ids, suffixes)
+    scores = decoder.logprob(z, targets)
+    for part in torch.tensor(order).tensor_split(sorted(cuts)):
+        places = part.tolist()
+        again = encoder([ids[i] for i in places], [suffixes[i] for i in places])
+        close(again, z[part])
+        close(decoder.logprob(again, [targets[i] for i in places]), scores[part])
+        close(decoder.logprob(z, [targets[i] for i in places], places), scores[part])
+
+
+SHARED = {"encoder": encoder_of("mistral, sliding window"), "decoder": Decoder(model_of("gemma2"))}
+
+
+@torch.no_grad()
+def test_one_z_scored_against_many_targets_equals_each_alone():
+    decoder, z, targets = Decoder(model_of("llama, tied")), some_z(2), texts(5, 5, 1, 8, 3, seed=2)
+    source = torch.tensor([1, 1, 0, 1, 1])
+    together = decoder.logprob(z, targets, source)
+    alone = [decoder.logprob(z[i : i + 1], [t]) for i, t in zip(source.tolist(), targets, strict=True)]
+    close(together, torch.cat(alone))
+    assert decoder.logprob(z, [], []).shape == (0,)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_the_plain_model_on_either_side_gives_the_same_z(side):
+    """The released code masks `ids != pad`, reads the last columns and so needs one side; here no side exists."""
+    ids = texts(6, 2, 9)
+    encoder, plain = encoder_of("llama, tied"), model_of("llama, tied")
+    rows = encoder.sequences(ids)
+    width = max(map(len, rows))
+    z = encoder(ids)
+    for row, found in zip(rows, z, strict=True):
+        pad = width - len(row)
+        front, back = (pad, 0) if side == "left" else (0, pad)
+        inputs = torch.tensor([[2] * front + row + [2] * back])
+        mask = torch.tensor([[0] * front + [1] * len(row) + [0] * back])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = base_model(plain)(input_ids=inputs, attention_mask=mask, position_ids=positions).last_hidden_state
+        # Rotary positions are relative, computed in float32.
+        close(found, hidden[0, width - back - K : width - back], 1e-6)
+
+
+@torch.no_grad()
+def test_texts_and_targets_that_hold_eos_bos_or_compress_ids_are_read_like_any_other():
+    name = "llama, tied"
+    ids = [[5, 2, 2, 6], [1, 318, 9, 319], [2]]
+    plain = model_of(name)
+    close(encoder_of(name)(ids), torch.stack([plain_z(plain, name, t) for t in ids]))
+    z = some_z(3)
+    expected = torch.stack([plain_logprob(plain, *pair) for pair in zip(z, ids, strict=True)])
+    close(Decoder(model_of(name)).logprob(z, ids), expected)
+    twin = encoder_of(name)([[5, 9, 2, 6]])
+    assert (twin - encoder_of(name)(ids[:1])).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_every_text_may_have_its_own_suffix():
+    name = "llama, tied"
+    ids, suffixes = texts(4, 2), [[9], [10, 11, 12]]
+    plain = model_of(name)
+    expected = torch.stack([plain_z(plain, name, *pair) for pair in zip(ids, suffixes, strict=True)])
+    close(encoder_of(name)(ids, suffixes), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# z_scale
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gemma3"])
+def test_match_gives_z_the_rms_of_the_decoders_input_embeddings(name):
+    decoder, z = Decoder(model_of(name), z_scale="match"), 50 * some_z(4)
+    read = model_of(name).get_input_embeddings()(torch.arange(320))
+    found = decoder.rescale(z)
+    close(found.square().mean(-1).sqrt(), read.square().mean().sqrt().expand(4, K), 1e-6)
+    cosine = torch.nn.functional.cosine_similarity(found, z, dim=-1)
+    close(cosine, torch.ones_like(cosine))
+    assert torch.equal(Decoder(model_of(name)).rescale(z), z)
+
+
+def test_match_has_the_right_gradient():
+    name = "llama, tied"
+    decoder, targets, z = Decoder(model_of(name), z_scale="match"), texts(4, 2), (20 * some_z(2)).requires_grad_()
+    rms = decoder.input_rms.double()
+    plain = model_of(name).requires_grad_(False)
+    scaled = z / z.square().mean(-1, keepdim=True).sqrt() * rms
+    loop = torch.stack([plain_logprob(plain, *pair) for pair in zip(scaled, targets, strict=True)])
+    (expected,) = torch.autograd.grad(loop.sum(), z)
+    (found,) = torch.autograd.grad(decoder.logprob(z, targets).sum(), z)
+    close(found, expected, 1e-9)
+    along = (found * z).sum(-1).abs().max()
+    assert along < 1e-7 * (found.norm() * z.norm()), "the length of z is immaterial"
+    assert torch.autograd.gradcheck(decoder.rescale, (20 * some_z(1)).requires_grad_())
+
+
+def test_match_survives_a_z_of_zeros():
+    decoder, z = Decoder(model_of("llama, tied"), z_scale="match"), torch.zeros(1, K, 32, dtype=torch.float64)
+    score = decoder.logprob(z.requires_grad_(), texts(3))
+    score.sum().backward()
+    assert score.isfinite().all()
+    assert z.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other ways to train
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gemma3", "gemma2"])
+def test_own_compress_rows_give_the_same_z_and_fold_into_the_matrix(name):
+    ids, tolerance = texts(4, 2, 7), TOLERANCE.get(name, 1e-10)
+    encoder = encoder_of(name, own_compress_rows=True)
+    close(encoder(ids).detach(), encoder_of(name)(ids).detach(), tolerance)
+    with torch.no_grad():
+        encoder.compress_rows += 0.3
+    moved = encoder(ids)
+    assert (moved - encoder_of(name)(ids)).abs().max() > 1e-2
+    moved.sum().backward()
+    assert encoder.compress_rows.grad.abs().min(1).values.max() > 0
+    encoder.fold_compress_rows()
+    folded = Encoder(encoder.model, compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=BOS.get(name, 1))
+    close(folded(ids), moved, tolerance)
+
+
+def test_own_compress_rows_have_the_gradient_of_the_rows_in_the_matrix():
+    ids, upstream = texts(4, 2, 4), some_z(3)
+    own, inside = encoder_of("gemma3", own_compress_rows=True), encoder_of("gemma3")
+    (own(ids) * upstream).sum().backward()
+    (inside(ids) * upstream).sum().backward()
+    matrix = inside.model.get_input_embeddings().weight.grad
+    close(own.compress_rows.grad, matrix[COMPRESS])
+    assert matrix[COMPRESS].abs().max() > 1e-3
+
+
+def test_a_peft_model_is_encoded_with_its_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    ids = texts(4, 9)
+    config = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices={"embed_tokens": COMPRESS})
+    wrapped = get_peft_model(model_of("llama, tied"), config)
+    encoder = Encoder(wrapped, compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=1)
+    close(encoder(ids), encoder_of("llama, tied")(ids))
+    with torch.no_grad():
+        for _, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    adapted = encoder(ids)
+    adapted.sum().backward()
+    trained = {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for n, p in wrapped.named_parameters() if n in trained)
+    assert any("token_adapter" in n for n in trained)
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    plain = torch.stack([plain_z(merged, "llama, tied", t) for t in ids])
+    close(adapted, plain)
+    assert (adapted - encoder_of("llama, tied")(ids)).abs().max() > 1e-2
+
+
+def test_gradient_checkpointing_gives_equal_gradients():
+    ids, upstream = texts(4, 9, 4), some_z(3)
+    gradients = []
+    for checkpointing in (False, True):
+        encoder = encoder_of("llama, tied").train()
+        if checkpointing:
+            encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        (encoder(ids) * upstream).sum().backward()
+        gradients.append({n: p.grad for n, p in encoder.named_parameters()})
+    plain, recomputed = gradients
+    assert plain.keys() == recomputed.keys()
+    for name in plain:
+        close(recomputed[name], plain[name])
+    assert min(g.abs().max() for g in plain.values()) > 1e-6
+
+
+def test_bfloat16_runs_on_a_cpu_and_is_near():
+    ids, targets = texts(6, 2, 9), texts(3, 7, 1, seed=1)
+    encoder = Encoder(
+        tiny_model("llama", dtype=torch.bfloat16), compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=1
+    )
+    decoder = Decoder(tiny_model("llama", dtype=torch.bfloat16), z_scale="match")
+    z = encoder(ids)
+    assert z.dtype == torch.bfloat16
+    scores = decoder.logprob(z, targets)
+    assert scores.dtype == torch.float32
+    scores.sum().backward()
+    assert encoder.model.get_input_embeddings().weight.grad.abs().max() > 0
+    exact_model = tiny_model("llama", dtype=torch.bfloat16).double()
+    exact = Encoder(exact_model, compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=1)(ids)
+    assert (z - exact).norm() < 0.03 * exact.norm()
+
+
+def test_the_base_model_without_a_head_will_do_for_the_encoder():
+    ids, model = texts(4, 2), model_of("llama, untied")
+    found = Encoder(model.model, compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=1)(ids)
+    close(found, encoder_of("llama, untied")(ids))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lengths
+
+
+def test_lengths_default_to_what_the_model_has_positions_for():
+    encoder = encoder_of("llama, tied")
+    assert encoder.fit_max_length() == 256
+    assert encoder.fit_max_length(256) == 256
+    with pytest.raises(ValueError, match=r"^max_length: found 257, allowed is at most 256"):
+        encoder.fit_max_length(257)
+    decoder = Decoder(model_of("llama, tied"))
+    assert decoder.fit_max_target_length(K) == 253
+    with pytest.raises(ValueError, match=r"^max_target_length: found 254, allowed is at most 253"):
+        decoder.fit_max_target_length(K, 254)
+    long = Encoder(tiny_model(max_position_embeddings=4096), compress_token_ids=COMPRESS)
+    assert long.fit_max_length() == 512
+    assert long.fit_max_length(4096) == 4096
+
+
+@torch.no_grad()
+def test_the_longest_text_and_target_fit_and_one_more_token_does_not():
+    encoder, decoder = encoder_of("gpt2, learned positions"), Decoder(model_of("gpt2, learned positions"))
+    room = 256 - len(SUFFIX) - K
+    assert encoder(texts(room, 2)).isfinite().all()
+    with pytest.raises(ValueError, match=r"^ids: found a text of 257 tokens.*allowed are 256"):
+        encoder(texts(2, room + 1))
+    assert decoder.logprob(some_z(1), texts(decoder.fit_max_target_length(K))).isfinite().all()
+    with pytest.raises(ValueError, match=r"^targets: found one of 257 positions.*allowed are 256"):
+        decoder.logprob(some_z(2), texts(2, 254))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("ids", "suffixes", "error", "message"),
+    [
+        ([], None, ValueError, "ids: found no text"),
+        ([[5], []], None, ValueError, "ids: found an empty sequence at 1"),
+        ([[5], [6, 320]], None, IndexError, r"ids: found id 320 in sequence 1, allowed are 0\.\.319"),
+        ([[-1]], None, IndexError, "ids: found id -1"),
+        ([[5], [6]], [[7]], ValueError, "suffix_ids: found 1, allowed is one for each of the 2 texts"),
+        ([[5]], [[320]], IndexError, "suffix_ids: found id 320"),
+    ],
+)
+def test_encoder_refuses(ids, suffixes, error, message):
+    with pytest.raises(error, match=rf"^{message}"):
+        encoder_of("llama, tied")(ids, suffixes)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"compress_token_ids": [320]}, IndexError, "compress_token_ids: found id 320"),
+        ({"compress_token_ids": []}, ValueError, "compress_token_ids: found an empty"),
+        ({"compress_token_ids": [4, 4]}, ValueError, r"compress_token_ids: found \[4, 4\]"),
+        ({"suffix_ids": [-3]}, IndexError, "suffix_ids: found id -3"),
+        ({"bos_token_id": 999}, IndexError, "bos_token_id: found id 999"),
+        ({"attention": "varlen"}, ValueError, "attention: found 'varlen'"),
+    ],
+)
+def test_encoder_construction_refuses(options, error, message):
+    with pytest.raises(error, match=rf"^{message}"):
+        encoder_of("llama, tied", **options)
+
+
+@pytest.mark.parametrize(
+    ("z", "targets", "source", "error", "message"),
+    [
+        (some_z(1)[0], [[5]], None, ValueError, r"z: found shape \(3, 32\), allowed is \(B, K, D\)"),
+        (some_z(1)[..., :31], [[5]], None, ValueError, r"z: found shape \(1, 3, 31\).*D = 32"),
+        (some_z(1)[:, :0], [[5]], None, ValueError, r"z: found shape \(1, 0, 32\)"),
+        (some_z(1).long(), [[5]], None, TypeError, "z: found dtype torch.int64"),
+        (some_z(1).to("meta"), [[5]], None, ValueError, "z: found device meta, allowed is the decoder's, cpu"),
+        (some_z(2), [[5]], None, ValueError, "targets: found 1, allowed without source is one for each of 2 z"),
+        (some_z(2), [[5], []], None, ValueError, "targets: found an empty sequence at 1"),
+        (some_z(1), [[320]], None, IndexError, r"targets: found id 320 in sequence 0, allowed are 0\.\.319"),
+        (some_z(1), [[-100]], None, IndexError, "targets: found id -100"),
+        (some_z(1), [[5], [6]], [0], ValueError, "source: found 1, allowed is one for each of the 2 targets"),
+        (some_z(1), [[5], [6]], [0, 1], IndexError, r"source: found 0\.\.1, allowed are 0\.\.0"),
+        (some_z(1), [[5]], [-1], IndexError, "source: found -1"),
+    ],
+)
+def test_decoder_refuses(z, targets, source, error, message):
+    with pytest.raises(error, match=rf"^{message}"):
+        SHARED["decoder"].logprob(z, targets, source)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    model = model_of("llama, untied")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = value
+    for build in (Decoder, lambda m: Encoder(m, compress_token_ids=COMPRESS)):
+        with pytest.raises(ValueError, match=r"^model: found a non-finite value in lm_head\.weight"):
+            build(model)
+
+
+def test_decoder_construction_refuses():
+    with pytest.raises(ValueError, match=r"^z_scale: found 'rms', allowed are \('none', 'match'\)"):
+        Decoder(model_of("llama, tied"), z_scale="rms")
+    with pytest.raises(ValueError, match=r"^eos_token_id: found None"):
+        Decoder(model_of("llama, tied", eos_token_id=None))
+    with pytest.raises(IndexError, match=r"^eos_token_id: found id 320"):
+        Decoder(model_of("llama, tied"), eos_token_id=320)
+    assert Decoder(model_of("llama, tied", eos_token_id=[9, 2])).eos_token_id == 9
+
+
+def test_heads_that_are_not_a_plain_projection_are_refused():
+    model = model_of("llama, untied")
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match=r"^model: found an lm_head of type Sequential"):
+        Decoder(model)
+    model = model_of("llama, untied")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2 if output.shape[1] == 2 else output)
+    calls = iter((1.0, 1.5))
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * next(calls))
+    with pytest.raises(ValueError, match=r"^model: found logits that are not"):
+        Decoder(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("eos", "bos"), [(77, ()), (2, (1,)), (77, (5,))])
+def test_eos_and_a_bos_before_z_may_be_chosen(eos, bos):
+    z, targets, plain = some_z(3), texts(3, 5, 1), model_of("llama, tied")
+    expected = torch.stack([plain_logprob(plain, *pair, eos, bos) for pair in zip(z, targets, strict=True)])
+    decoder = Decoder(model_of("llama, tied"), eos_token_id=eos, bos_token_id=bos[0] if bos else None)
+    close(decoder.logprob(z, targets), expected)
+    assert decoder.fit_max_target_length(K) == 253 - len(bos)
+    with pytest.raises(IndexError, match=r"^bos_token_id: found id 320"):
+        Decoder(model_of("llama, tied"), bos_token_id=320)

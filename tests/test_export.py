@@ -1,0 +1,200 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import sentence
+from safetensors.torch import load_file
+
+from autoregembed import Encoder, checkpoint
+from autoregembed.evaluate import embed
+from autoregembed.export import export, merged
+from autoregembed.testing import tiny_model, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
+TEXTS = [
+    "the cat sat",
+    sentence(0, 9),
+    sentence(1, 700),
+    "dusk",
+    "rain </s> fell <s> over <unk> <EMBED0> <tail> <head> <317> stone",
+    "</s>",
+    "  two  spaces\tand\n\nlines \n",
+    "Grüße, 東京 🙂",
+]
+
+
+def encoder_of(tokenizer=TOKENIZER, architecture="llama", bos_token_id=1, dtype=torch.float32, **options) -> Encoder:
+    model = tiny_model(architecture, vocab_size=len(tokenizer), dtype=dtype)
+    ids = checkpoint.add_compress_tokens(model, tokenizer, 3)
+    with torch.no_grad():  # far apart, so that a lost or swapped compress token shows
+        rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(5)).to(dtype)
+        model.get_input_embeddings().weight[ids] += 0.2 * rows
+    suffix = tokenizer("\nAgain:\n", add_special_tokens=False)["input_ids"]
+    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=bos_token_id, **options)
+
+
+def load(folder):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def assert_same_ids(exported, encoder, tokenizer, texts, length):
+    around = len(encoder.sequences([[]])[0])
+    ids = [tokenizer(t, add_special_tokens=False)["input_ids"][: length - around] for t in texts]
+    assert exported.tokenizer(texts, truncation=True)["input_ids"] == encoder.sequences(ids)
+
+
+def test_a_fresh_process_loads_the_folder_and_embeds_the_same(tmp_path):
+    encoder = encoder_of()
+    folder = export(encoder, TOKENIZER, tmp_path / "out")
+    code = """
+import json, sys, torch
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(sys.argv[1], device="cpu")
+assert "autoregembed" not in sys.modules
+texts = json.load(open(sys.argv[2]))
+torch.save(model.encode(texts, convert_to_tensor=True, batch_size=len(texts)), sys.argv[3])
+"""
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    arguments = [folder, tmp_path / "texts.json", tmp_path / "found.pt"]
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, timeout=300)
+    found = torch.load(tmp_path / "found.pt")
+    expected = embed(encoder, TOKENIZER, TEXTS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert torch.pdist(expected).min() > 1e-2
+    assert not list(folder.rglob("*.bin"))
+    assert not list(folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_padding_within_a_batch_is_immaterial(batch_size, tmp_path):
+    encoder = encoder_of()
+    exported = load(export(encoder, TOKENIZER, tmp_path / "out", max_length=60))
+    found = exported.encode(TEXTS, convert_to_tensor=True, batch_size=batch_size)
+    expected = embed(encoder, TOKENIZER, TEXTS, max_length=60)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_same_ids(exported, encoder, TOKENIZER, TEXTS, 60)
+    assert exported.max_seq_length == 60
+
+
+def family(name: str):
+    """A model family's own tokenizer class, whose post-processor some of them write anew on loading."""
+    import transformers
+
+    vocabulary = TOKENIZER.get_vocab()
+    merges = [tuple(m) for m in json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]["merges"]]
+    cls = getattr(transformers, name)
+    return cls(vocab=vocabulary, merges=merges, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "bos"),
+    [
+        ("LlamaTokenizer", "llama", 1),
+        ("Qwen2Tokenizer", "qwen2", None),
+        ("GemmaTokenizer", "gemma2", 1),
+        ("GPTNeoXTokenizer", "gpt_neox", None),
+        ("GPT2Tokenizer", "gpt2", None),
+    ],
+)
+def test_every_family_of_tokenizers_gives_the_ids_of_training(name, architecture, bos, tmp_path):
+    tokenizer = family(name)
+    encoder = encoder_of(tokenizer, architecture, bos)
+    exported = load(export(encoder, tokenizer, tmp_path / "out"))
+    assert_same_ids(exported, encoder, tokenizer, TEXTS, 256)
+    found = exported.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(found, embed(encoder, tokenizer, TEXTS), rtol=0, atol=1e-5)
+
+
+def test_adapters_are_merged_and_compress_rows_folded_and_the_encoder_stays(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    plain = encoder_of()
+    name = {"embed_tokens": plain.compress_token_ids}
+    wrapped = get_peft_model(plain.model, LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=name))
+    options = {"compress_token_ids": plain.compress_token_ids, "suffix_ids": plain.suffix_ids, "bos_token_id": 1}
+    lora = Encoder(wrapped, **options)
+    own = encoder_of(own_compress_rows=True)
+    with torch.no_grad():
+        for _, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                parameter += 0.05
+        own.compress_rows += torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    untrained = embed(encoder_of(), TOKENIZER, TEXTS)
+    for i, encoder in enumerate((lora, own)):
+        before = checkpoint.weights_fingerprint(encoder)
+        expected = embed(encoder, TOKENIZER, TEXTS)
+        assert (expected - untrained).abs().max() > 1e-2
+        exported = load(export(encoder, TOKENIZER, tmp_path / str(i)))
+        found = exported.encode(TEXTS, convert_to_tensor=True)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert checkpoint.weights_fingerprint(encoder) == before
+        assert not any("lora" in name for name in merged(encoder).state_dict())
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    encoder = encoder_of(dtype=torch.bfloat16)
+    folder = export(encoder, TOKENIZER, tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    found = load(folder).encode(TEXTS, convert_to_tensor=True).float()
+    torch.testing.assert_close(found, embed(encoder, TOKENIZER, TEXTS), rtol=0, atol=2e-2)
+
+
+def test_a_used_folder_is_kept_unless_told_otherwise(tmp_path):
+    encoder = encoder_of()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("keep")
+    with pytest.raises(FileExistsError, match=r"^folder: found .*out' in use"):
+        export(encoder, TOKENIZER, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+    export(encoder, TOKENIZER, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "mine").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    load(tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        export(encoder_of(), TOKENIZER, tmp_path / "file" / "out")
+    if os.geteuid() != 0:
+        (tmp_path / "sealed").mkdir(mode=0o500)
+        with pytest.raises(PermissionError):
+            export(encoder_of(), TOKENIZER, tmp_path / "sealed" / "out")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 257}, "max_length: found 257, allowed is at most 256"),
+        ({"max_length": 5}, "max_length: found 5, allowed is more than"),
+    ],
+)
+def test_lengths_that_leave_no_room_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"^{message}"):
+        export(encoder_of(), TOKENIZER, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_slow_tokenizers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^tokenizer: found object, allowed is a fast tokenizer"):
+        export(encoder_of(), object(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_tokenizer_and_model(shared, tmp_path):
+    model, tokenizer, _ = checkpoint.load_causal_lm(str(shared / "data" / "stories260K"))
+    ids = checkpoint.add_compress_tokens(model, tokenizer, 5)
+    suffix = tokenizer("\nTell it again.\n", add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    encoder = Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=bos)
+    exported = load(export(encoder, tokenizer, tmp_path / "out"))
+    found = exported.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(found, embed(encoder, tokenizer, TEXTS), rtol=0, atol=1e-5)
+    assert_same_ids(exported, encoder, tokenizer, TEXTS, encoder.fit_max_length())

@@ -1,0 +1,117 @@
+"""The package as it is installed: what the wheel holds, what importing needs, whom it leaves alone."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "AUTOREGEMBED_NATIVE")}
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd, env={**kept, **environment}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def copy_sources(folder: Path) -> Path:
+    """Building writes beside the sources."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "*.so", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(REPO, folder / "source", ignore=ignored))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """What the wheel puts into site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", folder)
+    run(*pip, copy_sources(folder), cwd=folder, AUTOREGEMBED_NATIVE="0")
+    (wheel,) = folder.glob("autoregembed-*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_holds_the_kernels_under_our_name_only(site):
+    names = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
+    top = {n.split("/")[0] for n in names}
+    assert {n for n in top if not n.endswith(".dist-info")} == {"autoregembed"}
+    sources = {p.relative_to(REPO).as_posix() for p in (REPO / "kernels").rglob("*.py")}
+    assert sources
+    assert {f"autoregembed/{n}" for n in sources} <= names
+    assert {p.relative_to(REPO).as_posix() for p in (REPO / "autoregembed").rglob("*.py")} <= names
+    assert not any(n.endswith(".so") for n in names)
+
+
+BLOCK = """
+import sys
+for name in ("transformers", "triton", "datasets", "accelerate", "peft", "safetensors", "tokenizers", "scipy", "rich",
+             "sentence_transformers", "jsonargparse", "yaml", "xxhash", "huggingface_hub"):
+    sys.modules[name] = None
+"""
+ONLY_TORCH = f"""{BLOCK}
+import torch, autoregembed
+from autoregembed import alignment_loss, info_nce, linear_logprob
+assert autoregembed.__file__.startswith(sys.argv[1]), autoregembed.__file__
+generator = torch.Generator().manual_seed(0)
+hidden = torch.randn(5, 8, generator=generator, requires_grad=True)
+weight, target = torch.randn(11, 8, generator=generator), torch.tensor([0, 3, 10, 5, 5])
+found = linear_logprob(hidden, weight, target)
+found.sum().backward()
+expected = torch.log_softmax(hidden @ weight.T, -1).gather(1, target[:, None])[:, 0]
+assert torch.allclose(found, expected, atol=1e-5)
+assert hidden.grad.abs().max() > 0.1
+scores = [torch.randn(3, generator=generator) for _ in range(3)]
+assert alignment_loss(*scores, reference="none").loss > 0
+assert info_nce(hidden, hidden.detach() + 1) > 0
+try:
+    autoregembed.Encoder
+except ModuleNotFoundError as error:
+    assert "transformers" in str(error), error
+else:
+    raise AssertionError("the block does not work")
+"""
+
+
+def test_the_wheel_works_with_torch_alone(site, tmp_path):
+    # site-packages/kernels beside it is Hugging Face's and not ours.
+    beside = site / "kernels"
+    beside.mkdir()
+    try:
+        (beside / "__init__.py").write_text("raise AssertionError('not ours to import')")
+        run("-c", ONLY_TORCH, site, cwd=tmp_path, PYTHONPATH=str(site))
+    finally:
+        shutil.rmtree(beside)
+
+
+def test_a_checkout_works_with_torch_alone_and_does_not_shadow_hugging_faces_kernels(tmp_path):
+    """In the repository's root `kernels/` is a namespace package at best, which a regular one beats anywhere."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("who = 'Hugging Face'")
+    code = f"{ONLY_TORCH}\nimport kernels\nassert kernels.who == 'Hugging Face'"
+    run("-c", code, REPO, cwd=REPO, PYTHONPATH=os.pathsep.join([str(REPO), str(tmp_path)]))
+    assert not (REPO / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("tool", ["no cmake", "no compiler"])
+def test_a_missing_tool_does_not_break_the_installation(tool, tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    if tool == "no compiler":
+        (programs / "cmake").write_text("#!/bin/sh\necho 'No CMAKE_CXX_COMPILER could be found.' >&2\nexit 1\n")
+        (programs / "cmake").chmod(0o755)
+    source = copy_sources(tmp_path)
+    setup = ("setup.py", "build", "--build-base", tmp_path / "out")
+    assert "the native module was not built" in run(*setup, cwd=source, PATH=str(programs)).stdout
+    assert list((tmp_path / "out").rglob("autoregembed/__init__.py"))
+    assert not list(tmp_path.rglob("*.so"))
+    with pytest.raises(AssertionError, match="cmake"):
+        run(*setup, cwd=source, PATH=str(programs), AUTOREGEMBED_NATIVE="1")

@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoregembed.packing import (
+    attention_routes,
+    base_model,
+    check_ids,
+    pack,
+    run_packed,
+    use_packed_attention,
+)
+from autoregembed.testing import tiny_model
+
+lengths = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+@given(lengths)
+@settings(max_examples=30, deadline=None)
+def test_pack_sorts_by_length_and_says_where_everything_went(sizes):
+    sequences = [[10 * i + j for j in range(n)] for i, n in enumerate(sizes)]
+    packed = pack(sequences)
+    order, rank, cu = packed.order.tolist(), packed.rank.tolist(), packed.cu_seqlens.tolist()
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert sorted(order) == list(range(len(sizes)))
+    assert [order[r] for r in rank] == list(range(len(sizes)))
+    found = [packed.ids[cu[r] : cu[r + 1]].tolist() for r in rank]
+    assert found == sequences
+    assert packed.position_ids.tolist() == [j for i in order for j in range(sizes[i])]
+    assert [sizes[i] for i in order] == sorted(sizes)
+    assert packed.max_length == max(sizes)
+    assert cu[-1] == sum(sizes) == len(packed.ids)
+    equal = [(sizes[i], i) for i in order]
+    assert equal == sorted(equal), "equal lengths keep the caller's order"
+
+
+@pytest.mark.parametrize(("sequences", "message"), [([], "found none"), ([[1], []], "empty one at 1")])
+def test_pack_refuses_what_has_no_tokens(sequences, message):
+    with pytest.raises(ValueError, match=rf"^sequences: .*{message}"):
+        pack(sequences)
+
+
+def test_check_ids_names_the_place():
+    with pytest.raises(IndexError, match=r"^mine: found id 7 in sequence 1, allowed are 0\.\.6"):
+        check_ids("mine", [[0, 6], [7]], 7)
+    with pytest.raises(IndexError, match="found id -1 in sequence 0"):
+        check_ids("mine", [[-1, 9]], 7)
+    with pytest.raises(ValueError, match="empty sequence at 1"):
+        check_ids("mine", [[1], []], 7)
+
+
+ATTENTIONS = {
+    "grouped-query": ("llama", {}),
+    "sliding window": ("mistral", {"sliding_window": 4}),
+    "softcap": ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 3, "layer_types": ["full_attention"] * 2}),
+    "softcap, sliding window": ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 3}),
+}
+
+
+def attention_model(name):
+    architecture, options = ATTENTIONS[name]
+    if architecture == "gemma2":
+        options = {"query_pre_attn_scalar": 8, **options}
+    return tiny_model(architecture, dtype=torch.float64, **options)
+
+
+def texts(*sizes):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 300, (n,), generator=generator).tolist() for n in sizes]
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@torch.no_grad()
+def test_a_pack_gives_what_each_text_gives_alone(name):
+    model = attention_model(name)
+    sequences = texts(7, 3, 12, 3, 1, 7)
+    alone = [base_model(model)(input_ids=torch.tensor([s])).last_hidden_state[0] for s in sequences]
+    assert use_packed_attention(model) == "sdpa"
+    packed = pack(sequences)
+    hidden = run_packed(base_model(model), packed, input_ids=packed.ids[None])
+    # Transformers' eager softmax, which models with a softcap take, is in float32 even for float64 models.
+    tolerance = 1e-5 if "softcap" in name else 1e-10
+    for rank, expected in zip(packed.rank.tolist(), alone, strict=True):
+        rows = slice(int(packed.cu_seqlens[rank]), int(packed.cu_seqlens[rank + 1]))
+        torch.testing.assert_close(hidden[rows], expected, rtol=0, atol=tolerance)
+
+
+def test_the_window_and_the_softcap_of_these_models_matter():
+    packed = pack(texts(12))
+    outputs = []
+    for architecture, options in [*ATTENTIONS.values(), ("mistral", {"sliding_window": None}), ("gemma2", {})]:
+        model = tiny_model(architecture, dtype=torch.float64, **options)
+        use_packed_attention(model)
+        with torch.no_grad():
+            outputs.append(run_packed(base_model(model), packed, input_ids=packed.ids[None]))
+    _, windowed, capped, capped_windowed, unwindowed, uncapped = outputs
+    for a, b in ((windowed, unwindowed), (capped, capped_windowed), (capped_windowed, uncapped)):
+        assert (a - b).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@torch.no_grad()
+def test_unpacked_calls_of_the_model_stay_right(name):
+    # float32: in float64 Transformers' eager attention gives NaN for rows that see nothing but padding.
+    before = attention_model(name).float()
+    after = copy.deepcopy(before)
+    use_packed_attention(after)
+    ids = torch.tensor(texts(9, 9))
+    right = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
+    for mask in (None, right, right.flip(1)):
+        a, b = (m(input_ids=ids, attention_mask=mask).logits for m in (before, after))
+        rows = torch.ones_like(right).bool() if mask is None else mask.bool()
+        torch.testing.assert_close(b[rows], a[rows], rtol=0, atol=2e-5)
+    options = {"attention_mask": right.flip(1), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(before.generate(ids, **options), after.generate(ids, **options))
+
+
+def test_gradients_flow_through_the_pack_as_through_each_text_alone():
+    model = attention_model("softcap, sliding window")
+    sequences = texts(5, 9, 5)
+    upstream = torch.randn(19, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    packed = pack(sequences)
+    use_packed_attention(model)
+    (run_packed(base_model(model), packed, input_ids=packed.ids[None]) * upstream).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    alone = attention_model("softcap, sliding window")
+    for i, s in enumerate(sequences):
+        rank = int(packed.rank[i])
+        rows = upstream[packed.cu_seqlens[rank] : packed.cu_seqlens[rank + 1]]
+        (base_model(alone)(input_ids=torch.tensor([s])).last_hidden_state[0] * rows).sum().backward()
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4 * parameter.grad.abs().max())
+
+
+def test_an_explicit_route_that_cannot_run_says_why():
+    model = tiny_model()
+    for route in ("varlen", "flash_attention_2"):
+        with pytest.raises(ValueError, match=rf"^attention: found '{route}'.*needs CUDA and 16 bits"):
+            use_packed_attention(model, route)
+    with pytest.raises(ValueError, match=r"^attention: found 'spda', allowed are 'auto', .*'sdpa'"):
+        use_packed_attention(model, "spda")
+    assert model.config._attn_implementation == "sdpa"
+    routes = attention_routes(torch.device("cuda"), torch.float32)
+    assert routes["sdpa"] == "ok"
+    assert "torch.float32" in routes["varlen"]
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "mpt", "stablelm", "nemotron", "bert"])
+def test_models_that_would_mix_the_texts_of_a_pack_are_refused_and_left_as_they_were(architecture):
+    model = tiny_model(architecture)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"^model: found \w+, whose hidden states in a pack"):
+        use_packed_attention(model)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"layers of type \['conv'\]"),
+        ("mamba", {}, "in a pack"),
+        ("falcon_h1", {}, "layers of type"),
+    ],
+)
+def test_recurrent_and_convolutional_layers_are_refused(architecture, options, message):
+    with pytest.raises(ValueError, match=rf"^model: found .*{message}"):
+        use_packed_attention(tiny_model(architecture, **options))
+
+
+def test_attention_sinks_are_refused():
+    model = tiny_model("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(NotImplementedError, match=r"^s_aux"):
+        use_packed_attention(model)
+
+
+def test_models_in_training_mode_stay_in_it():
+    model = tiny_model("gpt2", attn_pdrop=0.5, resid_pdrop=0.5).train()
+    model.transformer.h[0].eval()
+    use_packed_attention(model)
+    assert model.training
+    assert model.transformer.h[1].mlp.training
+    assert not model.transformer.h[0].training

@@ -1,0 +1,47 @@
+"""Every kernel with every entry of the tile table, compiled for parts that are not here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from autoregembed.kernels.triton import tiles
+
+ROOT = Path(__file__).resolve().parents[1]
+MATRIX = {
+    "sm_80": ("mma.sync",),
+    "sm_86": ("mma.sync",),
+    "sm_90": ("wgmma.mma_async",),
+    "sm_100": ("tcgen05.mma", "mma.sync"),
+    "gfx942": ("v_mfma",),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's time is better spent running the kernels")
+@pytest.mark.parametrize("part", tiles.ARCHITECTURES)
+def test_no_spills_fits_and_uses_the_matrix_unit(part):
+    # A process of its own: in this one the kernels may belong to the interpreter.
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bench.compile_report", "--arch", part, "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(done.stdout)
+    assert {row["kernel"] for row in rows} >= {
+        "_epilogue", "_score", "_combine", "_tiled_forward", "_tiled_backward", "_sequence_sum", "_sequence_expand",
+        "_scale_rows", "_alignment", "_take", "_take_backward", "_splice", "_splice_backward", "_unit",
+        "_unit_backward",
+    }  # fmt: skip
+    for row in rows:
+        assert row["spills"] == 0, row
+        assert 0 < row["registers"] <= (512 if part == "gfx942" else 255), row
+        assert row["shared"] <= tiles.ARCHITECTURES[part], row
+        if row["dot"] and row["sixteen_bits"]:
+            assert row["matrix"] in MATRIX[part], row
+    if part in ("sm_90", "sm_100"):
+        assert {"_score", "_tiled_forward", "_tiled_backward"} <= {r["kernel"] for r in rows if r["bulk_copy"]}
