@@ -213,7 +213,7 @@ def test_pytest_benchmark_replays_the_interleaved_samples(tmp_path):
 
 def test_every_route_of_this_machine_is_measured():
     case = bench_head.head_case(32, 16, 100, "gradient", "cpu", torch.float32)
-    able = [name for name, state in ops.available_impls("cpu").items() if state == "ok" and name != "reference"]
+    able = [n for n, s in ops.available_impls("cpu").items() if s == "ok" and n not in ("reference", "triton")]
     assert {f"autoregembed ({name})" for name in able} <= case.variants.keys()
 
 
