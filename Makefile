@@ -49,7 +49,7 @@ lint: $(BIN)/.installed
 
 # Without dependencies: those of a peer would replace torch by a CUDA build of several GB.
 $(BIN)/.peers: $(BIN)/.data
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps triton cut-cross-entropy==25.1.1 trl==1.16.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps cut-cross-entropy==25.1.1 trl==1.16.0
 	touch $@
 
 bench: $(BIN)/.peers

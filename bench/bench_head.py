@@ -92,7 +92,9 @@ def head_case(
         function = partial(linear_logprob, impl=impl)
         return Variant(lambda: peers.job_call(function, job, *data()), note="auto" if impl == "auto" else "")
 
-    able = [name for name, state in ops.available_impls(device).items() if state == "ok" and name != "reference"]
+    # Not the specification, which is the eager row, and on a CPU not Triton's interpreter.
+    apart = {"reference", "triton" if device == "cpu" else ""}
+    able = [name for name, state in ops.available_impls(device, dtype).items() if state == "ok" and name not in apart]
     variants = {FLOOR: Variant(floor, note=f"{GEMMS[job]} bare GEMMs")}
     variants |= {f"{OURS} ({name})": route("auto" if name == able[0] else name) for name in able}
     variants |= peers.variants(job, device.split(":")[0], data)

@@ -104,7 +104,11 @@ def _curve(rows: list[dict], letter: str) -> str:
 def _roofline(found: dict, device_dtype: str) -> str:
     """FLOP/s reached against FLOPs per byte, below the two measured lines."""
     peak, bandwidth = found["measured"]["flops_per_second"][device_dtype], found["measured"]["bytes_per_second"]
-    rows = [r for r in found["rows"] if r["median_ms"] is not None and r["dtype"] == device_dtype and r["bytes"]]
+    rows = [
+        r
+        for r in found["rows"]
+        if r["median_ms"] is not None and r["dtype"] == device_dtype and r["bytes"] and r["flops"]
+    ]
 
     def draw(axis: Any) -> None:
         intensities = [r["flops"] / r["bytes"] for r in rows]
