@@ -1,10 +1,11 @@
-"""The `autoregembed` command: train, encode, eval, doctor."""
+"""The `autoregembed` command: train, encode, eval, doctor, bench."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import platform
@@ -72,6 +73,7 @@ def _doctor() -> None:
     import torch
 
     from autoregembed import __version__, ops
+    from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     table = Table("part", "state", title=f"autoregembed {__version__}", title_justify="left")
@@ -85,10 +87,12 @@ def _doctor() -> None:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
+        routes = ops.available_impls(device)
         auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
         table.add_row("  impl=auto", auto)
-        for route, state in ops.available_impls(device).items():
-            table.add_row(f"  impl={route}", state)
+        for route, state in routes.items():
+            detail = native_linear_logprob.describe() if (route, state) == ("native", "ok") else ""
+            table.add_row(f"  impl={route}", state + detail)
         if importlib.util.find_spec("transformers") is None:
             continue
         from autoregembed.packing import attention_routes
@@ -181,17 +185,59 @@ def _evaluate(
         Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def _bench(
+    suite: str = "all",
+    quick: bool = False,
+    device: str | None = None,
+    json: str | None = None,
+    report: str | None = None,
+    compare: str | None = None,
+    threshold: float = 1.15,
+    rounds: int | None = None,
+    rows: int | None = None,
+    triplets: str | None = None,
+    limit: float | None = None,
+) -> int:
+    """Times every op and the training step beside peers, floor and roofline.
+
+    Args:
+        suite: head (the ops), step (a training step of both stages) or all.
+        device: cpu or cuda; by default a GPU where there is one.
+        json: write the results here.
+        report: write an HTML report here.
+        compare: results of an earlier run; exit status 1 where a time or a memory of ours grew beyond the threshold.
+        threshold: the allowed growth, as a ratio.
+        rounds: of every case.
+        rows: triplets of a training step.
+        triplets: a jsonl file of query, pos, neg for the steps.
+        limit: seconds after which no further case is begun.
+    """
+    import autoregembed.bench.suite as benchmarks
+
+    old = benchmarks.load(Path(compare)) if compare else None
+    files = {"json_file": Path(json) if json else None, "report": Path(report) if report else None}
+    options = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
+    found = benchmarks.bench(suite, quick=quick, device=device, console=console, **files, **options)
+    return int(old is not None and bool(benchmarks.compare(old, found, threshold, console)))
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 2 bad input, 130 interrupted with the state saved."""
+    """Entry point; returns the exit status.
+
+    0 done, 1 slower than `bench --compare` allows, 2 bad input, 130 interrupted with the state saved.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = ArgumentParser(prog="autoregembed", description=__doc__)
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand(
         "train", ArgumentParser(description="Train one stage."), help="train CONFIG.yaml [--field value ...]"
     )
-    for name, function in (("encode", _encode), ("eval", _evaluate), ("doctor", _doctor)):
+    for name, function in (("encode", _encode), ("eval", _evaluate), ("doctor", _doctor), ("bench", _bench)):
         sub = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
-        sub.add_function_arguments(function)
+        flags = [n for n, p in inspect.signature(function).parameters.items() if p.default is False]
+        sub.add_function_arguments(function, skip=set(flags))
+        for flag in flags:
+            sub.add_argument(f"--{flag}", action="store_true", help="tiny sizes, to see that everything runs")
         commands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
     try:
         if arguments[:1] == ["train"]:
@@ -206,9 +252,13 @@ def main(arguments: list[str] | None = None) -> int:
             arguments = [arguments[0], "--model", *arguments[1:]]
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
-        commands_by_name: dict[str, Callable] = {"encode": _encode, "eval": _evaluate, "doctor": _doctor}
-        commands_by_name[parsed.command](**options)
-        return 0
+        commands_by_name: dict[str, Callable] = {
+            "encode": _encode,
+            "eval": _evaluate,
+            "doctor": _doctor,
+            "bench": _bench,
+        }
+        return commands_by_name[parsed.command](**options) or 0
     except KeyboardInterrupt as stop:
         console.print(str(stop) or "interrupted")
         return 130

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autoregembed.encoder import fit_length, max_positions, require_finite
-from autoregembed.ops import linear_logprob
+from autoregembed.ops import linear_logprob, splice
 from autoregembed.packing import Ids, Packed, base_model, check_ids, pack, run_packed, use_packed_attention
 
 Z_SCALES = ("none", "match")
@@ -68,6 +68,8 @@ class Decoder(nn.Module):
             check_ids("bos_token_id", [self.prefix], head.weight.shape[0])
         self.softcap = getattr(config, "final_logit_softcapping", None)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+        # Gemma's embedding module multiplies what it reads from its matrix.
+        self.embedding_scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
         self._verify_head()
         self.attention = use_packed_attention(model, attention, embeds=True)
         self.register_buffer("input_rms", None, persistent=False)
@@ -120,23 +122,21 @@ class Decoder(nn.Module):
         """Supervised rows N: target tokens and one eos each."""
         return sum(map(len, targets)) + len(targets)
 
-    def _pack(self, z: Tensor, targets: Sequence[Ids], source: Tensor) -> tuple[Packed, Tensor, Tensor, Tensor]:
-        """The packed input of S pairs: bos if any, K rows of z, all target tokens; eos is a label, never an input.
+    def _pack(self, k: int, targets: Sequence[Ids], device: torch.device) -> tuple[Packed, Tensor, Tensor, Tensor]:
+        """The packed input of S pairs: bos if any, K rows for z, all target tokens; eos is a label, never an input.
 
-        Returns the pack, its input embeddings (T, D), the rows whose hidden states are scored (N,) and labels (N,).
+        Returns the pack, the rows whose hidden states are scored (N,), their labels (N,) and their cu_seqlens (S+1,).
         """
-        k = z.shape[1]
-        device = z.device
         packed = pack([[*self.prefix, *[0] * k, *target] for target in targets], device)
-        starts = packed.cu_seqlens[:-1].long() + len(self.prefix)  # (S,)
-        z_rows = (starts[:, None] + torch.arange(k, device=device)).flatten()
-        embedded = self.model.get_input_embeddings()(packed.ids)
-        z_rows_values = z[source[packed.order]].flatten(0, 1).to(embedded.dtype)
-        rows = (packed.position_ids >= len(self.prefix) + k - 1).nonzero().squeeze(1)
+        unscored = len(self.prefix) + k - 1
+        n = self.num_tokens(targets)
+        cu_seqlens = packed.cu_seqlens - unscored * torch.arange(len(targets) + 1, dtype=torch.int32, device=device)
+        pair = torch.repeat_interleave(torch.arange(len(targets), device=device), cu_seqlens.diff(), output_size=n)
+        rows = torch.arange(n, device=device) + unscored * (pair + 1)
         # Row t scores token t+1; the last row of a pair scores eos.
         labels = packed.ids.roll(-1)
         labels[packed.cu_seqlens[1:].long() - 1] = self.eos_token_id
-        return packed, embedded.index_copy(0, z_rows, z_rows_values), rows, labels[rows]
+        return packed, rows, labels[rows], cu_seqlens
 
     def logprob(self, z: Tensor, targets: Sequence[Ids], source: Tensor | Sequence[int] | None = None) -> Tensor:
         """log p(target | z) in nats, summed over target tokens and eos.
@@ -174,16 +174,20 @@ class Decoder(nn.Module):
         source = torch.as_tensor(source, dtype=torch.int64)
         if not 0 <= int(source.min()) <= int(source.max()) < len(z):
             raise IndexError(f"source: found {source.min()}..{source.max()}, allowed are 0..{len(z) - 1}")
-        packed, inputs, rows, labels = self._pack(self.rescale(z), targets, source.to(z.device))
+        packed, rows, labels, cu_seqlens = self._pack(z.shape[1], targets, z.device)
         limit = max_positions(self.model)
         if limit is not None and packed.max_length > limit:
             raise ValueError(
                 f"targets: found one of {packed.max_length} positions with z, allowed are {limit} (the model's); "
                 "truncate the target"
             )
+        embedding = self.model.get_input_embeddings()
+        inputs = splice(
+            self.rescale(z), embedding.weight, packed.ids, packed.cu_seqlens, source.to(z.device)[packed.order],
+            offset=len(self.prefix),
+            embedding_scale=float(torch.tensor(self.embedding_scale, dtype=embedding.weight.dtype)),
+        )  # fmt: skip
         hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
-        lengths = packed.cu_seqlens.diff() - (len(self.prefix) + z.shape[1] - 1)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         head = self.model.get_output_embeddings()
         scores = linear_logprob(
             hidden, head.weight, labels, bias=head.bias, softcap=self.softcap, scale=self.scale,

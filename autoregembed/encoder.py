@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from autoregembed.ops import take
 from autoregembed.packing import Ids, base_model, check_ids, pack, run_packed, use_packed_attention
 
 
@@ -200,15 +201,14 @@ class Encoder(nn.Module):
                 f"ids: found a text of {packed.max_length} tokens with its suffix and compress tokens, allowed are "
                 f"{limit} (the model's positions); truncate the text"
             )
-        ends = packed.cu_seqlens[1:].long()[packed.rank]  # (B,)
         k = self.num_compress_tokens
-        rows = ends[:, None] - k + torch.arange(k, device=ends.device)  # (B, K)
         if self.compress_rows is None:
             hidden = run_packed(base_model(self.model), packed, input_ids=packed.ids[None])
         else:
             x = embedding(packed.ids)
             # Gemma's embedding module multiplies what it reads from its matrix.
             own = (self.compress_rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
+            rows = packed.cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
             x = x.index_copy(0, rows.flatten(), own.repeat(len(ids), 1))
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
-        return hidden[rows]
+        return take(hidden, packed.cu_seqlens, k, packed.rank)

@@ -1,7 +1,8 @@
 """The ops: validated entry points, `torch.library` schemas, and the choice of an implementation.
 
-`impl` names a route: "triton" (GPU), "torch" (any device), "reference" (the specification, with full logits), or
-"auto". A route that is asked for by name and cannot run raises `ImplUnavailable`; it is never replaced by another.
+`impl` names a route: "triton" (GPU), "native" (C++, CPU), "torch" (any device), "reference" (the specification, with
+full logits), or "auto". A route that is asked for by name and cannot run raises `ImplUnavailable`; it is never replaced
+by another.
 
 The Triton route never waits for the device, hence reads neither targets nor `cu_seqlens` on the host: what the other
 routes answer with an IndexError or ValueError is NaN there, in the rows or sequences concerned.
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from autoregembed import reference as spec
+from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 from autoregembed.kernels.torch import linear_logprob as torch_linear_logprob
 
 __all__ = [
@@ -69,9 +71,14 @@ def available_impls(device: torch.device | str = "cpu", dtype: torch.dtype = tor
 
     `auto` takes the first "ok", but never Triton's interpreter.
     """
+    native = native_linear_logprob.UNAVAILABLE or "ok"
+    if torch.device(device).type != "cpu":
+        native = f"runs on a CPU, found {device}"
+    elif native == "ok" and dtype == torch.float64:
+        native = "has no float64"
     return {
         "triton": _triton_state(torch.device(device)),
-        "native": "not part of this version",
+        "native": native,
         "torch": "ok",
         "reference": "ok",
     }
@@ -132,7 +139,11 @@ def _require_positive(name: str, x: float) -> None:
 NOT_IGNORED = -(2**63)
 
 # Modules with `forward` and `backward` as in kernels/torch/linear_logprob.py; Triton's is loaded when first used.
-_LINEAR_LOGPROB: dict[str, Any] = {"triton": None, "torch": torch_linear_logprob}
+_LINEAR_LOGPROB: dict[str, Any] = {
+    "triton": None,
+    "native": native_linear_logprob,
+    "torch": torch_linear_logprob,
+}
 
 
 def _triton(kernel: str) -> Any:
@@ -344,7 +355,7 @@ def linear_logprob(
         cu_seqlens: (S+1,) int32 or int64; rows cu_seqlens[i] to cu_seqlens[i+1] belong to sequence i.
         gradient_rows: rows from this one on are scored only: they are constants, and cost one GEMM where the rows
             before them cost two. None: all rows carry gradients.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
         (N,) log-probabilities in nats, or (S,) sums per sequence with `cu_seqlens`; float32 (float64 for float64).
@@ -658,7 +669,7 @@ def info_nce(
         temperature: positive.
         passage_ids: (P,) int64, equal for equal passages: a passage with the id of a query's positive that is not the
             positive itself is no negative of that query.
-        impl: "auto", "triton", "torch" or "reference".
+        impl: "auto", "triton", "native", "torch" or "reference".
 
     Returns:
         () float32 (float64 for float64 inputs); 0 attached to the graph for B = 0.

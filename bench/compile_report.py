@@ -114,9 +114,10 @@ def target_of(arch: str):
 def launches(arch: str) -> dict[tuple, tuple[str, Any, dict]]:
     """Distinct launches on a part: (kernel, signature, constants, options) to (case, source, compile options)."""
     import triton
-    from autoregembed.kernels.triton import primitives, tiles
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
+
+    from autoregembed.kernels.triton import primitives, tiles
 
     backend = make_backend(target_of(arch))
     found: dict[tuple, tuple[str, Any, dict]] = {}

@@ -63,8 +63,9 @@ def jobs(d: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], torch.Ten
 
 
 def main() -> None:
-    from autoregembed.kernels.triton import tiles
     from triton.testing import do_bench
+
+    from autoregembed.kernels.triton import tiles
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernel", action="append", choices=["epilogue", "score", "tiled_forward", "tiled_backward"])

@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +11,11 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 
+# `make sanitize`: a build of the native module beside the installed one.
+if _module := os.environ.get("AUTOREGEMBED_NATIVE_MODULE"):
+    _spec = importlib.util.spec_from_file_location("autoregembed._native", _module)
+    sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules[_spec.name])
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on CPU tensors
 

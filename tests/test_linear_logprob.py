@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from autoregembed.kernels.torch import linear_logprob as torch_route
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from autoregembed import linear_logprob, ops
+from autoregembed.kernels.torch import linear_logprob as torch_route
 from autoregembed.testing import assert_accurate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from autoregembed.kernels.triton import primitives
 from hypothesis import given
 from hypothesis import strategies as st
 from triton_cases import DEVICE, DTYPES, few, leaf, poisoned  # noqa: F401
 
 from autoregembed import info_nce, ops, reference
+from autoregembed.kernels.triton import primitives
 from autoregembed.testing import assert_accurate
 
 

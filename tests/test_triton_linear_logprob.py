@@ -1,12 +1,12 @@
 import pytest
 import torch
-from autoregembed.kernels.triton import linear_logprob as kernels
-from autoregembed.kernels.triton import primitives, tiles
 from hypothesis import given
 from hypothesis import strategies as st
 from triton_cases import BF16, DEVICE, DTYPES, bits, few, leaf, poisoned  # noqa: F401
 
 from autoregembed import ops, reference
+from autoregembed.kernels.triton import linear_logprob as kernels
+from autoregembed.kernels.triton import primitives, tiles
 from autoregembed.testing import assert_accurate
 
 METHODS = ["cublas", "tiled"]

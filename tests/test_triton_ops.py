@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from autoregembed.kernels.triton import linear_logprob as kernels
 from triton_cases import DEVICE, bits, leaf, poisoned  # noqa: F401
 
 from autoregembed import alignment_loss, info_nce, linear_logprob, ops
+from autoregembed.kernels.triton import linear_logprob as kernels
 
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
@@ -173,7 +173,6 @@ def test_compiles_without_a_graph_break():
 def test_nothing_is_read_on_the_host():
     """Launchers on meta tensors, which have no data: any .item(), bool() or tolist() would raise."""
     from autoregembed.kernels.triton import primitives
-
     from bench.compile_report import cases
 
     seen = set()

@@ -1,31 +1,154 @@
-// autoregembed._native: what this build is. The CPU kernels join this module.
+// autoregembed._native: arguments checked, GIL released, rows shared among threads. No torch headers: one build serves
+// any torch, whose tensors arrive through DLPack.
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "epilogue.h"
+#include "parallel.h"
+
+namespace nb = nanobind;
+
+namespace autoregembed {
 namespace {
 
-const char* compiler() {
-#if defined(__clang__)
-    return "clang " __clang_version__;
-#elif defined(__GNUC__)
-    return "gcc " __VERSION__;
-#else
-    return "unknown";
+template <typename T, int dims>
+using Array = nb::ndarray<T, nb::ndim<dims>, nb::device::cpu>;
+
+std::vector<std::pair<std::string, const Level*>> levels() {
+    std::vector<std::pair<std::string, const Level*>> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+        found.emplace_back("avx512", &level_avx512);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.emplace_back("avx2", &level_avx2);
 #endif
+#if defined(__aarch64__)
+    found.emplace_back("neon", &level_portable);
+#else
+    found.emplace_back("portable", &level_portable);
+#endif
+    return found;
 }
 
-PyObject* build_info(PyObject*, PyObject*) {
-    return Py_BuildValue("{s:s,s:l}", "compiler", compiler(), "cplusplus", static_cast<long>(__cplusplus));
+std::string level_name = levels().front().first;
+const Level* level = levels().front().second;
+
+std::vector<std::string> level_names() {
+    std::vector<std::string> names;
+    for (const auto& [name, _] : levels()) names.push_back(name);
+    return names;
 }
 
-PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS, "The compiler and language version of this build."},
-    {nullptr, nullptr, 0, nullptr},
-};
+void set_level(const std::string& wanted) {
+    std::string names;
+    for (const auto& [name, candidate] : levels()) {
+        if (name == wanted) {
+            level_name = name;
+            level = candidate;
+            return;
+        }
+        names += (names.empty() ? "" : ", ") + name;
+    }
+    throw nb::value_error(("level: found '" + wanted + "', allowed on this processor are " + names).c_str());
+}
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+template <typename T>
+T* dense(const char* name, const Array<T, 1>& x, size_t size) {
+    if (x.shape(0) != size) {
+        refuse(std::string(name) + ": found " + std::to_string(x.shape(0)) + " numbers, allowed are " + std::to_string(size));
+    }
+    if (size > 1 && x.stride(0) != 1) refuse(std::string(name) + ": found a strided array, allowed is a dense one");
+    return x.data();
+}
+
+void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optional<Array<const float, 1>> bias,
+              std::optional<float> softcap, float scale, const std::string& store, Array<float, 1> logprob,
+              Array<float, 1> factor, int threads) {
+    const size_t r = logits.shape(0), v = logits.shape(1);
+    if (v == 0) refuse("logits: found no column, allowed is at least one");
+    if (v > 1 && logits.stride(1) != 1) refuse("logits: found strided rows, allowed are dense ones");
+    if (r > 1 && logits.stride(0) < static_cast<int64_t>(v)) refuse("logits: found rows that overlap");
+    if (softcap && !(*softcap > 0)) refuse("softcap: found " + std::to_string(*softcap) + ", allowed is a positive number");
+    Epilogue call{};
+    call.logits = logits.data();
+    call.row_stride = logits.stride(0);
+    call.vocabulary = static_cast<int64_t>(v);
+    call.target = dense("target", target, r);
+    call.bias = bias ? dense("bias", *bias, v) : nullptr;
+    call.softcap = softcap.value_or(0.0f);
+    call.scale = scale;
+    if (store == "fp32") {
+        call.store = Store::fp32;
+    } else if (store == "bf16") {
+        call.store = Store::bf16;
+    } else if (store == "nothing") {
+        call.store = Store::nothing;
+    } else {
+        refuse("store: found '" + store + "', allowed are fp32, bf16, nothing");
+    }
+    call.logprob = dense("logprob", logprob, r);
+    call.factor = dense("factor", factor, r);
+    for (size_t i = 0; i < r; ++i) {
+        if (call.target[i] < 0 || call.target[i] >= call.vocabulary) {
+            throw nb::index_error(("target: found id " + std::to_string(call.target[i]) + " at row " + std::to_string(i) +
+                                   ", allowed are 0.." + std::to_string(v - 1)).c_str());
+        }
+    }
+    const Level* chosen = level;
+    nb::gil_scoped_release release;
+    parallel_for(static_cast<int64_t>(r), threads,
+                 [&](int64_t first, int64_t last) { chosen->rows(call, first, last); });
+}
+
+void elementary(const std::string& name, Array<const float, 1> x, Array<float, 1> y) {
+    const float* from = dense("x", x, x.shape(0));
+    float* to = dense("y", y, x.shape(0));
+    if (name != "exp" && name != "tanh") refuse("name: found '" + name + "', allowed are exp, tanh");
+    (name == "exp" ? level->exp : level->tanh)(from, to, static_cast<int64_t>(x.shape(0)));
+}
+
+nb::dict build_info() {
+    nb::dict info;
+#if defined(__clang__)
+    info["compiler"] = "clang " __clang_version__;
+#else
+    info["compiler"] = "gcc " __VERSION__;
+#endif
+    info["level"] = level_name;
+    info["threads"] = parallel_backend();
+    return info;
+}
 
 }  // namespace
+}  // namespace autoregembed
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+NB_MODULE(_native, m) {
+    using namespace autoregembed;
+    m.attr("__version__") = AUTOREGEMBED_VERSION;
+    m.def("build_info", &build_info, "Compiler, machine code level in use, and whose threads the kernels run on.");
+    m.def("levels", &level_names, "Machine code levels that this processor can run, best first.");
+    m.def("set_level", &set_level, nb::arg("level"), "Makes every later call use one of `levels()`.");
+    m.def("set_gomp_parallel", [](uintptr_t p) { set_gomp_parallel(reinterpret_cast<void*>(p)); }, nb::arg("address"),
+          "Address of GOMP_parallel in the OpenMP runtime to work on; 0: threads of our own.");
+    // noconvert: a silent copy of a strided array would leave the caller's own memory as it was.
+    m.def("epilogue", &epilogue, nb::arg("logits").noconvert(), nb::arg("target").noconvert(),
+          nb::arg("bias").none().noconvert(), nb::arg("softcap").none(), nb::arg("scale"), nb::arg("store"),
+          nb::arg("logprob").noconvert(), nb::arg("factor").noconvert(), nb::arg("threads"),
+          "logits (R, V) fp32 to E in place, logprob (R,), and factor (R,) with d logprob / d logits = factor · E.");
+    m.def("elementary", &elementary, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("y").noconvert(),
+          "The vector function exp (of x ≤ 0) or tanh by itself, y (n,) = f(x (n,)).");
+}

@@ -15,6 +15,7 @@ with e = exp(z − max z) and rest = Σ_{v≠y} e_v, the row sum is s = rest + e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,9 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 # Elsewhere one launch over the whole chunk beats several.
 BLOCK_BYTES = {"cpu": 1 << 20}
 
+# Bytes of W widened to fp32 at a time.
+WIDEN_BYTES = 8 << 20
+
 # exp(FLOOR) = 2e-35: far below eps even times V, and far above the denormals that slow a CPU's exp and GEMM tenfold.
 FLOOR = -80.0
 
@@ -42,9 +46,17 @@ def _working_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _matmul_operand(x: Tensor) -> Tensor:
-    """Only CUDA has GEMMs that read 16 bits and write fp32; elsewhere the operand is widened before the product."""
-    return x if x.is_cuda or x.dtype in (torch.float32, torch.float64) else x.float()
+def _must_widen(x: Tensor) -> bool:
+    """Only CUDA has GEMMs that read 16 bits and write fp32; elsewhere operands are widened before the product."""
+    return not x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _widened(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """W in blocks of rows of fp32: the copy of one block stays in cache, a copy of all of W would double the memory."""
+    step = max(1, WIDEN_BYTES // (4 * max(1, weight.shape[1])))
+    for i in range(0, len(weight), step):
+        rows = slice(i, i + step)
+        yield rows, weight[rows].float()
 
 
 class Chunk(NamedTuple):
@@ -115,7 +127,23 @@ def _softmax_block(
 
 def _logits(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
     """h Wᵀ of h (R, D) and w (V, D) in out (R, V)."""
-    return torch.mm(h, w.t(), out=out) if h.dtype == out.dtype else torch.mm(h, w.t(), out_dtype=out.dtype)
+    if h.dtype == w.dtype == out.dtype:
+        return torch.mm(h, w.t(), out=out)
+    if not _must_widen(w):
+        return torch.mm(h, w.t(), out_dtype=out.dtype)
+    for columns, part in _widened(w):
+        torch.mm(h, part.t(), out=out[:, columns])
+    return out
+
+
+def _times_weight(e: Tensor, w: Tensor, out: Tensor) -> Tensor:
+    """e W of e (R, V) and w (V, D) in out (R, D) of e's dtype."""
+    if e.dtype == w.dtype:
+        return torch.mm(e, w, out=out)
+    out.zero_()
+    for columns, part in _widened(w):
+        out.addmm_(e[:, columns], part)
+    return out
 
 
 def forward(
@@ -142,25 +170,23 @@ def forward(
     work = _working_dtype(hidden)
     logprob = hidden.new_empty(n, dtype=work)
     u = hidden.new_empty(n if with_gradient else 0, d)
-    w = _matmul_operand(weight)
     gradient = weight.dtype if with_gradient else None
     step = rows_per_chunk(hidden.device, v, work.itemsize)
     buffer = hidden.new_empty(min(step, n), v, dtype=work)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
-        h = _matmul_operand(hidden[rows])
-        z = _logits(h, w, buffer[: len(h)])
+        h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
+        z = _logits(h, weight, buffer[: len(h)])
         logprob[rows], e, factor = middle(z, target[rows], bias, softcap, scale, gradient)
         if with_gradient:
-            if e.dtype in (weight.dtype, w.dtype):
+            if e.dtype == weight.dtype or _must_widen(weight):
                 out = u[rows] if u.dtype == e.dtype else h
-                torch.mm(e, weight if weight.dtype == e.dtype else w, out=out)
-                torch.mul(out, factor[:, None], out=out)
+                torch.mul(_times_weight(e, weight, out), factor[:, None], out=out)
                 if out is h:
                     u[rows] = out
             else:
                 # 16-bit tensor cores: the factor goes in before rounding, so that E stays within [−1, 1].
-                u[rows] = torch.mm(e.mul_(factor[:, None]).to(w.dtype), w)
+                u[rows] = torch.mm(e.mul_(factor[:, None]).to(weight.dtype), weight)
     return logprob, u
 
 
@@ -185,7 +211,7 @@ def backward(
         return torch.zeros_like(hidden).index_copy_(0, kept, some), d_weight, d_bias
     n, v = len(hidden), weight.shape[0]
     work = _working_dtype(hidden)
-    w = _matmul_operand(weight)
+    w = weight.float() if _must_widen(weight) else weight
     d_hidden = torch.empty_like(hidden)
     d_weight = torch.zeros_like(weight, dtype=work)
     d_bias = weight.new_zeros(v, dtype=work)
@@ -193,7 +219,7 @@ def backward(
     buffer = hidden.new_empty(min(step, n), v, dtype=work)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
-        h = _matmul_operand(hidden[rows])
+        h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
         _, e, factor = middle(_logits(h, w, buffer[: len(h)]), target[rows], bias, softcap, scale, work)
         e.mul_((factor * grad[rows].to(work))[:, None])
         d_bias += e.sum(0)

@@ -15,9 +15,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from autoregembed.kernels.triton import tiles
 from autoregembed.kernels.triton.primitives import launch, log1p
-from torch import Tensor
 
 
 @triton.jit

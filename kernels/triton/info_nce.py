@@ -16,10 +16,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from autoregembed.kernels.triton import tiles
 from autoregembed.kernels.triton.linear_logprob import epilogue, score
 from autoregembed.kernels.triton.primitives import Logits, chunk_rows, dense, launch, matmul, work_dtype
-from torch import Tensor
 
 EPS = 1e-12  # of torch.nn.functional.normalize
 NEVER = -(2**31)  # ignore_index: every target counts

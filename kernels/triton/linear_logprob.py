@@ -28,6 +28,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from autoregembed.kernels.triton import tiles
 from autoregembed.kernels.triton.primitives import (
     Logits,
@@ -45,7 +47,6 @@ from autoregembed.kernels.triton.primitives import (
     tma_ready,
     work_dtype,
 )
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])

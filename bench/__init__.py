@@ -1,0 +1,1 @@
+"""Benchmarks, installed as `autoregembed.bench`; `autoregembed bench` runs them."""

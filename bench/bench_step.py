@@ -1,0 +1,302 @@
+"""A whole training step of both stages on SmolLM2-135M: ours beside the released algorithm, same model, same texts.
+
+Both sides run forward, backward and nothing else, in fp32 (bf16 on a GPU), all parameters of the encoder trainable, z
+as it comes, `micro` rows at a time, since 64 rows of the released algorithm's activations and logits take more than
+25 GB. Its rows of stage 2 are padded to the longest of the whole batch, as its collator does, and of stage 1 to the
+longest of the slice. `details` splits our step by place, the optimiser's update with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoregembed import Decoder, Encoder, alignment_loss, compression_loss
+from autoregembed.encoder import base_model
+from autoregembed.train import alignment_scores
+
+from . import workload
+from .harness import OURS, Case, Variant, replay, synchronise
+from .peers.released import Released
+
+BETA = TEMPERATURE = 0.1
+COMPRESS = 5
+
+
+class Setup:
+    """One model in the roles that both sides give it; encoders share weights, so they get the same gradients."""
+
+    def __init__(self, device: str, model: Any, tokenizer: Any, rows: list[dict], describe: str, k: int = COMPRESS):
+        from autoregembed.checkpoint import add_compress_tokens
+
+        self.device, self.model, self.rows, self.describe = device, model, rows, describe
+        frozen = copy.deepcopy(model)
+        compress = add_compress_tokens(model, tokenizer, k)
+        options = {"compress_token_ids": compress, "bos_token_id": tokenizer.bos_token_id}
+        eos = tokenizer.eos_token_id
+        # Packed attention is set on a model, so each side has a copy of the modules over the same parameters.
+        self.encoder = Encoder(model, **options)
+        self.decoder = Decoder(frozen, eos_token_id=eos)
+        self.released = Released(_twin(base_model(model)), _twin(frozen), eos_token_id=eos, **options)
+        generator = torch.Generator().manual_seed(1)
+        negatives = len(rows[0]["target_ids"]) - 1
+        self.reference = (
+            (-40 - 20 * torch.rand(len(rows), generator=generator)).to(device),
+            (-60 - 20 * torch.rand(len(rows), negatives, generator=generator)).to(device),
+        )
+
+    def parts(self, size: int) -> list[slice]:
+        return [slice(i, i + size) for i in range(0, len(self.rows), size)]
+
+    def stage1_rows(self, part: slice) -> list[dict]:
+        """The query is written again from its own z."""
+        return [{"text_ids": r["query_ids"], "suffix_ids": r["suffix_ids"], "target_ids": r["query_ids"]}
+                for r in self.rows[part]]  # fmt: skip
+
+
+def nli(device: str, quick: bool, rows: int, triplets: str | None) -> Setup:
+    """SmolLM2-135M, or a tiny random model for a quick run, and NLI triplets."""
+    texts, describe = workload.triplets(rows, triplets)
+    dtype = _dtype(device)
+    if quick:
+        from autoregembed.testing import tiny_model, tiny_tokenizer
+
+        tokenizer: Any = tiny_tokenizer(r["query"] for r in texts)
+        model = tiny_model(vocab_size=512, dtype=dtype, max_position_embeddings=1024).to(device)
+    else:
+        model, tokenizer = workload.smollm2(dtype, device)
+    return Setup(device, model, tokenizer, workload.tokenise(texts, tokenizer), describe)
+
+
+def uniform(device: str, rows: int, k: int, m: int, length: int) -> Setup:
+    """A random Llama of 4 layers, D = 256, V = 8192, and random texts that all have `length` tokens: for curves."""
+    from autoregembed.testing import tiny_model, tiny_tokenizer
+
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64}
+    model = tiny_model(
+        vocab_size=8192, dtype=_dtype(device), max_position_embeddings=4096, initializer_range=0.02, **sizes
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def text() -> list[int]:
+        return torch.randint(400, 8192, (length,), generator=generator).tolist()
+
+    made = [
+        {"query_ids": text(), "positive_ids": text(), "suffix_ids": [5], "target_ids": [text() for _ in range(1 + m)]}
+        for _ in range(rows)
+    ]
+    return Setup(device, model.to(device), tiny_tokenizer(), made, "random 4-layer Llama, D=256, V=8192", k)
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def _twin(model: Any) -> Any:
+    """A copy of the modules that holds the same parameters, with Transformers' own attention."""
+    memo = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo)
+    twin.set_attn_implementation("sdpa")
+    return twin
+
+
+class Marks:
+    """Seconds by place of one step, from hooks on tensors at the borders of encoder, decoder and head."""
+
+    def __init__(self, device: str):
+        self.device, self.seconds = device, {}  # type: ignore[var-annotated]
+        self.last = 0.0
+
+    def start(self) -> None:
+        synchronise(self.device)
+        self.last = time.perf_counter()
+
+    def __call__(self, place: str) -> None:
+        synchronise(self.device)
+        now = time.perf_counter()
+        self.seconds[place] = self.seconds.get(place, 0.0) + now - self.last
+        self.last = now
+
+
+def ours(setup: Setup, stage: int, micro: int, marks: Marks | None = None) -> tuple[Tensor, Tensor]:
+    """Loss of the step, and the gradient of one encoder parameter as a witness."""
+    encoder, decoder = setup.encoder, setup.decoder
+    setup.model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=setup.device)
+    tokens = sum(len(r["query_ids"]) + 1 for r in setup.rows)
+    hook = None
+    if marks is not None:
+        assert marks is not None
+
+        def entered_head(_module, _inputs, output):
+            marks("decoder, forward")
+            if output.last_hidden_state.requires_grad:
+                output.last_hidden_state.register_hook(lambda g: marks("head and loss"))
+
+        hook = base_model(decoder.model).register_forward_hook(entered_head)
+    for part in setup.parts(micro):
+        rows = setup.rows[part]
+        if marks is not None:
+            marks.start()
+        suffixes = [r["suffix_ids"] for r in rows]
+        texts = [r["query_ids"] for r in rows]
+        z = encoder(texts, suffixes) if stage == 1 else encoder(
+            texts + [r["positive_ids"] for r in rows], suffixes * 2
+        )  # fmt: skip
+        if marks is not None:
+            marks("encoder, forward")
+            z.register_hook(lambda g: marks("decoder, backward"))
+        if stage == 1:
+            logprob = decoder.logprob(z, texts)
+            loss = compression_loss(logprob, tokens)
+        else:
+            a, b, c, mask = alignment_scores(decoder, z, rows)
+            r_a, r_c = (r[part] for r in setup.reference)
+            out = alignment_loss(a, b, c, r_a, r_c, beta=BETA, temperature=TEMPERATURE, negative_mask=mask)
+            loss = out.loss * (len(rows) / len(setup.rows))
+        loss.backward()
+        if marks is not None:
+            marks("encoder, backward")
+        total += loss.detach()
+    if hook is not None:
+        hook.remove()
+    return total, _witness(setup)
+
+
+def released(setup: Setup, stage: int, micro: int) -> tuple[Tensor, Tensor]:
+    setup.model.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=setup.device)
+    tokens = sum(len(r["query_ids"]) + 1 for r in setup.rows)
+    for part in setup.parts(micro):
+        rows = setup.rows[part]
+        if stage == 1:
+            share = sum(len(r["query_ids"]) + 1 for r in rows) / tokens
+            loss = setup.released.compression_loss(setup.stage1_rows(part)) * share
+        else:
+            r_a, r_c = (r[part] for r in setup.reference)
+            loss = setup.released.alignment_loss(rows, r_a, r_c, beta=BETA, temperature=TEMPERATURE, batch=setup.rows)
+            loss = loss * (len(rows) / len(setup.rows))
+        loss.backward()
+        total += loss.detach()
+    return total, _witness(setup)
+
+
+def _witness(setup: Setup) -> Tensor:
+    gradient = base_model(setup.model).layers[0].mlp.down_proj.weight.grad
+    assert gradient is not None
+    return gradient.clone()
+
+
+def breakdown(setup: Setup, stage: int, micro: int) -> dict[str, float]:
+    """Milliseconds by place of our step and of one AdamW update after it; the median of three."""
+    optimiser = torch.optim.AdamW([p for p in setup.encoder.parameters() if p.requires_grad], lr=0.0)
+    runs = []
+    for _ in range(3):
+        marks = Marks(setup.device)
+        ours(setup, stage, micro, marks)
+        marks.start()
+        optimiser.step()
+        marks("optimiser")
+        runs.append(marks.seconds)
+    return {place: 1e3 * sorted(r[place] for r in runs)[1] for place in runs[0]}
+
+
+def _work(setup: Setup, stage: int) -> tuple[float, float]:
+    """FLOPs without any recomputation or padding, and bytes of weights and gradients, of one step."""
+    layers = sum(p.numel() for n, p in base_model(setup.model).named_parameters() if "embed" not in n)
+    head = setup.model.get_output_embeddings().weight.numel()
+    k = setup.encoder.num_compress_tokens
+    encode = decode = supervised = 0
+    for r in setup.rows:
+        fixed = len(r["suffix_ids"]) + k + len(setup.encoder.sequences([[]])[0]) - k
+        if stage == 1:
+            texts, targets = [r["query_ids"]], [r["query_ids"]]
+        else:
+            texts = [r["query_ids"], r["positive_ids"]]
+            targets = [r["target_ids"][0], *r["target_ids"]]
+        encode += sum(len(t) + fixed for t in texts)
+        decode += sum(len(t) + k for t in targets)
+        supervised += sum(len(t) + 1 for t in targets)
+    # Encoder: forward, gradient of inputs and of weights; frozen decoder: no weight gradient; head: two GEMMs.
+    flops = 2.0 * layers * (3 * encode + 2 * decode) + 2.0 * 2 * supervised * head
+    size = setup.model.get_input_embeddings().weight.element_size()
+    return flops, float(size * (4 * layers + 2 * head + layers))
+
+
+def step_case(
+    setup: Callable[[], Setup],
+    stage: int,
+    device: str,
+    shape: dict[str, int],
+    *,
+    rounds: int = 5,
+    curve: str | None = None,
+) -> Case:
+    """One stage; `setup()` loads the model, at first use. `shape` has at least B and micro."""
+    dtype, micro = _dtype(device), shape["micro"]
+    first: list[tuple[Tensor, Tensor]] = []
+
+    def prepare(case: Case) -> None:
+        made = setup()
+        first.clear()
+        case.inputs = made.describe
+        case.flops, case.bytes = _work(made, stage)
+        case.tokens = sum(len(r["query_ids"]) + (len(r["positive_ids"]) if stage == 2 else 0) for r in made.rows)
+
+    def check(name: str, outputs: tuple[Tensor, Tensor]) -> float:
+        """Both sides agree: the loss to 1e-4, the gradient to 1e-3 of its largest entry; bf16: a hundred times that."""
+        loss, gradient = (o.double().cpu() for o in outputs)
+        assert bool(gradient.isfinite().all()), "a NaN in the gradient"
+        first.append((loss, gradient))
+        room = 1 if dtype == torch.float32 else 100
+        error = float((loss - first[0][0]).abs() / first[0][0].abs())
+        assert error <= 1e-4 * room, f"loss {float(loss):.6f}, released {float(first[0][0]):.6f}"
+        difference = float((gradient - first[0][1]).abs().max() / first[0][1].abs().max())
+        assert difference <= 1e-3 * room, f"gradient off by {difference:.1e} of its largest entry"
+        return max(error, difference)
+
+    variants = {
+        "released": Variant(lambda: partial(released, setup(), stage, micro), note="padded, from its description"),
+        OURS: Variant(lambda: partial(ours, setup(), stage, micro)),
+    }
+    return Case(
+        suite="step", op="step", job=f"stage{stage}", shape=shape, dtype=str(dtype)[6:], inputs="", variants=variants,
+        flops=0.0, bytes=0.0, prepare=prepare, check=check, baseline="released", rounds=rounds, device=device,
+        warm_up=device != "cpu", curve=curve, details={} if curve else {OURS: lambda: breakdown(setup(), stage, micro)},
+    )  # fmt: skip
+
+
+def cases(device: str, quick: bool = False, rows: int | None = None, triplets: str | None = None) -> Iterator[Callable]:
+    b = rows or (4 if quick else 16 if device == "cpu" else 64)
+    micro = min(b, 2 if quick else 16 if device == "cpu" else b)
+    setup = functools.cache(partial(nli, device, quick, b, triplets))
+    shape = {"B": b, "micro": micro, "K": COMPRESS, "M": 1}
+    for stage in (2, 1):
+        yield partial(step_case, setup, stage, device, shape, rounds=3 if device == "cpu" else 11)
+    if quick:
+        return
+    b = 8
+    points = [("K", k, 1, 32) for k in (1, 4, 16)] + [("M", 4, m, 32) for m in (1, 3, 7)]
+    points += [("L", 4, 1, length) for length in (32, 128, 512, *([2048] if device != "cpu" else []))]
+    for letter, k, m, length in points:
+        shape = {"B": b, "micro": b, "K": k, "M": m, "L": length}
+        yield partial(
+            step_case,
+            functools.cache(partial(uniform, device, b, k, m, length)),
+            2,
+            device,
+            shape,
+            rounds=3,
+            curve=letter,
+        )
+
+
+def test_step(variant, benchmark):
+    replay(variant, benchmark)

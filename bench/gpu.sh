@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Everything a GPU can tell, in one call: tests of the kernels, compute-sanitizer, all benchmarks, one JSON.
+#
+#   bench/gpu.sh                        on a machine with a GPU and the library installed
+#   WHEELS=folder bench/gpu.sh          first makes .venv-gpu from the wheels in that folder, without network
+#   QUICK=1 bench/gpu.sh                tiny sizes, on any machine: whether the script itself runs
+#
+# PYTHON names the interpreter; LIMIT the seconds for everything (480). A part that fails does not stop the others:
+# its state is in the last lines and the exit status.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-480}
+QUICK=${QUICK:-}
+begin=$SECONDS
+failed=()
+
+if [[ -n "${WHEELS:-}" ]]; then
+    "$PYTHON" -m venv --system-site-packages .venv-gpu || exit 1
+    PYTHON=$PWD/.venv-gpu/bin/python
+    "$PYTHON" -m pip install --quiet --no-index --find-links "$WHEELS" "$WHEELS"/*.whl || exit 1
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} AUTOREGEMBED_NATIVE=0
+device=$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') || exit 1
+if [[ $device == cpu && -z $QUICK ]]; then
+    echo "no GPU in reach; QUICK=1 runs everything at tiny sizes on the CPU" >&2
+    exit 2
+fi
+name=$("$PYTHON" -c 'import re, torch; d = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+print(re.sub(r"\W+", "-", d.lower()))')
+results=bench/results
+if [[ -n $QUICK ]]; then results=$(mktemp -d); fi
+mkdir -p "$results"
+
+part() { # name, share of the time that is left in percent, command
+    local title=$1 left=$((LIMIT - SECONDS + begin)) share=$2
+    shift 2
+    if ((left < 10)); then
+        echo "== $title: no time left"
+        failed+=("$title (no time left)")
+        return
+    fi
+    echo "== $title (at most $((left * share / 100)) s)"
+    timeout "$((left * share / 100))" "$@" || failed+=("$title (status $?)")
+}
+
+mapfile -t kernels < <(grep -lE 'triton|cuda' tests/test_*.py)
+tests=(-q -x -m "not cpu_only" --import-mode=importlib "${kernels[@]}")
+if [[ -n $QUICK ]]; then tests=(-q --import-mode=importlib tests/test_bench.py -k compare); fi
+part "tests" 40 "$PYTHON" -m pytest "${tests[@]}"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -1)
+if [[ -n $sanitizer && $device == cuda ]]; then
+    for tool in memcheck racecheck; do
+        part "compute-sanitizer $tool" 25 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+            "$PYTHON" -m autoregembed bench --suite head --quick --rounds 1 --device cuda
+    done
+else
+    echo "== compute-sanitizer: not on this machine"
+fi
+part "benchmarks" 95 "$PYTHON" -m autoregembed bench --suite all --device "$device" ${QUICK:+--quick} \
+    --limit $(((LIMIT - SECONDS + begin) * 80 / 100)) \
+    --json "$results/$name.json" --report "$results/$name.html"
+part "bars" 100 "$PYTHON" -m bench.bars "$results/$name.json" ${QUICK:+--any-device}
+
+echo "== $((SECONDS - begin)) s; results in $results/$name.json"
+printf '== failed: %s\n' "${failed[@]:-nothing}"
+[[ ${#failed[@]} == 0 ]]

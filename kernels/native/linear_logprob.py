@@ -1,0 +1,106 @@
+"""Token log-probabilities of a linear head on a CPU: torch's GEMMs, and between them one C++ kernel per chunk.
+
+The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py; what differs is the middle
+step, `_native.epilogue` (epilogue.cpp): one read and one write of the logits where torch makes about eight passes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import autoregembed
+from autoregembed._version import __version__
+from autoregembed.kernels.torch import linear_logprob as driver
+
+try:
+    from autoregembed import _native
+except ImportError as error:
+    _native, _import_error = None, error
+
+
+def _unavailable() -> str | None:
+    if _native is None:
+        report = Path(autoregembed.__file__).with_name("_native.txt")  # left by setup.py when a build failed
+        if report.is_file():
+            return report.read_text(encoding="utf-8").strip()
+        if "_native" in str(_import_error):
+            return "not built: it needs CMake, a C++17 compiler and AUTOREGEMBED_NATIVE other than 0 at installation"
+        return f"does not load: {_import_error}"
+    found = getattr(_native, "__version__", "without a version")
+    return None if found == __version__ else f"is version {found} in a package of version {__version__}; install again"
+
+
+# Why the native module cannot be used, or None.
+UNAVAILABLE = _unavailable()
+
+
+# Without such instructions a bf16 product is far slower than an fp32 one, widening included.
+_cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()
+MULTIPLIES_BF16 = bool(_cpu.get("avx512_bf16") or _cpu.get("amx_bf16"))
+
+
+def describe() -> str:
+    """Machine code level, threads and compiler of the module in use."""
+    info = _native.build_info()
+    return f": {info['level']}, {info['threads']}, {info['compiler']}"
+
+
+def _torch_openmp() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself runs on, 0 where there is none."""
+    library = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
+    try:
+        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+if UNAVAILABLE is None:
+    _native.set_gomp_parallel(_torch_openmp())
+
+
+def _middle(
+    z: Tensor,  # (R, V) float32
+    y: Tensor,  # (R,) int64
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    scale: float,
+    gradient: torch.dtype | None,
+) -> driver.Chunk:
+    logprob, factor = z.new_empty(2, len(z))
+    bf16 = gradient == torch.bfloat16 and MULTIPLIES_BF16
+    store = "nothing" if gradient is None else "bf16" if bf16 else "fp32"
+    bias = None if bias is None else bias.float().contiguous()
+    _native.epilogue(z, y.contiguous(), bias, softcap, scale, store, logprob, factor, torch.get_num_threads())
+    return driver.Chunk(logprob, z.view(torch.bfloat16)[:, : z.shape[1]] if bf16 else z, factor)
+
+
+def forward(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64 in [0, V), or ignore_index
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """As kernels/torch/linear_logprob.py's, for float16, bfloat16 and float32."""
+    return driver.forward(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, _middle)
+
+
+def backward(
+    grad: Tensor,  # (N,)
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64 in [0, V), or ignore_index
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As kernels/torch/linear_logprob.py's, for float16, bfloat16 and float32."""
+    return driver.backward(grad, hidden, weight, target, bias, softcap, scale, ignore_index, _middle)

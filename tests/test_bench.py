@@ -1,0 +1,233 @@
+"""The benchmark suite runs, its results can be trusted, compared and read."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from autoregembed import ops
+from autoregembed.bench import bars, bench_head, harness, suite, workload
+from autoregembed.cli import main
+from autoregembed.kernels.torch import linear_logprob as torch_route
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    """torch.compile takes tens of seconds a shape; without it those variants run eagerly."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def run(tmp_path: Path, name: str, *arguments: str) -> tuple[int, dict]:
+    """Exit status and results of a quick run of the command."""
+    file = tmp_path / f"{name}.json"
+    status = main(["bench", "--suite", "head", "--quick", "--device", "cpu", "--json", str(file), *arguments])
+    return status, json.loads(file.read_text())
+
+
+def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path):
+    report = tmp_path / "report.html"
+    status, found = run(tmp_path, "new", "--report", str(report))
+    assert status == 0
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["measured"]["flops_per_second"]["float32"] > 1e8
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|", found["commit"])
+    by_case: dict = {}
+    for row in found["rows"]:
+        by_case.setdefault(row["case"], {})[row["variant"]] = row
+    gradient = by_case["head gradient N=64 D=32 V=500 float32 cpu"]
+    ours = gradient["autoregembed (torch)"]
+    assert {"floor", "eager", "compiled chunked", "liger"} <= gradient.keys()
+    assert gradient["floor"]["ratio_to_floor"] == 1
+    assert gradient["eager"]["speedup"] == 1
+    assert ours["flops"] == 4 * 64 * 32 * 500
+    assert 0 < ours["error"] < 1e-5
+    assert ours["median_ms"] > 0
+    assert gradient["liger"]["skipped"]
+    text = report.read_text()
+    assert "src=" not in text
+    assert not re.search(r"""href=["'](?!#)""", text)
+    assert text.count("<svg") >= 6
+    for case in by_case:
+        if not next(iter(by_case[case].values()))["curve"]:
+            assert case in text
+
+
+def test_compare_catches_a_kernel_that_does_its_work_twice(monkeypatch):
+    """With a clock that counts calls of the kernel, so that nothing here depends on how busy the machine is."""
+    case = bench_head.head_case(32, 16, 100, "gradient", "cpu", torch.float32, only={"floor", "eager"}, rounds=3)
+    forward, calls = torch_route.forward, 0
+
+    def counted(*arguments):
+        nonlocal calls
+        calls += 1
+        return forward(*arguments)
+
+    def timed(call, device):
+        before = calls
+        call()
+        return 1.0 + 4.0 * (calls - before)
+
+    def measure() -> dict:
+        machine = harness.Machine("cpu", {"float32": 1e11}, 1e10)
+        return {"rows": [asdict(row) for row in harness.run(case, machine, memory=False)]}
+
+    monkeypatch.setattr(harness, "timed", timed)
+    monkeypatch.setattr(torch_route, "forward", counted)
+    old, quiet = measure(), Console(quiet=True)
+    assert suite.compare(old, measure(), console=quiet) == []
+    monkeypatch.setattr(torch_route, "forward", lambda *arguments: (counted(*arguments), counted(*arguments))[1])
+    (slower,) = suite.compare(old, measure(), console=quiet)
+    assert "autoregembed (torch): time × 1.80" in slower
+    faster = {"rows": [{**row, "ratio_to_floor": 1.0} for row in old["rows"]]}
+    assert suite.compare(old, faster, console=quiet) == []
+    with pytest.raises(ValueError, match="no case and variant in common"):
+        suite.compare(old, {"rows": [{**row, "case": "another"} for row in old["rows"]]}, console=quiet)
+
+
+def test_compare_decides_the_exit_status(tmp_path, monkeypatch):
+    case = partial(bench_head.head_case, 32, 16, 100, "gradient", "cpu", torch.float32, only={"floor", "eager"})
+    monkeypatch.setattr(suite, "cases", lambda *_: [case])
+    status, found = run(tmp_path, "old", "--rounds", "1")
+    for row in found["rows"]:
+        for field in ("ratio_to_floor", "speedup"):
+            if row[field] and harness.is_ours(row["variant"]):
+                row[field] *= 1e-6 if field == "ratio_to_floor" else 1e6
+    (tmp_path / "old.json").write_text(json.dumps(found))
+    assert status == 0
+    assert run(tmp_path, "new", "--rounds", "1", "--compare", str(tmp_path / "old.json"))[0] == 1
+    (tmp_path / "broken.json").write_text('{"rows": 3}')
+    assert main(["bench", "--quick", "--compare", str(tmp_path / "broken.json")]) == 2
+
+
+def test_an_unknown_suite_or_device_is_named(capsys):
+    for option, value in (("--suite", "nonsense"), ("--device", "abacus")):
+        assert main(["bench", option, value]) == 2
+        assert f"{option[2:]}: found '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bug", ["gradient", "logprob", "unwritten"])
+def test_a_wrong_kernel_is_never_timed(monkeypatch, bug):
+    forward = torch_route.forward
+
+    def wrong(*arguments):
+        logprob, u = forward(*arguments)
+        if bug == "gradient":
+            u[-1] = 0
+        elif bug == "logprob":
+            logprob[0] += 0.01
+        else:
+            u = torch.empty_like(u)
+        return logprob, u
+
+    monkeypatch.setattr(torch_route, "forward", wrong)
+    case = bench_head.head_case(64, 32, 500, "gradient", "cpu", torch.float32, only={"floor"})
+    with pytest.raises(AssertionError):
+        harness.run(case, harness.Machine("cpu", {"float32": 1e11}, 1e10))
+
+
+def test_unwritten_outputs_are_seen_as_nan():
+    with harness.poisoned():
+        assert torch.empty(1000).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_peer_that_fails_is_a_reason_and_not_an_end():
+    def broken():
+        raise RuntimeError("no such symbol")
+
+    case = bench_head.head_case(32, 16, 100, "gradient", "cpu", torch.float32, only={"floor", "eager"}, rounds=1)
+    case.variants["peer"] = harness.Variant(broken)
+    case.variants["wrong"] = harness.Variant(lambda: lambda: (torch.zeros(32), torch.zeros(32, 16)))
+    rows = {r.variant: r for r in harness.run(case, harness.Machine("cpu", {"float32": 1e11}, 1e10))}
+    assert rows["peer"].skipped == "failed: RuntimeError: no such symbol"
+    assert rows["wrong"].skipped.startswith("wrong result")
+    assert rows["eager"].median_ms > 0
+
+
+def test_peak_memory_is_the_largest_number_of_bytes_alive():
+    def call():
+        a = torch.ones(1 << 20)  # 4 MiB, alive to the end
+        for _ in range(5):
+            a = a + torch.ones(1 << 20)  # one operand and one result at a time beside it
+        return a
+
+    assert harness.peak_memory(call, "cpu")[0] == 3 * (4 << 20)
+
+
+def test_synthetic_inputs_are_as_peaked_as_a_language_model():
+    inputs = workload.synthetic(256, 128, 8192)
+    p = (inputs.hidden @ inputs.weight.T).softmax(1)
+    entropy = torch.special.entr(p).sum(1)
+    assert 2.5 < entropy.mean() < 3.7
+    assert 0.02 < (p > 1e-6).float().mean() < 0.4
+    assert 0.05 < p.gather(1, inputs.target[:, None]).mean() < 0.5
+
+
+def test_triplets_of_a_file(tmp_path):
+    rows = [{"query": f"q {i}", "pos": "p", "neg": "n"} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found, describe = workload.triplets(3, tmp_path / "rows.jsonl")
+    assert len(found) == 3
+    assert all(r in rows for r in found)
+    assert "rows.jsonl" in describe
+    with pytest.raises(FileNotFoundError):
+        workload.triplets(3, tmp_path / "none.jsonl")
+
+
+def test_step_agrees_with_the_released_algorithm(tmp_path):
+    rows = [{"query": "the cat sat " * (i + 1), "pos": "a mat", "neg": "old stone bridges"} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = suite.bench("step", quick=True, device="cpu", triplets=str(tmp_path / "rows.jsonl"), rounds=1)
+    ours = [r for r in found["rows"] if r["variant"] == "autoregembed"]
+    assert [r["job"] for r in ours] == ["stage2", "stage1"]
+    for row in ours:
+        assert row["error"] < 1e-3
+        assert row["tokens_per_second"] > 0
+        assert {"encoder, forward", "decoder, backward", "head and loss", "optimiser"} <= row["details"].keys()
+        assert all(v >= 0 for v in row["details"].values())
+
+
+def test_pytest_benchmark_replays_the_interleaved_samples(tmp_path):
+    file = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--quick", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, f"--benchmark-json={file}", "bench/bench_alignment.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {b["extra_info"]["variant"]: b for b in json.loads(file.read_text())["benchmarks"]}
+    assert {"autoregembed", "eager"} <= found.keys()
+    for entry in found.values():
+        assert entry["stats"]["median"] == pytest.approx(1e-3 * entry["extra_info"]["median_ms"], rel=1e-3)
+        assert entry["group"].startswith("alignment")
+
+
+def test_every_route_of_this_machine_is_measured():
+    case = bench_head.head_case(32, 16, 100, "gradient", "cpu", torch.float32)
+    able = [n for n, s in ops.available_impls("cpu").items() if s == "ok" and n not in ("reference", "triton")]
+    assert {f"autoregembed ({name})" for name in able} <= case.variants.keys()
+
+
+def test_bars_read_a_result():
+    row = {
+        "case": "head gradient N=8192 D=4096 V=128256 bfloat16 cuda",
+        "op": "head",
+        "job": "gradient",
+        "shape": {"N": 8192, "D": 4096, "V": 128256},
+        "curve": None,
+    }
+    ours = {**row, "variant": "autoregembed (triton)", "median_ms": 23.0, "ratio_to_floor": 1.1, "peak_bytes": 7e8}
+    peers = [{**row, "variant": name, "median_ms": 31.0} for name in ("liger", "cut-cross-entropy", "compiled chunked")]
+    found = {"device": "cuda", "rows": [ours, *peers]}
+    assert [state for state, _, _ in bars.bars(found)] == ["PASS", "OPEN", "MISS"]
+    found["rows"].append({**row, "variant": "torch linear_cross_entropy", "median_ms": 29.0})
+    assert [state for state, _, _ in bars.bars(found)] == ["PASS", "MISS", "MISS"]
