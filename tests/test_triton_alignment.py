@@ -33,7 +33,7 @@ def check(a, b, c, ra, rc, mask, **options):
     exact = specification(torch.float64, a, b, c, ra, rc, mask, **options)
     eager = specification(torch.float32, a, b, c, ra, rc, mask, **options)
     for found, f32, f64 in zip([*out, *gradients], eager, exact, strict=True):
-        # σ(x) of the oracle is 1 in fp64 from x = 37 on and its slope 0, where the kernel still has e^−x: 5e-15 of room.
+        # From x = 37 on the fp64 oracle has σ(x) = 1 and slope 0, the kernel still e^−x: room for 5e-15.
         assert_accurate(found.detach(), f32, f64, max_logit=1e-8)
 
 
