@@ -56,6 +56,8 @@ def _triton_state(device: torch.device) -> str:
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "torch sees no such device"
         if torch.version.hip is None and torch.cuda.get_device_properties(device).major < 8:
             return "needs compute capability 8.0 or newer"
         return "ok"
