@@ -61,6 +61,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def gradual_underflow():
+    """Training flushes denormals in the process that it runs in."""
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
 def datasets_cache(tmp_path_factory, monkeypatch):
     import datasets
 
