@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,18 +247,18 @@ def batches(
     if isinstance(rows, IterableDataset):
         yield from _streamed(rows, batch_size, seed=seed, start=start, rank=rank, world=world)
         return
-    n, step = len(rows), start
-    permutations: dict[int, list[int]] = {}
-    while True:
+    for step in itertools.count(start):
         first = (step * world + rank) * batch_size
-        places = range(first, first + batch_size)
-        needed = {p // n for p in places}
-        permutations = {e: permutations[e] if e in permutations else _permutation(n, seed, e) for e in sorted(needed)}
-        indices = [permutations[p // n][p % n] for p in places]
+        indices = drawn(len(rows), first, batch_size, seed)
         yield [{**row, "row": i} for row, i in zip(rows.select(indices).to_list(), indices, strict=True)]
-        step += 1
 
 
+def drawn(n: int, first: int, count: int, seed: int) -> list[int]:
+    """The rows, of n, that training reads as its `first`-th to `first + count`-th."""
+    return [_permutation(n, seed, place // n)[place % n] for place in range(first, first + count)]
+
+
+@functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator).tolist()

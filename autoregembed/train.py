@@ -340,12 +340,15 @@ class Objective:
 
 
 @torch.inference_mode()
-def reference_scores(encoder: nn.Module, decoder: Decoder, rows, token_budget: int = 8192) -> tuple[Tensor, Tensor]:
-    """r_a (R,) and r_c (R, M) of every row under the present model, NaN where a row has fewer negatives."""
+def reference_scores(
+    encoder: nn.Module, decoder: Decoder, rows, token_budget: int = 8192, places: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """r_a (R,) and r_c (R, M) under the present model, NaN where a row has fewer negatives or is not in `places`."""
     most = max(len(t) - 1 for t in rows["target_ids"])
     positive, negatives = torch.full((len(rows),), torch.nan), torch.full((len(rows), most), torch.nan)
-    sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows]
-    for part in data.cut(sizes, token_budget):
+    places = list(range(len(rows))) if places is None else places
+    sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows.select(places)]
+    for part in ([places[i] for i in part] for part in data.cut(sizes, token_budget)):
         batch = rows.select(part).to_list()
         z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])
         owner = [i for i, r in enumerate(batch) for _ in r["target_ids"]]
@@ -359,7 +362,10 @@ def reference_scores(encoder: nn.Module, decoder: Decoder, rows, token_budget: i
     return positive, negatives
 
 
-def _reference(config: Config, encoder, decoder, rows, prompt: data.Prompt, console: Console) -> tuple[Tensor, Tensor]:
+def _reference(
+    config: Config, encoder, decoder, rows, read: int, prompt: data.Prompt, console: Console
+) -> tuple[Tensor, Tensor]:
+    """Scores of the first `read` rows of the run, from the file beside the data; those that it lacks are added."""
     fingerprint = {
         "data": data.content_fingerprint(rows),
         "model": checkpoint.weights_fingerprint(encoder, decoder) + f"-{decoder.z_scale}-{decoder.prefix}",
@@ -372,13 +378,20 @@ def _reference(config: Config, encoder, decoder, rows, prompt: data.Prompt, cons
         short = "-".join(v[:6] for v in fingerprint.values())
         parent = local.parent if local.is_file() else Path(config.output_dir)
         path = parent / f"{local.name}.reference-{short}.safetensors"
-    if path.is_file():
+    wanted = sorted(set(data.drawn(len(rows), 0, read, config.seed)))
+    known = checkpoint.load_reference(path, fingerprint) if path.is_file() else None
+    if known is not None:
+        wanted = [i for i in wanted if bool(known[0][i].isnan())]
+    if known is not None and not wanted:
         console.print(f"reference scores: {path}")
-        return checkpoint.load_reference(path, fingerprint)
+        return known
     start = time.perf_counter()
-    scores = reference_scores(encoder, decoder, rows)
+    scores = reference_scores(encoder, decoder, rows, places=wanted)
+    if known is not None:
+        new = ~scores[0].isnan()
+        scores = torch.where(new, scores[0], known[0]), torch.where(new[:, None], scores[1], known[1])
     checkpoint.save_reference(path, *scores, fingerprint)
-    console.print(f"reference scores: {len(rows)} rows in {time.perf_counter() - start:.0f} s, kept in {path}")
+    console.print(f"reference scores: {len(wanted)} rows in {time.perf_counter() - start:.0f} s, kept in {path}")
     return scores
 
 
@@ -528,15 +541,16 @@ def train(config: Config, console: Console | None = None) -> dict:
         few = rows.take(128) if config.streaming else rows.select(range(0, len(rows), -(-len(rows) // 128)))
         encoder.calibrate(decoder.input_rms_per_dimension(), *texts_of(list(few), hard_negatives=False))
         recipe["calibrated"] = True
+    world = accelerator.num_processes
+    steps = config.steps or max(1, round(config.epochs * len(rows) / (config.batch_size * world)))
     reference = None
     if config.needs_reference:
         with accelerator.main_process_first(), accelerator.autocast():
-            reference = _reference(config, encoder.eval(), decoder, rows, prompt, console)
+            read = steps * config.batch_size * world
+            reference = _reference(config, encoder.eval(), decoder, rows, read, prompt, console)
     optimizer = optimiser(encoder, config)
     encoder.train()
     wrapped, optimizer = accelerator.prepare(encoder, optimizer)
-    world = accelerator.num_processes
-    steps = config.steps or max(1, round(config.epochs * len(rows) / (config.batch_size * world)))
     scheduler = get_scheduler(config.scheduler, optimizer, config.warmup_steps, max(steps, config.warmup_steps + 1))
     objective = Objective(config, wrapped, decoder, accelerator, reference)
 

@@ -319,3 +319,18 @@ def test_scale_output_scales_any_final_norm(architecture):
     before = model.base_model(ids).last_hidden_state
     scale_output(final_norm(model), gain)
     torch.testing.assert_close(model.base_model(ids).last_hidden_state, before * gain, rtol=1e-4, atol=1e-5)
+
+
+def test_reference_scores_are_made_for_the_rows_that_a_run_reads(model_folder, alignment_file, tmp_path, quiet):
+    kept = tmp_path / "scores.safetensors"
+    config = stage2(model_folder, alignment_file, tmp_path / "out", reference_file=str(kept), batch_size=3, steps=2)
+    train(config, quiet)
+    first = load_file(kept)
+    read = sorted(set(data.drawn(24, 0, 6, config.seed)))
+    assert (~first["positive"].isnan()).nonzero().flatten().tolist() == read
+    train(
+        stage2(model_folder, alignment_file, tmp_path / "out", reference_file=str(kept), batch_size=3, steps=5), quiet
+    )
+    second = load_file(kept)
+    assert int((~second["positive"].isnan()).sum()) == 15
+    torch.testing.assert_close(second["negatives"][read], first["negatives"][read], equal_nan=True, rtol=0, atol=0)
