@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 
@@ -32,8 +33,7 @@ from autoregembed.evaluate import load_sts, sts
 from autoregembed.train import train
 
 HERE = Path(__file__).parent
-CONTEXT_WORDS, OUTPUT_WORDS = (10, 10, 20, 40, 60), 10  # stage 1; the articles rated have 80 on average
-PAIR_WORDS = 25  # stage 2
+STAGE1_WORDS, STAGE2_WORDS = 11, 18
 
 
 def package_folder(name: str) -> Path:
@@ -41,6 +41,15 @@ def package_folder(name: str) -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit(f"the package {name!r} is not installed; run `make quickstart`")
     return Path(spec.origin).parent
+
+
+def windows(text: str, words: int) -> list[str]:
+    """Consecutive stretches of about `words` words that do not cross a sentence's end."""
+    out = []
+    for sentence in re.split(r"(?<=[.?!])\s+", text):
+        tokens = sentence.split()
+        out += [" ".join(tokens[i : i + words]) for i in range(0, max(1, len(tokens) - words // 2), words)]
+    return [w for w in out if len(w.split()) >= 5]
 
 
 def prepare(folder: Path) -> None:
@@ -52,22 +61,15 @@ def prepare(folder: Path) -> None:
     ratings = [line.split() for line in (source / "similarities0-1.txt").read_text().splitlines() if line.strip()]
     generator = random.Random(0)
     with (folder / "stage1.jsonl").open("w") as file:
-        for words in map(str.split, articles):
-            start = 0
-            while start < len(words) - min(CONTEXT_WORDS):
-                context = words[start : start + generator.choice(CONTEXT_WORDS)]
-                place = generator.randrange(max(1, len(context) - OUTPUT_WORDS + 1))
-                row = {"context": context, "output": context[place : place + OUTPUT_WORDS]}
-                file.write(json.dumps({name: " ".join(part) for name, part in row.items()}) + "\n")
-                start += max(min(CONTEXT_WORDS), len(context) // 2)
+        for article in articles:
+            for text in windows(article, STAGE1_WORDS):
+                file.write(json.dumps({"context": text, "output": text}) + "\n")
     with (folder / "stage2.jsonl").open("w") as file:
-        parts = [[w[i : i + PAIR_WORDS] for i in range(0, len(w), PAIR_WORDS)] for w in map(str.split, articles)]
-        parts = [[" ".join(p) for p in part if len(p) > PAIR_WORDS // 2] for part in parts]
-        for part in parts:
-            if len(part) > 1:
-                query, positive = generator.sample(part, 2)
-                negative = generator.choice(generator.choice([p for p in parts if p and p is not part]))
-                file.write(json.dumps({"query": query, "pos": positive, "neg": negative}) + "\n")
+        parts = [p for p in (windows(a, STAGE2_WORDS) for a in articles) if len(p) >= 2]
+        for i, part in enumerate(parts):
+            query, positive = generator.sample(part, 2)
+            other = generator.choice([p for j, p in enumerate(parts) if j != i])
+            file.write(json.dumps({"query": query, "pos": positive, "neg": generator.choice(other)}) + "\n")
     with (folder / "lee.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["sentence1", "sentence2", "score"])
