@@ -34,6 +34,7 @@ from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, final_norm, text_embedding
 from autoregembed.evaluate import embed, load_sts, sts
 from autoregembed.export import export, merged
+from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 from autoregembed.losses import alignment_loss, info_nce
 
 
@@ -656,11 +657,8 @@ def _describe(stage: int, log: dict[str, float]) -> str:
 
 
 def _multiplies_bf16() -> bool:
-    """Whether bf16 products run in hardware here; on a CPU without, they are far slower than fp32 ones."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    """Whether bf16 products run in hardware here."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else MULTIPLIES_BF16
 
 
 def _memory_gb() -> float:

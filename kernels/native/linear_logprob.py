@@ -7,6 +7,7 @@ step, `_native.epilogue` (epilogue.cpp): one read and one write of the logits wh
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 
 import torch
@@ -78,29 +79,6 @@ def _middle(
     return driver.Chunk(logprob, z.view(torch.bfloat16)[:, : z.shape[1]] if bf16 else z, factor)
 
 
-def forward(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64 in [0, V), or ignore_index
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    scale: float,
-    ignore_index: int,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """As kernels/torch/linear_logprob.py's, for float16, bfloat16 and float32."""
-    return driver.forward(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, _middle)
-
-
-def backward(
-    grad: Tensor,  # (N,)
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64 in [0, V), or ignore_index
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    scale: float,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As kernels/torch/linear_logprob.py's, for float16, bfloat16 and float32."""
-    return driver.backward(grad, hidden, weight, target, bias, softcap, scale, ignore_index, _middle)
+# For float16, bfloat16 and float32.
+forward = functools.partial(driver.forward, middle=_middle)
+backward = functools.partial(driver.backward, middle=_middle)
