@@ -13,6 +13,7 @@ from autoregembed.ops import linear_logprob, splice
 from autoregembed.packing import Ids, Packed, base_model, check_ids, pack, run_packed, use_packed_attention
 
 Z_SCALES = ("none", "match")
+REDUCTIONS = ("sum", "mean")
 
 
 class Decoder(nn.Module):
@@ -26,6 +27,7 @@ class Decoder(nn.Module):
         bos_token_id: read before z. None: z comes first (the released code).
         z_scale: "none" feeds z as it comes (the released code); "match" scales every compressed vector to the RMS of
             the model's input embeddings, since the last hidden states of an LM are an order of magnitude larger.
+        reduction: of a target's tokens and eos: "sum" (the paper), or "mean", which does not grow with the length.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         impl: the route of `linear_logprob`.
 
@@ -41,14 +43,18 @@ class Decoder(nn.Module):
         eos_token_id: int | None = None,
         bos_token_id: int | None = None,
         z_scale: str = "none",
+        reduction: str = "sum",
         attention: str = "auto",
         impl: str = "auto",
     ):
         super().__init__()
         if z_scale not in Z_SCALES:
             raise ValueError(f"z_scale: found {z_scale!r}, allowed are {Z_SCALES}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: found {reduction!r}, allowed are {REDUCTIONS}")
         self.model = model.eval().requires_grad_(False)
         self.z_scale = z_scale
+        self.reduction = reduction
         self.impl = impl
         config = model.config.get_text_config()
         if eos_token_id is None:
@@ -139,7 +145,7 @@ class Decoder(nn.Module):
         return packed, rows, labels[rows], cu_seqlens
 
     def logprob(self, z: Tensor, targets: Sequence[Ids], source: Tensor | Sequence[int] | None = None) -> Tensor:
-        """log p(target | z) in nats, summed over target tokens and eos.
+        """log p(target | z) in nats, summed over target tokens and eos (or their mean, by `reduction`).
 
         Args:
             z: (B, K, D) compressed embeddings.
@@ -193,4 +199,6 @@ class Decoder(nn.Module):
             hidden, head.weight, labels, bias=head.bias, softcap=self.softcap, scale=self.scale,
             cu_seqlens=cu_seqlens, impl=self.impl,
         )  # fmt: skip
+        if self.reduction == "mean":
+            scores = scores / cu_seqlens.diff()
         return scores[packed.rank]

@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from autoregembed import data
 from autoregembed.encoder import Encoder, text_embedding
+from autoregembed.packing import base_model
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
@@ -44,6 +46,21 @@ def embed(
     finally:
         encoder.train(training)
     return out
+
+
+@torch.inference_mode()
+def token_mean(model, tokenizer, texts: Sequence[str]) -> Tensor:
+    """The usual embedding by an untrained causal LM: the normalised mean of its last hidden states over all tokens.
+
+    Returns:
+        (n, D) float32 on the CPU, in the order of `texts`.
+    """
+    base = base_model(model)
+    out = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]], device=base.device)
+        out.append(F.normalize(base(input_ids=ids).last_hidden_state.float().mean(1), dim=-1).cpu())
+    return torch.cat(out)
 
 
 def load_sts(source: str, split: str | None = None):

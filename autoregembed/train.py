@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import re
@@ -87,6 +88,8 @@ class Config:
             has the RMS that the decoder's input embeddings have there.
         alignment_weight: stage 2, factor of the alignment loss.
         contrastive_weight: stage 2, factor of InfoNCE.
+        score: of the alignment: sum, log p of the whole target (the paper), or mean, per token, which does not favour
+            short targets; β then wants to be larger by the length of a text.
         beta: β of the alignment.
         temperature: τ of the alignment.
         contrastive_temperature: of InfoNCE.
@@ -141,6 +144,7 @@ class Config:
     calibrate: bool = False
     alignment_weight: float = 1.0
     contrastive_weight: float = 0.0
+    score: Literal["sum", "mean"] = "sum"
     beta: float = 0.1
     temperature: float = 0.1
     contrastive_temperature: float = 0.05
@@ -369,14 +373,15 @@ def _reference(
     """Scores of the first `read` rows of the run, from the file beside the data; those that it lacks are added."""
     fingerprint = {
         "data": data.content_fingerprint(rows),
-        "model": checkpoint.weights_fingerprint(encoder, decoder) + f"-{decoder.z_scale}-{decoder.prefix}",
+        "model": checkpoint.weights_fingerprint(encoder, decoder)
+        + f"-{decoder.z_scale}-{decoder.prefix}-{decoder.reduction}",
         "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
     }
     if config.reference_file:
         path = Path(config.reference_file)
     else:
         local = Path(config.train_data)
-        short = "-".join(v[:6] for v in fingerprint.values())
+        short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
         parent = local.parent if local.is_file() else Path(config.output_dir)
         path = parent / f"{local.name}.reference-{short}.safetensors"
     wanted = sorted(set(data.drawn(len(rows), 0, read, config.seed)))
@@ -425,7 +430,7 @@ def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
             )
         decoder = Decoder(
             frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_scale=config.z_scale,
-            attention=config.attention,
+            reduction=config.score if config.stage == 2 else "sum", attention=config.attention,
         )  # fmt: skip
     ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, k)
     if config.gradient_checkpointing:

