@@ -171,8 +171,9 @@ def test_no_query(impl, dtype, p):
 def test_no_matrix_of_similarities(monkeypatch):
     """Neither forward nor backward makes a (B, P) tensor."""
     query, passages, _ = inputs_of(64, 1000, 8, dtype=torch.float32)
-    chunk = 8 * 1000 * 4
-    monkeypatch.setattr(torch_route, "CHUNK_BYTES", {"cpu": chunk, "cuda": chunk})
+    chunk = 8 * 1024 * 4
+    for name, value in (("CHUNK_BYTES", chunk), ("BLOCK_BYTES", chunk), ("ROWS", 16)):
+        monkeypatch.setattr(torch_route, name, {"cpu": value, "cuda": value})
     for frozen in (False, True):
         query.requires_grad_()
         passages.requires_grad_(not frozen)

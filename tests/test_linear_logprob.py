@@ -170,13 +170,26 @@ def check(case: Case, impl: str = "torch") -> None:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks of several blocks even in tests of a few rows."""
+    """Several chunks and blocks, the last ones short, even in tests of a few rows."""
     monkeypatch.setattr(torch_route, "CHUNK_BYTES", {"cpu": 512, "cuda": 512})
-    monkeypatch.setattr(torch_route, "BLOCK_BYTES", {"cpu": 256})
+    monkeypatch.setattr(torch_route, "ROWS", {"cpu": 3, "cuda": 3})
+    monkeypatch.setattr(torch_route, "BLOCK_BYTES", {"cpu": 3 * 16 * 4, "cuda": 3 * 16 * 4})
+    monkeypatch.setattr(torch_route, "COLUMNS", 8)
 
 
-def test_chunks_are_several():
+def test_chunks_and_blocks_are_several():
     assert 1 <= torch_route.rows_per_chunk(torch.device(DEVICE), 37, 4) < 7
+    assert torch_route.block_shape(torch.device(DEVICE), 7, 37, 12, 4) == (3, 16)
+
+
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 1, 1), (0, 49152, 576), (250, 49152, 576), (1536, 128256, 4096)])
+def test_blocks_fit_their_budget_and_cover_the_logits(n, v, d, monkeypatch):
+    monkeypatch.undo()
+    for device in ("cpu", "cuda"):
+        rows, columns = torch_route.block_shape(torch.device(device), n, v, d, 4)
+        assert 1 <= rows <= torch_route.ROWS[device]
+        assert 1 <= columns <= v
+        assert rows * columns * 4 <= max(torch_route.BLOCK_BYTES[device], 4 * rows * torch_route.COLUMNS)
 
 
 cases = st.builds(
@@ -217,7 +230,9 @@ def test_accurate_on_real_vocabularies(impl, v, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_accurate_sum_of_a_long_sequence(impl, monkeypatch):
-    monkeypatch.setattr(torch_route, "CHUNK_BYTES", {"cpu": 1 << 20, "cuda": 1 << 20})
+    for name in ("CHUNK_BYTES", "BLOCK_BYTES"):
+        monkeypatch.setattr(torch_route, name, {"cpu": 1 << 20, "cuda": 1 << 20})
+    monkeypatch.setattr(torch_route, "ROWS", {"cpu": 2048, "cuda": 2048})
     check(Case(lengths=(20000,), d=4, v=7), impl)
 
 
@@ -472,11 +487,14 @@ def test_matrix_products(trainable, with_grad, passes):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("trainable", [False, True])
 def test_no_logits_in_memory(trainable, softcap, monkeypatch):
-    """The largest tensor is a chunk of logits, not (N, V)."""
-    case = Case((64,), d=8, v=1000, trainable=trainable, softcap=softcap, bias="normal", per_sequence=False)
-    monkeypatch.setattr(torch_route, "CHUNK_BYTES", {"cpu": 8 * case.v * 4, "cuda": 8 * case.v * 4})
+    """The largest tensor is a block of logits (a chunk, with a trainable head), not (N, V)."""
+    case = Case((64,), d=8, v=1024, trainable=trainable, softcap=softcap, bias="normal", per_sequence=False)
+    budget = 8 * case.v * 4
+    for name in ("CHUNK_BYTES", "BLOCK_BYTES"):
+        monkeypatch.setattr(torch_route, name, {"cpu": budget, "cuda": budget})
+    monkeypatch.setattr(torch_route, "ROWS", {"cpu": 16, "cuda": 16})
     _, largest = cost(case)
-    assert 8 * case.v * 4 <= largest <= 1.01 * 8 * case.v * 4  # a Python list of lengths is an allocation, too
+    assert budget <= largest <= 1.01 * budget  # a Python list of lengths is an allocation, too
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -643,28 +661,49 @@ def test_a_named_route_that_cannot_run_is_not_replaced(impl):
 # the checks above catch what they are for
 
 SEEDED_BUGS = {
-    "dropped tail chunk": ("for i in range(0, n, step):", "for i in range(0, n - n % step, step):", 2),
-    "zero gradient": ("e.scatter_(1, y, -rest)", "e.zero_()", 1),
-    "sign of the gradient": ("(-scale / s).squeeze(1)", "(scale / s).squeeze(1)", 1),
-    "no 1/Σ in the gradient": ("(-scale / s).squeeze(1)", "(-scale + 0 * s).squeeze(1)", 1),
-    "no scale in the gradient": ("(-scale / s).squeeze(1)", "(-1 / s).squeeze(1)", 1),
-    "no slope of the cap": ("e.mul_(slope)", "pass", 1),
+    "dropped tail of rows": ("for i in range(0, n, height):", "for i in range(0, n - n % height, height):", 1),
+    "dropped tail chunk": ("for i in range(0, n, step):", "for i in range(0, n - n % step, step):", 1),
+    "dropped tail of columns": ("for j in range(0, v, width):", "for j in range(0, v - width + 1, width):", 1),
+    "zero gradient": ("total.mul_(elsewhere[:, None].to(work))", "total.zero_()", 1),
+    "sign of the gradient": (
+        "scale * slope * self.rest / s, -scale / s",
+        "-scale * slope * self.rest / s, scale / s",
+        1,
+    ),
+    "no 1/Σ in the gradient": ("/ s, -scale / s", "/ s, -scale + 0 * s", 1),
+    "no scale in the gradient": ("/ s, -scale / s", "/ s, -1 / s", 1),
+    "no slope of the cap": ("e.mul_(slope)", "e", 1),
+    "no slope at the target": ("scale * slope * self.rest / s,", "scale * self.rest / s,", 1),
     "wrong slope of the cap": ("1 - z * z", "1 - z.abs()", 1),
-    "off-by-one target": ("y = y[:, None]", "y = (y[:, None] + 1) % z.shape[1]", 1),
-    "target's column forgotten": ("e.scatter_(1, y, -rest)", "e.scatter_(1, y, e_y)", 1),
-    "target counted twice": ("    s = rest + e_y", "    s = rest + 2 * e_y", 1),
-    "1 − p as a difference": ("e.scatter_(1, y, -rest)", "e.scatter_(1, y, e_y - s)", 1),
+    "off-by-one target": ("    here = ", "    y = y + 1; here = ", 1),
+    "target's column forgotten": ("addcmul_(weight[y].to(work), at_target[:, None].to(work))", "add_(0)", 1),
+    "target counted twice": ("s = self.rest + x_y.exp()", "s = self.rest + 2 * x_y.exp()", 1),
+    "target left in the sum": ("e.scatter_(1, column, torch", "e.clone().scatter_(1, column, torch", 1),
+    "target of a block without it": ("here = (y >= 0) & (y < z.shape[1])", "here = y < z.shape[1]", 1),
+    "1 − p as a difference": ("* self.rest / s,", "* (1 - x_y.exp() / s),", 1),
+    "sum not rescaled": ("state.rest.mul_(rescale)", "state.rest", 1),
+    "gradient not rescaled": ("u[rows] *= ", "_ = ", 1),
+    "bound not kept": ("state.top.copy_(torch.where(raised, top, state.top))", "state.top.copy_(top)", 1),
+    "bound never raised": (
+        "raised = top > state.top + SLACK",
+        "raised = (top > state.top) & (state.top == -math.inf)",
+        1,
+    ),
     "no scale": ("if scale != 1.0:", "if False:", 1),
     "no bias": ("if bias is not None:", "if False:", 1),
+    "bias of the first block": ("bias[j : j + width]", "bias[: len(w)]", 1),
     "cap without its factor": ("z.mul_(softcap)", "z.mul_(1)", 1),
-    "no maximum": ("top = z.amax(1, keepdim=True)", "top = 0 * z.amax(1, keepdim=True)", 1),
     "floor too high": ("FLOOR = -80.0", "FLOOR = -8.0", 1),
     "ignored rows counted": ("keep = target != ignore_index", "target = target.clamp(min=0); keep = target >= 0", 2),
-    "logits rounded to 16 bits": ("y = y[:, None]", "z.copy_(z.bfloat16()); y = y[:, None]", 1),
-    "rows of the first block": ("y.split(block)", "[y[:block]] * len(y.split(block))", 1),
+    "logits rounded to 16 bits": ("    here = ", "    z.copy_(z.bfloat16()); here = ", 1),
+    "rows of the first chunk": (
+        "y, state = target[rows], State.start(len(h)",
+        "y, state = target[: len(h)], State.start(len(h)",
+        2,
+    ),
     "bias gradient of the last chunk": ("d_bias += e.sum(0)", "d_bias = e.sum(0)", 1),
     "weight gradient of another row": ("d_weight.addmm_(e.t(), h)", "d_weight.addmm_(e.t(), h.roll(1, 0))", 1),
-    "gradient without upstream": ("(factor * grad[rows].to(work))", "factor", 1),
+    "gradient without upstream": ("(at_target * grad[rows])", "at_target", 1),
 }
 REGRESSIONS = [
     Case(),
@@ -672,6 +711,7 @@ REGRESSIONS = [
     Case(bias="-inf", softcap=3.0, scale=-0.7 + 1.4),
     Case(softcap=2.0, trainable=True, ignored=0.4, bias="normal", scale=1.7),
     Case(dtype=torch.bfloat16, largest=200.0, peaked=True),
+    Case(largest=1e4, v=129),
     Case(dtype=torch.float64, largest=20.0, peaked=True, trainable=True),
 ]
 
@@ -690,7 +730,8 @@ def test_seeded_bug_is_caught(name, monkeypatch):
     broken = types.ModuleType("broken")
     monkeypatch.setitem(sys.modules, "broken", broken)
     exec(compile(source.replace(pattern, replacement), "broken", "exec"), broken.__dict__)
-    broken.CHUNK_BYTES, broken.BLOCK_BYTES = torch_route.CHUNK_BYTES, torch_route.BLOCK_BYTES
+    for budget in ("CHUNK_BYTES", "BLOCK_BYTES", "ROWS", "COLUMNS"):
+        setattr(broken, budget, getattr(torch_route, budget))
     monkeypatch.setitem(ops._LINEAR_LOGPROB, "torch", broken)
     with pytest.raises(AssertionError):
         test_no_seeded_bug_no_alarm()

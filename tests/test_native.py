@@ -1,6 +1,7 @@
 """The native route: its kernel at every machine code level, its threads, and an installation without it."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import shutil
@@ -50,15 +51,24 @@ def threads():
     torch.set_num_threads(before)
 
 
-def epilogue(logits, target, *, bias=None, softcap=None, scale=1.0, store="fp32", threads=1):
-    """(logprob, gradient of logprob with respect to the logits); outputs NaN-poisoned."""
+def epilogue(logits, target, *, bias=None, softcap=None, scale=1.0, store="fp32", threads=1, width=None):
+    """(logprob, gradient of logprob with respect to the logits), in blocks of `width` columns; outputs NaN-poisoned."""
     z = logits.clone()
-    logprob, factor = torch.full((2, len(z)), torch.nan)
-    native.epilogue(z, target, bias, softcap, scale, store, logprob, factor, threads)
+    state, e = torch_route.State.start(len(z), z.device), []
+    width = width or z.shape[1]
+    for first in range(0, z.shape[1], width):
+        block = z[:, first : first + width].clone()
+        rescale = torch.full((len(z),), torch.nan, dtype=torch.float64)
+        some_bias = None if bias is None else bias[first : first + width].clone()
+        native.epilogue(block, target - first, some_bias, softcap, scale, store, *state, rescale, threads)
+        part = block.view(torch.bfloat16)[:, : block.shape[1]] if store == "bf16" and len(z) else block
+        e = [x * rescale[:, None] for x in e] + [part.double()]
+    logprob, at_target, elsewhere = state.finish(softcap, scale)
     if store == "nothing" or len(z) == 0:
-        return logprob, None
-    e = z.view(torch.bfloat16)[:, : z.shape[1]] if store == "bf16" else z
-    return logprob, e.double() * factor[:, None].double()
+        return logprob.float(), None
+    gradient = torch.cat(e, 1) * elsewhere[:, None]
+    assert (gradient.gather(1, target[:, None]) == 0).logical_or(gradient.isnan().any(1, keepdim=True)).all()
+    return logprob.float(), gradient.scatter(1, target[:, None], at_target[:, None])
 
 
 def exact(logits, target, bias=None, softcap=None, scale=1.0, dtype=torch.float64):
@@ -111,6 +121,7 @@ cases = st.fixed_dictionaries(
         "scale": st.sampled_from([1.0, 0.37, -1.5, 0.0]),
         "certain": st.booleans(),
         "store": st.sampled_from(["fp32", "fp32", "bf16", "nothing"]),
+        "width": st.sampled_from([None, 1, 100, 1024]),
     }
 )
 
@@ -133,7 +144,8 @@ def test_epilogue_accurate(level, case):
         logits[0, target[0]] += 40 if scale >= 0 else -40
     head = {"bias": bias, "softcap": case["softcap"], "scale": scale}
     with at_level(level):
-        logprob, gradient = epilogue(logits, target, **head, store=case["store"])
+        width = case["width"] if v < 300 or case["width"] != 1 else None
+        logprob, gradient = epilogue(logits, target, **head, store=case["store"], width=width)
     wanted, wanted_gradient, max_logit = exact(logits, target, **head) if r else (torch.zeros(0).double(),) * 3
     eager, eager_gradient, _ = exact(logits, target, **head, dtype=torch.float32) if r else (torch.zeros(0),) * 3
     max_logit = float(max_logit) if r else 0.0
@@ -149,8 +161,22 @@ def test_bf16_gradient_is_the_fp32_one_rounded_to_nearest(level):
     logits, target = torch.randn(3, 2111) * 4, torch.randint(2111, (3,))
     e = {store: logits.clone() for store in ("fp32", "bf16")}
     for store, z in e.items():
-        native.epilogue(z, target, None, 5.0, 1.0, store, *torch.empty(2, 3), 1)
+        state = torch_route.State.start(3, z.device)
+        native.epilogue(z, target, None, 5.0, 1.0, store, *state, torch.empty_like(state.top), 1)
     assert torch.equal(e["bf16"].view(torch.bfloat16)[:, :2111], e["fp32"].bfloat16())
+
+
+def test_a_bound_stays_until_a_logit_is_far_above_it(level):
+    values, state = torch.tensor([1.0, 8.0, 10.0]), torch_route.State.start(1, torch.device("cpu"))
+    seen = []
+    for value in values:
+        rescale = torch.empty(1, dtype=torch.float64)
+        block, target = value.expand(1, 64).clone(), torch.tensor([-1])
+        native.epilogue(block, target, None, None, 1.0, "fp32", *state, rescale, 1)
+        seen.append((state.top.item(), rescale.item()))
+    assert seen == [(1.0, 0.0), (1.0, 1.0), (10.0, math.exp(-9))]
+    lse = state.top + state.rest.log()
+    torch.testing.assert_close(lse, values.double().repeat_interleave(64).logsumexp(0)[None], rtol=1e-6, atol=0)
 
 
 def test_certain_target_keeps_its_gradient(level):
@@ -191,9 +217,11 @@ def test_row_of_minus_infinity_is_nan_as_in_eager(level):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trainable", [False, True])
 def test_head_accurate(level, dtype, trainable, monkeypatch):
-    monkeypatch.setattr(
-        torch_route, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 7 * 1001 * 4)
-    )  # several chunks, the last one short
+    # Several blocks and chunks, the last ones short.
+    monkeypatch.setattr(torch_route, "ROWS", dict.fromkeys(("cpu", "cuda"), 7))
+    monkeypatch.setattr(torch_route, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 7 * 1001 * 4))
+    monkeypatch.setattr(torch_route, "COLUMNS", 300)
+    monkeypatch.setattr(torch_route, "BLOCK_BYTES", dict.fromkeys(("cpu", "cuda"), 1))
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(23, 40).to(dtype), torch.randn(1001, 40).to(dtype), torch.randn(1001).to(dtype)
     bias[::5] = -torch.inf
@@ -244,17 +272,29 @@ def test_rows_apart_and_off_alignment_stay_apart(level, offset):
     for store in ("fp32", "bf16"):
         memory = torch.full((4, 150), 7.0)
         z = memory[:, offset : offset + 131].copy_(logits)
-        logprob, factor = torch.empty(2, 4)
-        native.epilogue(z, target, None, None, 1.0, store, logprob, factor, 1)
-        assert torch.equal(logprob, epilogue(logits, target)[0])
+        state = torch_route.State.start(4, z.device)
+        native.epilogue(z, target, None, None, 1.0, store, *state, torch.empty_like(state.top), 1)
+        assert torch.equal(state.finish(None, 1.0)[0].float(), epilogue(logits, target)[0])
         assert (memory[:, :offset] == 7).all()
         assert (memory[:, offset + 131 :] == 7).all()
 
 
 def arguments(**changes):
-    logprob, factor = torch.empty(2, 2)
-    names = ("logits", "target", "bias", "softcap", "scale", "store", "logprob", "factor", "threads")
-    values = (torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), None, None, 1.0, "fp32", logprob, factor, 1)
+    names = (
+        "logits",
+        "target",
+        "bias",
+        "softcap",
+        "scale",
+        "store",
+        "top",
+        "rest",
+        "target_logit",
+        "rescale",
+        "threads",
+    )
+    state = torch.zeros(4, 2, dtype=torch.float64)
+    values = (torch.zeros(2, 8), torch.zeros(2, dtype=torch.int64), None, None, 1.0, "fp32", *state, 1)
     return {**dict(zip(names, values, strict=True)), **changes}
 
 
@@ -265,12 +305,12 @@ def arguments(**changes):
         ({"logits": torch.zeros(1, 8).expand(2, 8)}, ValueError, "logits: found rows that overlap"),
         ({"logits": torch.zeros(2, 0)}, ValueError, "logits: found no column"),
         ({"logits": torch.zeros(2, 8).double()}, TypeError, "incompatible"),
-        ({"target": torch.tensor([0, 8])}, IndexError, "target: found id 8 at row 1, allowed are 0..7"),
-        ({"target": torch.tensor([-1, 0])}, IndexError, "target: found id -1 at row 0"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, "target: found 3 numbers, allowed are 2"),
         ({"target": torch.zeros(4, dtype=torch.int64)[::2]}, ValueError, "target: found a strided array"),
         ({"bias": torch.zeros(7)}, ValueError, "bias: found 7 numbers, allowed are 8"),
-        ({"logprob": torch.zeros(4)[::2]}, ValueError, "logprob: found a strided array"),
+        ({"rest": torch.zeros(4).double()[::2]}, ValueError, "rest: found a strided array"),
+        ({"top": torch.zeros(3).double()}, ValueError, "top: found 3 numbers, allowed are 2"),
+        ({"rescale": torch.zeros(2)}, TypeError, "incompatible"),
         ({"softcap": -1.0}, ValueError, "softcap"),
         ({"store": "fp8"}, ValueError, "store: found 'fp8'"),
     ],

@@ -1,10 +1,11 @@
-// Softmax, log-probability and gradient of a chunk of logits: two passes over a row, the second of which finds the row
-// in the L2 cache, so that memory sees one read and one write. The mathematics is that of kernels/torch/linear_logprob.py:
+// The step between the two GEMMs of the head on a block of logits, R rows by C columns: one pass for the largest logit of
+// a row, one for the exponentials. The mathematics is that of kernels/torch/linear_logprob.py:
 //
-//     x_v = scale · (z_v + b_v),  t_v = tanh(x_v / softcap) or x_v,  gain = softcap or 1           (first pass: top)
-//     e_v = exp(gain · t_v − top),  rest = Σ_{v≠y} e_v,  s = rest + e_y                             (second pass)
-//     logprob = gain · t_y − top − log s,   E_v = e_v · cap'(x_v) for v ≠ y,   E_y = −rest · cap'(x_y)
-//     d logprob / d z = −scale / s · E
+//     x_v = scale · (z_v + b_v),  t_v = tanh(x_v / softcap) or x_v,  gain = softcap or 1           (first pass: largest)
+//     e_v = exp(gain · t_v − top),  rest += Σ_{v≠y} e_v,  E_v = e_v · cap'(x_v) or 0 at the target  (second pass)
+//
+// `top` is raised where the largest logit exceeds it by more than SLACK; then `rest` and, by the caller, the sums over
+// earlier columns are multiplied by `rescale`.
 //
 // The file is compiled once per machine code level, with LEVEL and LANES defined and that level's flags. It is written
 // in GCC's and Clang's vector extension, so every level is the same source. No header with inline functions may be
@@ -28,9 +29,9 @@ using Double = double __attribute__((vector_size(8 * LANES)));
 
 constexpr int64_t TILE = 64 * LANES;  // floats between two additions to the double-precision sum
 constexpr int UNROLL = 4;
-constexpr int LINE = 16;  // floats per cache line
 // Below exp(FLOOR) = 2e-35 a probability counts as 0: far under eps · 1/V, far above the denormals.
 constexpr float FLOOR = -80.0f;
+constexpr double SLACK = 8.0;  // kernels/torch/linear_logprob.py
 
 INLINE Float splat(float x) { return x - Float{}; }
 
@@ -98,7 +99,7 @@ INLINE Float exp_reduced(Float x) {
     return p * two_n + two_n;
 }
 
-INLINE Float exp_nonpositive(Float x) {
+INLINE Float exp_or_zero(Float x) {
     const Float e = exp_reduced(x);
     return x < FLOOR ? Float{} : e;
 }
@@ -155,16 +156,14 @@ INLINE float first_pass(float* row, const float* bias, int64_t v, float inner, f
     return result;
 }
 
-// Second pass over the tile [i, end): E into out, Σ e into sum. CHECKED tiles hold the target or the row's end. This pass
-// is bound by arithmetic and the first one by memory, so the next row is fetched here.
+// Second pass over the tile [i, end): E into out, Σ e into sum. CHECKED tiles hold the target or the row's end.
 template <bool SOFTCAP, bool CHECKED, typename Out>
-INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, float gain, float top,
-                 const float* next, Double& sum) {
+INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, float gain, float top, Double& sum) {
     Float partial[UNROLL] = {};
     constexpr bool write = sizeof(Out) > 1;
     auto step = [&](int64_t at, Float& part) __attribute__((always_inline)) {
         const Float t = CHECKED ? load(row + at, end - at) : load(row + at);
-        Float e = exp_nonpositive(t * gain - top);
+        Float e = exp_or_zero(t * gain - top);
         if constexpr (CHECKED) {
             const int32_t hit = at <= y && y < at + LANES ? (int32_t)(y - at) : -1;
             const int32_t count = end - at < LANES ? (int32_t)(end - at) : LANES;
@@ -180,10 +179,7 @@ INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, 
         for (; i < end; i += LANES) step(i, partial[0]);
     } else {
         for (; i < end; i += UNROLL * LANES) {
-            for (int k = 0; k < UNROLL; ++k) {
-                if (k * LANES % LINE == 0) __builtin_prefetch(next + i + k * LANES, 1, 2);
-                step(i + k * LANES, partial[k]);
-            }
+            for (int k = 0; k < UNROLL; ++k) step(i + k * LANES, partial[k]);
         }
     }
     sum += __builtin_convertvector((partial[0] + partial[1]) + (partial[2] + partial[3]), Double);
@@ -191,13 +187,9 @@ INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, 
 
 struct Nothing {};  // sizeof 1: nothing is stored
 
-INLINE void store_one(float* p, float x) { *p = x; }
-INLINE void store_one(uint16_t* p, float x) { *p = to_bf16(splat(x))[0]; }
-INLINE void store_one(Nothing*, float) {}
-
 template <bool BIAS, bool SOFTCAP, typename Out>
 void rows(const Epilogue& c, int64_t first, int64_t last) {
-    const int64_t v = c.vocabulary;
+    const int64_t v = c.columns;
     // Powers of the softcap go where they cost one product; x itself is stored where there is a bias.
     const float inner = SOFTCAP ? c.scale / c.softcap : c.scale;
     const float gain = SOFTCAP ? c.softcap : (BIAS ? 1.0f : c.scale);
@@ -205,25 +197,28 @@ void rows(const Epilogue& c, int64_t first, int64_t last) {
         float* row = c.logits + r * c.row_stride;
         Out* out = reinterpret_cast<Out*>(row);
         const int64_t y = c.target[r];
-        const float top = first_pass<BIAS, SOFTCAP>(row, c.bias, v, inner, gain);
-        const float t_y = row[y];
-        const float x_y = (splat(t_y) * gain - top)[0];  // as the vectors compute it
-        const float* next = r + 1 < last ? row + c.row_stride : row;
+        const double largest = first_pass<BIAS, SOFTCAP>(row, c.bias, v, inner, gain);
+        double rescale = 1.0;
+        if (largest > c.top[r] + SLACK) {
+            rescale = __builtin_exp(c.top[r] - largest);
+            c.top[r] = largest;
+        }
+        // A row whose logits were all −inf so far has no bound to subtract.
+        const float top = c.top[r] == -__builtin_inf() ? 0.0f : (float)c.top[r];
+        if (0 <= y && y < v) c.target_logit[r] = (double)row[y] * (double)gain;  // before E takes its place
         Double sum = {};
         for (int64_t i = 0; i < v; i += TILE) {
             const int64_t end = i + TILE < v ? i + TILE : v;
             if (end - i == TILE && !(i <= y && y < end)) {
-                tile<SOFTCAP, false>(row, out, i, end, y, gain, top, next, sum);
+                tile<SOFTCAP, false>(row, out, i, end, y, gain, top, sum);
             } else {
-                tile<SOFTCAP, true>(row, out, i, end, y, gain, top, next, sum);
+                tile<SOFTCAP, true>(row, out, i, end, y, gain, top, sum);
             }
         }
-        double rest = 0;
+        double rest = c.rest[r] * rescale;
         for (int lane = 0; lane < LANES; ++lane) rest += sum[lane];
-        const double s = rest + (double)exp_nonpositive(splat(x_y))[0];
-        c.logprob[r] = (float)((double)x_y - __builtin_log(s));
-        c.factor[r] = (float)(-(double)c.scale / s);
-        store_one(out + y, (float)(-rest * (SOFTCAP ? 1.0 - (double)t_y * (double)t_y : 1.0)));
+        c.rest[r] = rest;
+        c.rescale[r] = rescale;
     }
 }
 
@@ -246,7 +241,7 @@ void rows_of(const Epilogue& c, int64_t first, int64_t last) {
 }
 
 void exp_of(const float* x, float* y, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES) store(y + i, exp_nonpositive(load(x + i, count - i)), count - i);
+    for (int64_t i = 0; i < count; i += LANES) store(y + i, exp_or_zero(load(x + i, count - i)), count - i);
 }
 
 void tanh_of(const float* x, float* y, int64_t count) {

@@ -1,4 +1,4 @@
-// The middle step of linear_logprob on one chunk of logits, and the machine code levels that it is compiled for.
+// The middle step of linear_logprob on one block of logits, and the machine code levels that it is compiled for.
 #pragma once
 
 #include <cstdint>
@@ -7,18 +7,20 @@ namespace autoregembed {
 
 enum class Store { nothing, fp32, bf16 };
 
-// One call over rows [0, R) of logits (R, V); everything per row is indexed by the row.
+// One call over rows [0, R) of a block of logits (R, C); everything per row is indexed by the row.
 struct Epilogue {
-    float* logits;          // (R, V) in, E out, in place; bf16 E fills the first half of each row's bytes
+    float* logits;          // (R, C) in, E out, in place; bf16 E fills the first half of each row's bytes
     int64_t row_stride;     // in floats
-    int64_t vocabulary;     // V
-    const int64_t* target;  // (R,) in [0, V)
-    const float* bias;      // (V,) or null
+    int64_t columns;        // C
+    const int64_t* target;  // (R,) the target's column; outside [0, C) in blocks without it
+    const float* bias;      // (C,) or null
     float softcap;          // 0: none
     float scale;
-    Store store;            // nothing: log-probabilities alone, logits may still be overwritten
-    float* logprob;         // (R,) out
-    float* factor;          // (R,) out: d logprob / d logits = factor · E
+    Store store;           // nothing: no E is needed, logits may still be overwritten
+    double* top;           // (R,) in and out: no logit so far is larger than top + SLACK
+    double* rest;          // (R,) in and out: Σ exp(logit − top) over all columns so far but the target
+    double* target_logit;  // (R,) out where the target is here
+    double* rescale;       // (R,) out: what sums over earlier columns are to be multiplied by
 };
 
 // One machine code level: epilogue.cpp compiled with that level's flags.

@@ -1,7 +1,7 @@
-"""Token log-probabilities of a linear head on a CPU: torch's GEMMs, and between them one C++ kernel per chunk.
+"""Token log-probabilities of a linear head on a CPU: torch's GEMMs, and between them one C++ kernel per block.
 
 The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py; what differs is the middle
-step, `_native.epilogue` (epilogue.cpp): one read and one write of the logits where torch makes about eight passes.
+step, `_native.epilogue` (epilogue.cpp): two passes over a row in cache where torch makes about eight over the block.
 """
 
 from __future__ import annotations
@@ -64,19 +64,20 @@ if UNAVAILABLE is None:
 
 
 def _middle(
-    z: Tensor,  # (R, V) float32
+    z: Tensor,  # (R, C) float32
     y: Tensor,  # (R,) int64
-    bias: Tensor | None,  # (V,)
+    state: driver.State,
+    bias: Tensor | None,  # (C,)
     softcap: float | None,
     scale: float,
     gradient: torch.dtype | None,
-) -> driver.Chunk:
-    logprob, factor = z.new_empty(2, len(z))
+) -> tuple[Tensor, Tensor]:
+    rescale = torch.empty_like(state.top)
     bf16 = gradient == torch.bfloat16 and MULTIPLIES_BF16
     store = "nothing" if gradient is None else "bf16" if bf16 else "fp32"
     bias = None if bias is None else bias.float().contiguous()
-    _native.epilogue(z, y.contiguous(), bias, softcap, scale, store, logprob, factor, torch.get_num_threads())
-    return driver.Chunk(logprob, z.view(torch.bfloat16)[:, : z.shape[1]] if bf16 else z, factor)
+    _native.epilogue(z, y.contiguous(), bias, softcap, scale, store, *state, rescale, torch.get_num_threads())
+    return (z.view(torch.bfloat16)[:, : z.shape[1]] if bf16 else z), rescale
 
 
 # For float16, bfloat16 and float32.

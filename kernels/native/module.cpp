@@ -76,8 +76,8 @@ T* dense(const char* name, const Array<T, 1>& x, size_t size) {
 }
 
 void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optional<Array<const float, 1>> bias,
-              std::optional<float> softcap, float scale, const std::string& store, Array<float, 1> logprob,
-              Array<float, 1> factor, int threads) {
+              std::optional<float> softcap, float scale, const std::string& store, Array<double, 1> top,
+              Array<double, 1> rest, Array<double, 1> target_logit, Array<double, 1> rescale, int threads) {
     const size_t r = logits.shape(0), v = logits.shape(1);
     if (v == 0) refuse("logits: found no column, allowed is at least one");
     if (v > 1 && logits.stride(1) != 1) refuse("logits: found strided rows, allowed are dense ones");
@@ -86,7 +86,7 @@ void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optio
     Epilogue call{};
     call.logits = logits.data();
     call.row_stride = logits.stride(0);
-    call.vocabulary = static_cast<int64_t>(v);
+    call.columns = static_cast<int64_t>(v);
     call.target = dense("target", target, r);
     call.bias = bias ? dense("bias", *bias, v) : nullptr;
     call.softcap = softcap.value_or(0.0f);
@@ -100,14 +100,10 @@ void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optio
     } else {
         refuse("store: found '" + store + "', allowed are fp32, bf16, nothing");
     }
-    call.logprob = dense("logprob", logprob, r);
-    call.factor = dense("factor", factor, r);
-    for (size_t i = 0; i < r; ++i) {
-        if (call.target[i] < 0 || call.target[i] >= call.vocabulary) {
-            throw nb::index_error(("target: found id " + std::to_string(call.target[i]) + " at row " + std::to_string(i) +
-                                   ", allowed are 0.." + std::to_string(v - 1)).c_str());
-        }
-    }
+    call.top = dense("top", top, r);
+    call.rest = dense("rest", rest, r);
+    call.target_logit = dense("target_logit", target_logit, r);
+    call.rescale = dense("rescale", rescale, r);
     const Level* chosen = level;
     nb::gil_scoped_release release;
     parallel_for(static_cast<int64_t>(r), threads,
@@ -147,8 +143,9 @@ NB_MODULE(_native, m) {
     // noconvert: a silent copy of a strided array would leave the caller's own memory as it was.
     m.def("epilogue", &epilogue, nb::arg("logits").noconvert(), nb::arg("target").noconvert(),
           nb::arg("bias").none().noconvert(), nb::arg("softcap").none(), nb::arg("scale"), nb::arg("store"),
-          nb::arg("logprob").noconvert(), nb::arg("factor").noconvert(), nb::arg("threads"),
-          "logits (R, V) fp32 to E in place, logprob (R,), and factor (R,) with d logprob / d logits = factor · E.");
+          nb::arg("top").noconvert(), nb::arg("rest").noconvert(), nb::arg("target_logit").noconvert(),
+          nb::arg("rescale").noconvert(), nb::arg("threads"),
+          "logits (R, C) fp32 to E in place; top, rest, target_logit, rescale (R,) float64 as in epilogue.h.");
     m.def("elementary", &elementary, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("y").noconvert(),
-          "The vector function exp (of x ≤ 0) or tanh by itself, y (n,) = f(x (n,)).");
+          "The vector function exp (of x ≤ 8) or tanh by itself, y (n,) = f(x (n,)).");
 }

@@ -3,43 +3,59 @@
 Derivation. With logits z = cap(scale · (h Wᵀ + b)), cap(x) = softcap · tanh(x / softcap) or x, and p = softmax(z),
 
     logprob = z_y − lse(z)                                              (1)
-    d logprob / d h = [cap'(x) · scale · (onehot(y) − p)] W =: E W =: U    (2)
+    d logprob / d h = [cap'(x) · scale · (onehot(y) − p)] W =: U        (2)
 
 W is frozen and the upstream gradient is one number g per row, hence dh = g · U: the forward can leave U behind
-while the logits are at hand, and the backward is a row scale. Per chunk of rows: Z = H Wᵀ, E over Z in place,
-U = E W. That is 2F in all (F = 2·N·V·D FLOPs), and one chunk of logits is the only tensor with a V in it.
+while the logits are at hand, and the backward is a row scale. That is 2F in all (F = 2·N·V·D FLOPs).
 
-Exactness of the target column. 1 − p_y cancels when p_y → 1, so the target is taken out of the row first:
-with e = exp(z − max z) and rest = Σ_{v≠y} e_v, the row sum is s = rest + e_y and 1 − p_y = rest / s.
+Blocks. The logits exist in blocks of some rows and some columns: Z = H W_cᵀ, e = exp(Z − top) over Z in place, and at
+once U += e W_c, while Z and W_c are still in a CPU's caches. No pass over logits in main memory is left. `top` is a
+running bound of a row's logits and `rest` its running sum; where a block raises the bound by more than SLACK, what has
+been summed so far is scaled (as in FlashAttention), in most blocks of no row.
+
+Exactness of the target column. 1 − p_y cancels when p_y → 1, so the target is left out of e and of U:
+with rest = Σ_{v≠y} e_v, the row sum is s = rest + e_y, 1 − p_y = rest / s, and
+
+    U = scale / s · (cap'(x_y) · rest · W[y] − Σ_{v≠y} cap'(x_v) e_v W[v])
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# Bytes of fp32 logits alive at once. CPU: wide enough for GEMM efficiency (W is streamed once per chunk), small
-# beside the caches' reach; measured in bench/bench_head.py. GPU: thousands of rows, far above the ~300 that make the
-# streaming of W compute-bound.
+# Rows and bytes of logits of a block, and bytes of the rows of W that it meets (in fp32). CPU: all of it stays in the
+# caches; measured by bench/bench_epilogue_cpu.py --blocks. Elsewhere: few launches, and thousands of rows, far above
+# the ~300 that make the streaming of W compute-bound.
+ROWS = {"cpu": 1536, "cuda": 8192}
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+WEIGHT_BYTES = {"cpu": 3 << 20, "cuda": 1 << 62}
+COLUMNS = 512  # of a block: a multiple of this
+
+# Bytes of the logits of some rows, all columns, alive at once where the weight is trained.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-
-# Bytes of logits that the passes of `softmax_chunk` take at a time: every pass but the first finds them in a CPU's L2.
-# Elsewhere one launch over the whole chunk beats several.
-BLOCK_BYTES = {"cpu": 1 << 20}
-
-# Bytes of W widened to fp32 at a time.
-WIDEN_BYTES = 8 << 20
 
 # exp(FLOOR) = 2e-35: far below eps even times V, and far above the denormals that slow a CPU's exp and GEMM tenfold.
 FLOOR = -80.0
+
+# A row's bound is raised by no less: exp(SLACK) is small for fp16 and lets most bounds stay after the first block.
+SLACK = 8.0
 
 
 def rows_per_chunk(device: torch.device, vocabulary: int, itemsize: int) -> int:
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     return max(1, budget // max(1, vocabulary * itemsize))
+
+
+def block_shape(device: torch.device, n: int, v: int, d: int, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of the blocks of (n, v) logits: the rows in equal parts."""
+    most, logits, weight = (budget.get(device.type, budget["cuda"]) for budget in (ROWS, BLOCK_BYTES, WEIGHT_BYTES))
+    rows = -(-n // max(1, -(-n // most)))
+    columns = min(logits // (itemsize * max(1, rows)), weight // (itemsize * max(1, d)))
+    return max(1, rows), min(v, max(COLUMNS, columns // COLUMNS * COLUMNS))
 
 
 def _working_dtype(hidden: Tensor) -> torch.dtype:
@@ -51,54 +67,57 @@ def _must_widen(x: Tensor) -> bool:
     return not x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def _widened(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """W in blocks of rows of fp32: the copy of one block stays in cache, a copy of all of W would double the memory."""
-    step = max(1, WIDEN_BYTES // (4 * max(1, weight.shape[1])))
-    for i in range(0, len(weight), step):
-        rows = slice(i, i + step)
-        yield rows, weight[rows].float()
+class State(NamedTuple):
+    """What is known of R rows after some of their columns, float64, updated in place."""
 
+    top: Tensor  # (R,) bound: no logit so far is larger than top + SLACK
+    rest: Tensor  # (R,) Σ exp(z_v − top) over v ≠ y
+    target: Tensor  # (R,) z_y
 
-class Chunk(NamedTuple):
-    """What the middle step leaves of one chunk of R rows."""
+    @classmethod
+    def start(cls, rows: int, device: torch.device) -> State:
+        top, rest, target = torch.zeros(3, rows, dtype=torch.float64, device=device)
+        return cls(top.fill_(-math.inf), rest, target)
 
-    logprob: Tensor  # (R,)
-    e: Tensor  # (R, V), in the memory of the logits, in their dtype or in that asked for; undefined without a gradient
-    factor: Tensor  # (R,): d logprob / d (h Wᵀ + b) = factor · e
+    def finish(self, softcap: float | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """logprob, and the factors of W[y] and of Σ e W in U, all (R,).
+
+        A row of −inf alone has no distribution: its log-probability is NaN, as eager PyTorch has it.
+        """
+        x_y = self.target - self.top
+        s = self.rest + x_y.exp()
+        slope = 1.0 if softcap is None else 1 - (self.target / softcap).square()
+        return x_y - s.log(), scale * slope * self.rest / s, -scale / s
 
 
 class Middle(Protocol):
-    """The step between the two GEMMs, the part of this route that another one may replace."""
+    """The step between the two GEMMs on a block of C columns, the part of this route that another one may replace."""
 
     def __call__(
         self,
-        z: Tensor,  # (R, V) h Wᵀ in the working dtype, overwritten
-        y: Tensor,  # (R,) int64 in [0, V)
-        bias: Tensor | None,  # (V,)
+        z: Tensor,  # (R, C) h Wᵀ in the working dtype, overwritten
+        y: Tensor,  # (R,) int64 the target's column; outside [0, C) in blocks without it
+        state: State,
+        bias: Tensor | None,  # (C,)
         softcap: float | None,
         scale: float,
         gradient: torch.dtype | None,  # the dtype of the product that e goes into; None: e is not needed
-    ) -> Chunk: ...
+    ) -> tuple[Tensor, Tensor]:
+        """e = cap'(x) · exp(z − top), (R, C), 0 at the target, in the memory of z, in its dtype or in `gradient`;
+        and (R,) by which sums over earlier columns are to be multiplied."""
+        ...
 
 
-def softmax_chunk(
-    z: Tensor, y: Tensor, bias: Tensor | None, softcap: float | None, scale: float, gradient: torch.dtype | None
-) -> Chunk:
-    """`Middle` in plain torch; e stays in the dtype of the logits."""
-    budget = BLOCK_BYTES.get(z.device.type)
-    block = len(z) if budget is None else max(1, budget // (z.shape[1] * z.itemsize))
-    parts = [
-        _softmax_block(rows, y_rows, bias, softcap, scale, gradient is not None)
-        for rows, y_rows in zip(z.split(block), y.split(block), strict=True)
-    ]
-    logprob, factor = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Chunk(logprob, z, factor)
-
-
-def _softmax_block(
-    z: Tensor, y: Tensor, bias: Tensor | None, softcap: float | None, scale: float, with_gradient: bool
+def softmax_block(
+    z: Tensor,
+    y: Tensor,
+    state: State,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    gradient: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """`Middle` for some rows: their log-probabilities and factors; z becomes e."""
+    """`Middle` in plain torch; e stays in the dtype of the logits."""
     if bias is not None:
         z.add_(bias)
     if scale != 1.0:
@@ -106,44 +125,45 @@ def _softmax_block(
     slope = None
     if softcap is not None:
         z.div_(softcap).tanh_()
-        slope = 1 - z * z if with_gradient else None
+        slope = 1 - z * z if gradient is not None else None
         z.mul_(softcap)
-    y = y[:, None]
-    z_y = z.gather(1, y)
-    top = z.amax(1, keepdim=True)
-    # A row of −inf alone has no distribution: its log-probability is NaN, as eager PyTorch has it.
-    e = z.sub_(top).clamp_(min=FLOOR).exp_()
-    e_y = e.gather(1, y)
-    e.scatter_(1, y, 0.0)
-    rest = e.sum(1, keepdim=True)
-    s = rest + e_y
-    logprob = (z_y - top) - s.log()
-    if with_gradient:
-        e.scatter_(1, y, -rest)
-        if slope is not None:
-            e.mul_(slope)
-    return logprob.squeeze(1), (-scale / s).squeeze(1)
+    here = (y >= 0) & (y < z.shape[1])
+    column = y.clamp(0, z.shape[1] - 1)[:, None]
+    state.target.copy_(torch.where(here, z.gather(1, column).squeeze(1).double(), state.target))
+    top = z.amax(1).double()
+    raised = top > state.top + SLACK
+    rescale = torch.where(raised, (state.top - top).exp(), 1.0)
+    state.top.copy_(torch.where(raised, top, state.top))
+    # A row whose logits were all −inf so far has no bound to subtract.
+    shift = torch.where(state.top == -math.inf, 0.0, state.top)
+    e = z.sub_(shift[:, None].to(z.dtype)).clamp_(min=FLOOR).exp_()
+    e.scatter_(1, column, torch.where(here[:, None], 0.0, e.gather(1, column)))
+    state.rest.mul_(rescale).add_(e.sum(1))
+    return (e if slope is None else e.mul_(slope)), rescale
 
 
 def _logits(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
-    """h Wᵀ of h (R, D) and w (V, D) in out (R, V)."""
+    """h Wᵀ of h (R, D) and w (C, D) in the dtype of out (R, C), and in its memory where that saves a copy."""
     if h.dtype == w.dtype == out.dtype:
         return torch.mm(h, w.t(), out=out)
-    if not _must_widen(w):
-        return torch.mm(h, w.t(), out_dtype=out.dtype)
-    for columns, part in _widened(w):
-        torch.mm(h, part.t(), out=out[:, columns])
-    return out
+    return torch.mm(h, w.t(), out_dtype=out.dtype)
 
 
-def _times_weight(e: Tensor, w: Tensor, out: Tensor) -> Tensor:
-    """e W of e (R, V) and w (V, D) in out (R, D) of e's dtype."""
-    if e.dtype == w.dtype:
-        return torch.mm(e, w, out=out)
-    out.zero_()
-    for columns, part in _widened(w):
-        out.addmm_(e[:, columns], part)
-    return out
+def _accumulate(u: Tensor, rescale: Tensor, e: Tensor, w: Tensor, first: bool) -> None:
+    """u (R, D) = rescale (R,) · u + e w in the dtype of u, of e (R, C) and w (C, D)."""
+    if first:
+        u.zero_()
+    elif not u.is_cpu:
+        u.mul_(rescale[:, None])
+    elif bool((raised := rescale != 1).any()):
+        rows = raised.nonzero().squeeze(1)
+        u[rows] *= rescale[rows, None].to(u.dtype)
+    if u.dtype == e.dtype == w.dtype:
+        u.addmm_(e, w)
+    elif u.is_cpu:
+        u += torch.mm(e, w)
+    else:
+        u += torch.mm(e.to(w.dtype), w, out_dtype=u.dtype)
 
 
 def forward(
@@ -155,7 +175,7 @@ def forward(
     scale: float,
     ignore_index: int,
     with_gradient: bool,
-    middle: Middle = softmax_chunk,
+    middle: Middle = softmax_block,
 ) -> tuple[Tensor, Tensor]:
     """Returns logprob (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
     keep = target != ignore_index
@@ -171,22 +191,27 @@ def forward(
     logprob = hidden.new_empty(n, dtype=work)
     u = hidden.new_empty(n if with_gradient else 0, d)
     gradient = weight.dtype if with_gradient else None
-    step = rows_per_chunk(hidden.device, v, work.itemsize)
-    buffer = hidden.new_empty(min(step, n), v, dtype=work)
-    for i in range(0, n, step):
-        rows = slice(i, min(i + step, n))
+    height, width = block_shape(hidden.device, n, v, d, work.itemsize)
+    buffer = hidden.new_empty(height * width, dtype=work)
+    for i in range(0, n, height):
+        rows = slice(i, min(i + height, n))
         h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
-        z = _logits(h, weight, buffer[: len(h)])
-        logprob[rows], e, factor = middle(z, target[rows], bias, softcap, scale, gradient)
+        y, state = target[rows], State.start(len(h), h.device)
+        in_place = u.dtype == work
+        total = u[rows] if in_place else hidden.new_empty(len(h) if with_gradient else 0, d, dtype=work)
+        for j in range(0, v, width):
+            w = weight[j : j + width]
+            wide = w.float() if _must_widen(w) else w
+            z = _logits(h, wide, buffer[: len(h) * len(w)].view(len(h), len(w)))
+            some_bias = None if bias is None else bias[j : j + width]
+            e, rescale = middle(z, y - j, state, some_bias, softcap, scale, gradient)
+            if with_gradient:
+                _accumulate(total, rescale, e, w if e.dtype == w.dtype else wide, first=j == 0)
+        logprob[rows], at_target, elsewhere = state.finish(softcap, scale)
         if with_gradient:
-            if e.dtype == weight.dtype or _must_widen(weight):
-                out = u[rows] if u.dtype == e.dtype else h
-                torch.mul(_times_weight(e, weight, out), factor[:, None], out=out)
-                if out is h:
-                    u[rows] = out
-            else:
-                # 16-bit tensor cores: the factor goes in before rounding, so that E stays within [−1, 1].
-                u[rows] = torch.mm(e.mul_(factor[:, None]).to(weight.dtype), weight)
+            total.mul_(elsewhere[:, None].to(work)).addcmul_(weight[y].to(work), at_target[:, None].to(work))
+            if not in_place:
+                u[rows] = total
     return logprob, u
 
 
@@ -199,7 +224,7 @@ def backward(
     softcap: float | None,
     scale: float,
     ignore_index: int,
-    middle: Middle = softmax_chunk,
+    middle: Middle = softmax_block,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a trainable head by recomputing the logits: hidden (N, D), weight (V, D), bias (V,)."""
     keep = target != ignore_index
@@ -220,8 +245,11 @@ def backward(
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
         h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
-        _, e, factor = middle(_logits(h, w, buffer[: len(h)]), target[rows], bias, softcap, scale, work)
-        e.mul_((factor * grad[rows].to(work))[:, None])
+        y, state = target[rows], State.start(len(h), h.device)
+        e, _ = middle(_logits(h, w, buffer[: len(h)]), y, state, bias, softcap, scale, work)
+        _, at_target, elsewhere = state.finish(softcap, scale)
+        e.mul_((elsewhere * grad[rows]).to(work)[:, None])
+        e.scatter_(1, y[:, None], (at_target * grad[rows]).to(work)[:, None])
         d_bias += e.sum(0)
         e = e.to(w.dtype)
         d_hidden[rows] = torch.mm(e, w).to(hidden.dtype)
