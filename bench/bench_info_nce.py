@@ -31,13 +31,16 @@ class _Embedded(torch.nn.Module):
         return features
 
 
-def _sentence_transformers(device: str) -> Callable[[Tensor, Tensor], Tensor]:
+def _sentence_transformers(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss of sentence-transformers, by its class' name, on embeddings that are there already."""
     try:
         losses = importlib.import_module("sentence_transformers.losses")
     except ImportError as error:
         raise Unavailable("sentence-transformers is not installed") from error
     model: Any = _Embedded()
-    loss = losses.MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+    loss = getattr(losses, name)(model, scale=1 / TEMPERATURE)
+    if name.startswith("Cached"):  # what it does between its two passes over the texts, mini_batch_size rows at a time
+        return lambda q, p: loss.calculate_loss([[q], [p]])
     return lambda q, p: loss([{"sentence_embedding": q}, {"sentence_embedding": p}], None)
 
 
@@ -94,19 +97,22 @@ def info_nce_case(
 
         return gemms
 
-    kind = device.split(":")[0]
+    kind, st = device.split(":")[0], version("sentence-transformers")
     variants = {
         FLOOR: Variant(floor, note="3 bare GEMMs"),
         OURS: Variant(lambda: call(lambda q, x: info_nce(q, x, temperature=TEMPERATURE))),
         "eager": Variant(lambda: call(_eager), torch.__version__),
         "compiled": Variant(lambda: call(torch.compile(_eager, dynamic=False)), torch.__version__),
         "sentence-transformers": Variant(
-            lambda: call(_sentence_transformers(kind)), version("sentence-transformers"), "its in-batch loss"
+            lambda: call(_sentence_transformers("MultipleNegativesRankingLoss")), st, "MultipleNegativesRankingLoss"
+        ),
+        "sentence-transformers, cached": Variant(
+            lambda: call(_sentence_transformers("CachedMultipleNegativesRankingLoss")), st, "its loss on embeddings"
         ),
         "inf-cl": Variant(lambda: call(_inf_cl(kind)), version("inf-cl")),
     }
     if p != b:
-        for name in ("sentence-transformers", "inf-cl"):
+        for name in ("sentence-transformers", "sentence-transformers, cached", "inf-cl"):
             del variants[name]
     if curve:
         variants = {name: variants[name] for name in (FLOOR, OURS, "eager")}
