@@ -251,7 +251,10 @@ def step_case(
         case.tokens = sum(len(r["query_ids"]) + (len(r["positive_ids"]) if stage == 2 else 0) for r in made.rows)
 
     def check(name: str, outputs: tuple[Tensor, Tensor]) -> float:
-        """Both sides agree: the loss to 1e-4, the gradient to 1e-3 of its largest entry; bf16: a hundred times that."""
+        """Both sides agree: the loss to 1e-4, the gradient to 4e-3 of its largest entry; bf16: a hundred times that.
+
+        With z as it comes fp32 itself is 1.3e-3 from float64 here, on either side.
+        """
         loss, gradient = (o.double().cpu() for o in outputs)
         assert bool(gradient.isfinite().all()), "a NaN in the gradient"
         first.append((loss, gradient))
@@ -259,7 +262,7 @@ def step_case(
         error = float((loss - first[0][0]).abs() / first[0][0].abs())
         assert error <= 1e-4 * room, f"loss {float(loss):.6f}, released {float(first[0][0]):.6f}"
         difference = float((gradient - first[0][1]).abs().max() / first[0][1].abs().max())
-        assert difference <= 1e-3 * room, f"gradient off by {difference:.1e} of its largest entry"
+        assert difference <= 4e-3 * room, f"gradient off by {difference:.1e} of its largest entry"
         return max(error, difference)
 
     variants = {
