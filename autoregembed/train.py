@@ -444,7 +444,8 @@ def processes(config: Config, bf16: bool) -> Accelerator:
     Raises:
         ConfigError: a way of sharding that the loop does not support.
     """
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    # An earlier run in this process may have had another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         # Where torch sees no device, accelerate would let each of several processes train alone.
         cpu=not torch.accelerator.is_available(),

@@ -1,13 +1,16 @@
 """What the processes of test_distributed.py run: functions of a module, since each process imports them by name."""
 
+import gc
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -83,42 +86,147 @@ def _numpy(tensors: dict) -> dict:
     return {name: whole(x.detach()).clone().numpy() for name, x in tensors.items()}
 
 
-def fsdp_on_cpu() -> None:
-    """Lets accelerate run FSDP2 on CPUs, which it does not offer: all but the choice of the backend is its own path."""
-    from accelerate import DistributedType, PartialState
-
-    PartialState._reset_state()
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    }
-    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu"}
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    torch.accelerator.is_available = lambda: True  # what `cpu=` of Accelerator depends on
-
-
 def fsdp(function, *arguments):
-    fsdp_on_cpu()
-    return function(*arguments)
+    """function(*arguments) with accelerate's FSDP2 on CPUs, which it does not offer.
+
+    All but the choice of the backend is its own path.
+    """
+    from accelerate import DistributedType, PartialState
+    from accelerate.state import AcceleratorState
+
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    torch.accelerator.is_available = lambda: True  # `cpu=` of Accelerator depends on it
+    result = function(*arguments)
+    assert AcceleratorState().distributed_type == DistributedType.FSDP
+    return result
 
 
 def one_run(case: dict) -> tuple[dict, list[str]]:
-    """The summary of a training run, and the files that this process opened for writing."""
+    """The summary of a training run, and the files and folders that this process wrote."""
     from rich.console import Console
 
     from autoregembed import train
 
     written: list[str] = []
-    out = str(Path(case["output_dir"]))
+    parent = Path(case["output_dir"]).parent
 
     def audit(event: str, arguments) -> None:
-        if event == "open" and str(arguments[0]).startswith(out) and isinstance(arguments[2], int):
-            if arguments[2] & (os.O_WRONLY | os.O_RDWR):
-                written.append(str(arguments[0]))
+        writes = event in ("os.rename", "os.mkdir") or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes:
+            path = Path(os.fsdecode(arguments[event == "os.rename"]))  # safetensors' files show when they are renamed
+            if path.is_relative_to(parent):
+                written.append(str(path.relative_to(parent)))
 
     sys.addaudithook(audit)
     return train.train(train.Config(**case), Console(quiet=True)), written
+
+
+def sharded_decoder() -> None:
+    """Scores and gradients of a decoder whose weights are shared out are those of a whole one, and nothing stays."""
+    from autoregembed import Decoder, linear_logprob
+    from autoregembed.testing import tiny_model
+
+    for architecture, tied in (("llama", False), ("llama", True), ("gpt_neox", False)):
+        whole, shared = (
+            Decoder(tiny_model(architecture, vocab_size=321, dtype=torch.float64, tie_word_embeddings=tied))
+            for _ in range(2)
+        )
+        size = sum(p.numel() for p in shared.parameters())
+        shared.shard(torch.device("cpu"))
+        held = sum(p.to_local().numel() for p in shared.parameters())
+        assert held < 0.6 * size, (held, size)
+        z = torch.randn(3, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+        targets = [[5, 6, 7], [8], [9, 9]]
+        found = []
+        for decoder in (whole, shared):
+            leaf = z.clone().requires_grad_()
+            scores = decoder.logprob(leaf, targets)
+            (gradient,) = torch.autograd.grad((scores * torch.tensor([1.0, -2.0, 0.5])).sum(), leaf)
+            found.append((scores, gradient))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+        del leaf, scores, gradient
+        gc.collect()
+        kinds = (torch.Tensor, torch.nn.Parameter)
+        tables = sum(type(x) in kinds and x.shape == (321, 32) for x in gc.get_objects())
+        assert tables == 2 - tied, f"{architecture}: found {tables} tables of V rows, allowed are those of `whole`"
+    head = shared.model.get_output_embeddings().weight
+    hidden, target = torch.randn(4, 32, dtype=torch.float64), torch.tensor([0, 320, 7, 7])
+    expected = linear_logprob(hidden, whole.model.get_output_embeddings().weight, target)
+    torch.testing.assert_close(linear_logprob(hidden, head, target), expected)
+    with pytest.raises(TypeError, match="weight: found a DTensor that requires grad"):
+        linear_logprob(hidden, head.detach().requires_grad_(), target)
+
+
+def gathered_rows() -> None:
+    """Ragged rows, none from one process; the gradient of each row is the sum of what all processes ask of it."""
+    from autoregembed.distributed import gather_rows
+
+    rank, counts = dist.get_rank(), [2, 0, 3, 1]
+    everything = torch.arange(12.0).reshape(6, 2)
+    first = sum(counts[:rank])
+    x = everything[first : first + counts[rank]].clone().requires_grad_()
+    rows, place = gather_rows(x)
+    assert place == first
+    assert torch.equal(rows, everything)
+    ((rank + 1) * everything * rows).sum().backward()
+    assert torch.equal(x.grad, 10 * everything[first : first + counts[rank]])
+
+
+def dying(case: dict, victim: int) -> None:
+    """A run in which one process is killed in its third step."""
+    from rich.console import Console
+
+    from autoregembed import train
+
+    step = train.Objective.__call__
+
+    def killed(self, rows):
+        killed.calls += 1
+        if killed.calls == 3 and dist.get_rank() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, rows)
+
+    killed.calls = 0
+    train.Objective.__call__ = killed
+    train.train(train.Config(**case), Console(quiet=True))
+
+
+def stopped(case: dict, receiver: int) -> str:
+    """A run in which one process gets SIGTERM in its third step; the message with which it stops."""
+    from rich.console import Console
+
+    from autoregembed import train
+
+    step = train.Objective.__call__
+
+    def signalled(self, rows):
+        signalled.calls += 1
+        if signalled.calls == 3 and dist.get_rank() == receiver:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, rows)
+
+    signalled.calls = 0
+    train.Objective.__call__ = signalled
+    try:
+        train.train(train.Config(**case), Console(quiet=True))
+    except train.Interrupted as stop:
+        return str(stop)
+    return ""
+
+
+def refused(case: dict) -> str:
+    """The error of a run."""
+    from rich.console import Console
+
+    from autoregembed import train
+
+    try:
+        train.train(train.Config(**case), Console(quiet=True))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def one_step(cases: list[dict]) -> list[dict]:

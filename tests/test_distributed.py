@@ -1,6 +1,10 @@
 """Several processes, joined by gloo, against one process on the joined batch."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import distributed_cases as cases
 import numpy as np
@@ -61,10 +65,15 @@ def distance(found: dict, wanted: dict) -> float:
     return float(np.sqrt(square / sum(np.square(x).sum() for x in wanted.values())))
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_step_is_that_of_one_process_on_the_joined_batch(model_folder, files, alone, tmp_path, world):
+def called(sharded: bool, function, *arguments) -> tuple:
+    return (cases.fsdp, function, *arguments) if sharded else (function, *arguments)
+
+
+@pytest.mark.parametrize(("world", "sharded"), [(2, False), (4, False), (2, True)], ids=["ddp-2", "ddp-4", "fsdp2-2"])
+def test_a_step_is_that_of_one_process_on_the_joined_batch(model_folder, files, alone, tmp_path, world, sharded):
     configs = [config_of(model_folder, files, **options) for options in STEPS.values()]
-    found = cases.run(cases.one_step, world, tmp_path, configs)
+    function, *arguments = called(sharded, cases.one_step, configs)
+    found = cases.run(function, world, tmp_path, *arguments)
     for i, (name, wanted) in enumerate(alone.items()):
         steps = [process[i] for process in found]
         assert len({step["counts"]["loss"] for step in steps}) > 1 or "contrast" in name
@@ -98,15 +107,75 @@ def run_of(model_folder: str, files: dict[int, str], out, batch_size: int) -> di
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_a_run_of_two_processes_ends_where_one_does(model_folder, files, trained_alone, tmp_path, sharded):
-    arguments = (cases.one_run, run_of(model_folder, files, tmp_path / "out", 2))
-    (first, main), (second, other) = cases.run(
-        cases.fsdp if sharded else arguments[0], 2, tmp_path / "work", *arguments[1 - sharded :]
-    )
+    function, *arguments = called(sharded, cases.one_run, run_of(model_folder, files, tmp_path / "out", 2))
+    (first, main), (second, other) = cases.run(function, 2, tmp_path / "work", *arguments)
+    assert first.pop("train_seconds") + second.pop("train_seconds") > 0
     assert first == second
     assert len(set(first["spearman"].values())) == 2
-    assert main
-    assert not other
+    files_of_a_run = ("config.json", "metrics.jsonl", "summary.json", "model", "export")
+    assert {"reference.safetensors", *(f"out/{name}" for name in files_of_a_run)} <= set(main)
+    assert [name for name in other if not name.startswith("work")] == []
     found = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert found.keys() == trained_alone.keys()
     for name in found:
         np.testing.assert_allclose(found[name], trained_alone[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_rows_are_gathered_with_their_gradients(tmp_path):
+    cases.run(cases.gathered_rows, 4, tmp_path)
+
+
+def test_a_decoder_whose_weights_are_shared_out_scores_the_same_and_keeps_nothing(tmp_path):
+    cases.run(cases.sharded_decoder, 2, tmp_path)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_ends_the_others_with_an_error(model_folder, files, tmp_path, victim):
+    case = run_of(model_folder, files, tmp_path / "out", 2)
+    results = cases.finish(cases.start(cases.dying, 2, tmp_path / "work", case, victim), seconds=60)
+    assert results[victim][0] == "dead"
+    state, error = results[1 - victim]
+    assert state == "failed"
+    assert "gloo" in error.lower() or "closed" in error
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(model_folder, files, tmp_path):
+    case = run_of(model_folder, files, tmp_path / "out", 2)
+    found = cases.run(cases.stopped, 2, tmp_path / "work", case, 1)
+    assert found[0] == found[1]
+    assert "step 3" in found[0]
+    assert (tmp_path / "out" / "checkpoints" / "step-00000003" / "trainable.safetensors").is_file()
+
+
+def test_what_process_0_finds_wrong_is_raised_by_all(model_folder, files, tmp_path):
+    (tmp_path / "reference.safetensors").write_text("rubbish")
+    found = cases.run(cases.refused, 2, tmp_path / "work", run_of(model_folder, files, tmp_path / "out", 2))
+    assert found[0] == found[1]
+    assert found[0].startswith("CheckpointError: reference: found a damaged file")
+
+
+def launched(arguments: list[str], files: dict[int, str], model_folder: str, folder) -> Path:
+    """Runs a launcher with the package's command on a YAML file; the folder of the run."""
+    options = run_of(model_folder, files, folder / "out", 2)
+    (folder / "run.yaml").write_text(json.dumps(options))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    done = subprocess.run(
+        [*arguments, "-m", "autoregembed", "train", str(folder / "run.yaml")],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count('"stage": 2') == 1  # one process tells the summary
+    return folder / "out"
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
+def test_launchers_end_where_one_process_does(model_folder, files, trained_alone, tmp_path, launcher):
+    options = {
+        "torch.distributed.run": ["--standalone", "--nproc_per_node", "2"],
+        "accelerate.commands.launch": ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+    }[launcher]
+    out = launched([sys.executable, "-m", launcher, *options], files, model_folder, tmp_path)
+    found = load_file(out / "model" / "model.safetensors")
+    for name in trained_alone:
+        np.testing.assert_allclose(found[name], trained_alone[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
