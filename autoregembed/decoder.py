@@ -103,7 +103,9 @@ class Decoder(nn.Module):
         for module in [m for m in base.modules() if type(m).__name__ in layers]:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
-        shards = {w: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(0)]), False) for w in tables}
+        shards = {
+            w: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(0)], src_data_rank=None).clone(), False) for w in tables
+        }
         for module in readers:
             module.weight = shards[module.weight]
         if self.input_rms is not None:

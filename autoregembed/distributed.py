@@ -129,3 +129,12 @@ def gather_rows(x: Tensor) -> tuple[Tensor, int]:
 def whole(x: Tensor) -> Tensor:
     """All of a tensor of which each process holds a part (a DTensor, as FSDP2 makes them); any other as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def part(x: Tensor, like: Tensor) -> Tensor:
+    """Of x, whole and the same in every process, what this one holds of `like`: the inverse of `whole`."""
+    if not hasattr(like, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -694,7 +694,7 @@ def train(config: Config, console: Console | None = None) -> dict:
 
     def save(step: int) -> Path:
         folder = state_folder / f"step-{step:08d}"
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or sharded:
             checkpoint.save_state(folder, encoder, optimizer.optimizer, step, {"scores": scores, "seconds": seconds})
         return folder
 

@@ -133,9 +133,9 @@ def sharded_decoder() -> None:
             Decoder(tiny_model(architecture, vocab_size=321, dtype=torch.float64, tie_word_embeddings=tied))
             for _ in range(2)
         )
-        size = sum(p.numel() for p in shared.parameters())
+        size = sum(8 * p.numel() for p in shared.parameters())
         shared.shard(torch.device("cpu"))
-        held = sum(p.to_local().numel() for p in shared.parameters())
+        held = sum(p.to_local().untyped_storage().nbytes() for p in shared.parameters())
         assert held < 0.6 * size, (held, size)
         z = torch.randn(3, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
         targets = [[5, 6, 7], [8], [9, 9]]

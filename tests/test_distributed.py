@@ -121,6 +121,21 @@ def test_a_run_of_two_processes_ends_where_one_does(model_folder, files, trained
         np.testing.assert_allclose(found[name], trained_alone[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_a_stopped_run_goes_on_to_the_same_weights(model_folder, files, trained_alone, tmp_path, sharded):
+    case = run_of(model_folder, files, tmp_path / "out", 2)
+    function, *arguments = called(sharded, cases.stopped, case, 1)
+    found = cases.run(function, 2, tmp_path / "work", *arguments)
+    assert found[0] == found[1]
+    assert "step 3" in found[0]
+    function, *arguments = called(sharded, cases.one_run, {**case, "resume": "auto"})
+    cases.run(function, 2, tmp_path / "again", *arguments)
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 4
+    found = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    for name in found:
+        np.testing.assert_allclose(found[name], trained_alone[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_rows_are_gathered_with_their_gradients(tmp_path):
     cases.run(cases.gathered_rows, 4, tmp_path)
 
@@ -137,14 +152,6 @@ def test_a_dead_process_ends_the_others_with_an_error(model_folder, files, tmp_p
     state, error = results[1 - victim]
     assert state == "failed"
     assert "gloo" in error.lower() or "closed" in error
-
-
-def test_a_signal_to_one_process_stops_all_after_the_same_step(model_folder, files, tmp_path):
-    case = run_of(model_folder, files, tmp_path / "out", 2)
-    found = cases.run(cases.stopped, 2, tmp_path / "work", case, 1)
-    assert found[0] == found[1]
-    assert "step 3" in found[0]
-    assert (tmp_path / "out" / "checkpoints" / "step-00000003" / "trainable.safetensors").is_file()
 
 
 def test_what_process_0_finds_wrong_is_raised_by_all(model_folder, files, tmp_path):
