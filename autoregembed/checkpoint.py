@@ -198,9 +198,8 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 
     Where weights are sharded all processes call it; they are gathered, one by one, and process 0 writes.
     """
-    trainable = {
-        n: distributed.whole(p.detach()).cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad
-    }
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    trainable = {n: distributed.whole(p).cpu().contiguous() for n, p in trained.items()}
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, slots in state["state"].items():

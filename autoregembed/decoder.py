@@ -104,7 +104,7 @@ class Decoder(nn.Module):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
         shards = {
-            w: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(0)], src_data_rank=None).clone(), False) for w in tables
+            w: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(0)], src_data_rank=None), False) for w in tables
         }
         for module in readers:
             module.weight = shards[module.weight]
