@@ -131,7 +131,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def part(x: Tensor, like: Tensor) -> Tensor:
+def part(x: Tensor, like: Any) -> Tensor:
     """Of x, whole and the same in every process, what this one holds of `like`: the inverse of `whole`."""
     if not hasattr(like, "full_tensor"):
         return x
