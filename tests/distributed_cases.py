@@ -174,6 +174,17 @@ def gathered_rows() -> None:
     assert torch.equal(x.grad, 10 * everything[first : first + counts[rank]])
 
 
+def shared_embeddings(case: dict) -> None:
+    """Seven texts of which three processes embed a share each; the last round has work for one of them."""
+    from autoregembed import train
+    from autoregembed.evaluate import embed
+
+    encoder, _, tokenizer, _ = train.build(train.Config(**case))
+    texts = ["the cat sat", "on a mat", "while rain", "fell", "over old stone bridges", "and boats", "drifted past"]
+    alone = embed(encoder, tokenizer, texts, token_budget=1)
+    torch.testing.assert_close(embed(encoder, tokenizer, texts, token_budget=1, shared=True), alone, rtol=0, atol=1e-6)
+
+
 def dying(case: dict, victim: int) -> None:
     """A run in which one process is killed in its third step."""
     from rich.console import Console

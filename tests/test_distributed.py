@@ -155,6 +155,10 @@ def test_rows_are_gathered_with_their_gradients(tmp_path):
     cases.run(cases.gathered_rows, 4, tmp_path)
 
 
+def test_texts_are_embedded_in_shares(model_folder, files, tmp_path):
+    cases.run(cases.shared_embeddings, 3, tmp_path, config_of(model_folder, files, stage=1))
+
+
 def test_a_decoder_whose_weights_are_shared_out_scores_the_same_and_keeps_nothing(tmp_path):
     cases.run(cases.sharded_decoder, 2, tmp_path)
 
