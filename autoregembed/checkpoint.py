@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from autoregembed import distributed
+
 RECIPE = "autoregembed.json"
 
 
@@ -192,16 +194,22 @@ def load_reference(path: Path, fingerprint: dict[str, str]) -> tuple[Tensor, Ten
 
 
 def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: dict) -> Path:
-    """Trainable parameters, optimiser, RNG and step of one process, as safetensors and JSON."""
-    trainable = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    """Trainable parameters, optimiser, RNG and step of one process, as safetensors and JSON.
+
+    Where weights are sharded all processes call it; they are gathered, one by one, and process 0 writes.
+    """
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    trainable = {n: distributed.whole(p).cpu().contiguous() for n, p in trained.items()}
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{slot}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{slot}"] = distributed.whole(value.detach()).cpu().contiguous()
             else:
                 scalars[f"{index}.{slot}"] = value
+    if distributed.rank() > 0:
+        return folder
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
@@ -271,11 +279,14 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         )
     with torch.no_grad():
         for name, parameter in trainable.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(distributed.part(saved[name], parameter))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots: dict[int, dict] = {}
     for key, value in (*load_file(folder / "optimizer.safetensors").items(), *state["scalars"].items()):
         index, slot = key.split(".", 1)
-        slots.setdefault(int(index), {})[slot] = value
+        like = parameters[int(index)]
+        held = isinstance(value, Tensor) and value.shape == like.shape
+        slots.setdefault(int(index), {})[slot] = distributed.part(value, like) if held else value
     groups = [{**old, **new} for old, new in zip(optimizer.param_groups, state["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     rng = load_file(folder / "rng.safetensors")

@@ -244,9 +244,13 @@ def main(arguments: list[str] | None = None) -> int:
             if "-h" in arguments or "--help" in arguments:
                 _train_parser().print_help()
                 return 0
+            from torch import distributed
+
             from autoregembed.train import train
 
             console.print_json(json.dumps(train(read_config(arguments[1:]), console)))
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.destroy_process_group()
             return 0
         if arguments[:1] in (["encode"], ["eval"]) and len(arguments) > 1 and not arguments[1].startswith("-"):
             arguments = [arguments[0], "--model", *arguments[1:]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from autoregembed.distributed import whole
 from autoregembed.encoder import fit_length, max_positions, require_finite
 from autoregembed.ops import linear_logprob, splice
 from autoregembed.packing import Ids, Packed, base_model, check_ids, pack, run_packed, use_packed_attention
@@ -89,6 +90,32 @@ class Decoder(nn.Module):
         ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
         squares = torch.stack([embedding(part).double().square().sum(0) for part in ids.split(8192)]).sum(0)
         return (squares / len(ids)).sqrt().float()
+
+    def shard(self, device: torch.device) -> None:
+        """Leaves each process of the run a part of the frozen weights, on `device`; a pass gathers them layer by layer.
+
+        Embedding matrix and head are read by the ops and not by their modules: `logprob` gathers them, one after the
+        other, and frees them.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+        model, base = self.model, base_model(self.model)
+        readers = (model.get_input_embeddings(), model.get_output_embeddings())
+        tables = {module.weight for module in readers}  # one, where they are tied
+        layers = set(getattr(model, "_no_split_modules", None) or ())
+        for module in [m for m in base.modules() if type(m).__name__ in layers]:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
+        shards = {
+            w: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(0)], src_data_rank=None), False) for w in tables
+        }
+        for module in readers:
+            module.weight = shards[module.weight]
+        if self.input_rms is not None:
+            self.input_rms = self.input_rms.to(device)
 
     @torch.no_grad()
     def _verify_head(self) -> None:
@@ -187,16 +214,18 @@ class Decoder(nn.Module):
                 f"targets: found one of {packed.max_length} positions with z, allowed are {limit} (the model's); "
                 "truncate the target"
             )
-        embedding = self.model.get_input_embeddings()
+        table = whole(embedding)
         inputs = splice(
-            self.rescale(z), embedding.weight, packed.ids, packed.cu_seqlens, source.to(z.device)[packed.order],
+            self.rescale(z), table, packed.ids, packed.cu_seqlens, source.to(z.device)[packed.order],
             offset=len(self.prefix),
-            embedding_scale=float(torch.tensor(self.embedding_scale, dtype=embedding.weight.dtype)),
+            embedding_scale=float(torch.tensor(self.embedding_scale, dtype=table.dtype)),
         )  # fmt: skip
-        hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
         head = self.model.get_output_embeddings()
+        weight = table if head.weight is embedding else head.weight
+        del table
+        hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
         scores = linear_logprob(
-            hidden, head.weight, labels, bias=head.bias, softcap=self.softcap, scale=self.scale,
+            hidden, weight, labels, bias=head.bias, softcap=self.softcap, scale=self.scale,
             cu_seqlens=cu_seqlens, impl=self.impl,
         )  # fmt: skip
         if self.reduction == "mean":

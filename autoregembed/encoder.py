@@ -113,11 +113,13 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.model = model
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         self.compress_token_ids = list(compress_token_ids)
         self.suffix_ids = list(suffix_ids)
         self.bos_token_id = bos_token_id
         embedding = model.get_input_embeddings()
         vocabulary = embedding.weight.shape[0]
+        self._vocabulary = vocabulary  # DeepSpeed's sharded weights have no shape outside of their module's forward
         check_ids("compress_token_ids", [self.compress_token_ids], vocabulary)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
             raise ValueError(f"compress_token_ids: found {self.compress_token_ids}, allowed are distinct ids")
@@ -191,9 +193,9 @@ class Encoder(nn.Module):
         embedding = self.model.get_input_embeddings()
         if len(ids) == 0:
             raise ValueError("ids: found no text, allowed is at least one")
-        check_ids("ids", ids, embedding.weight.shape[0])
+        check_ids("ids", ids, self._vocabulary)
         if suffix_ids is not None:  # each may be empty
-            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], embedding.weight.shape[0])
+            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], self._vocabulary)
         packed = pack(self.sequences(ids, suffix_ids), embedding.weight.device)
         limit = max_positions(self.model)
         if limit is not None and packed.max_length > limit:

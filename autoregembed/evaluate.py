@@ -10,21 +10,28 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from autoregembed import data
+from autoregembed import data, distributed
 from autoregembed.encoder import Encoder, text_embedding
 from autoregembed.packing import base_model
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP keeps what it gathers first, which must be no inference tensor
 def embed(
-    encoder: Encoder, tokenizer, texts: Sequence[str], *, max_length: int | None = None, token_budget: int = 4096
+    encoder: Encoder,
+    tokenizer,
+    texts: Sequence[str],
+    *,
+    max_length: int | None = None,
+    token_budget: int = 4096,
+    shared: bool = False,
 ) -> Tensor:
     """normalize(mean_k z) of each text, (n, D) float32 on the CPU, in the order of `texts`.
 
     Texts are tokenised as in training and truncated so that instruction and compress tokens stay, by default to
-    512 tokens or the model's positions if fewer.
+    512 tokens or the model's positions if fewer. `shared`: all processes are called with the same texts; each embeds a
+    share of them and gets all embeddings.
 
     Raises:
         ValueError: no text, one without a token (the row is named), or a `max_length` above the model's positions.
@@ -37,15 +44,19 @@ def embed(
     empty = [row for row, x in enumerate(ids) if not x]
     if empty:
         raise ValueError(f"texts: found an empty text in row {empty[0]}, allowed is at least one token")
-    out = torch.empty(len(texts), encoder.model.get_input_embeddings().weight.shape[1])
+    weight = encoder.model.get_input_embeddings().weight
+    out = torch.zeros(len(texts), weight.shape[1])
     training = encoder.training
     encoder.eval()
     try:
-        for part in data.cut([len(s) for s in encoder.sequences(ids)], token_budget):
-            out[part] = text_embedding(encoder([ids[i] for i in part]).float()).cpu()
+        parts = data.cut([len(s) for s in encoder.sequences(ids)], token_budget)
+        for part, counts in distributed.share(parts) if shared else ((part, True) for part in parts):
+            found = text_embedding(encoder([ids[i] for i in part]).float()).cpu()
+            if counts:
+                out[part] = found
     finally:
         encoder.train(training)
-    return out
+    return distributed.total(out.to(weight.device)).cpu() if shared else out
 
 
 @torch.inference_mode()

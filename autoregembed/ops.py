@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from autoregembed import reference as spec
+from autoregembed.distributed import whole
 from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 from autoregembed.kernels.torch import linear_logprob as torch_linear_logprob
 
@@ -348,7 +349,7 @@ def linear_logprob(
 
     Args:
         hidden: (N, D), float16, bfloat16, float32 or float64.
-        weight: (V, D), the lm_head, same dtype and device.
+        weight: (V, D), the lm_head, same dtype and device. A frozen DTensor is gathered, and freed before this returns.
         target: (N,) int64 or int32 token ids in [0, V), or `ignore_index` for rows that give 0 and no gradient.
         bias: (V,) or None.
         softcap: positive; logits are capped to (−softcap, softcap) as in Gemma. None: no cap.
@@ -371,6 +372,9 @@ def linear_logprob(
     """
     _require_float("hidden", hidden)
     _require_float("weight", weight)
+    if weight.requires_grad and hasattr(weight, "full_tensor"):
+        raise TypeError("weight: found a DTensor that requires grad, allowed is one that is frozen, or a plain tensor")
+    weight = whole(weight)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

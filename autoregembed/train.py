@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -18,19 +19,24 @@ import re
 import signal
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    parse_flag_from_env,
+    set_seed,
+)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from autoregembed import checkpoint, data
+from autoregembed import checkpoint, data, distributed
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, final_norm, text_embedding
 from autoregembed.evaluate import embed, load_sts, sts
@@ -238,17 +244,26 @@ def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict]) -> tuple[Ten
 
 
 def contrastive(embeddings: list[Tensor], sizes: list[int], temperature: float) -> Tensor:
-    """InfoNCE over a step: part i of `embeddings` holds sizes[i] queries, as many positives, then hard negatives."""
+    """InfoNCE of this process' queries against the passages of all processes.
+
+    Part i of `embeddings` holds sizes[i] queries, as many positives, then hard negatives.
+    """
     queries = torch.cat([e[:n] for e, n in zip(embeddings, sizes, strict=True)])
     positives = torch.cat([e[n : 2 * n] for e, n in zip(embeddings, sizes, strict=True)])
     hard = torch.cat([e[2 * n :] for e, n in zip(embeddings, sizes, strict=True)])
-    return info_nce(queries, torch.cat([positives, hard]), temperature=temperature)
+    passages, first = distributed.gather_rows(torch.cat([positives, hard]))
+    target = first + torch.arange(len(queries), device=queries.device)
+    return info_nce(queries, passages, target, temperature=temperature)
+
+
+def _widened(z: Tensor) -> Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
 def _counts(config: Config, rows: list[dict]) -> dict[str, int]:
     """How many tokens, rows, pairs the loss ("loss") and the statistics of these rows are means over."""
     if config.stage == 1:
-        return {"loss": sum(len(r["target_ids"]) + 1 for r in rows)}
+        return {"loss": sum(len(r["target_ids"]) + 1 for r in rows), "rows": len(rows)}
     pairs = sum(len(r["target_ids"]) - 1 for r in rows)
     joint = sum(len(r["target_ids"]) > 1 for r in rows)
     return {"loss": pairs if config.negatives == "independent" else joint, "rows": len(rows), "pairs": pairs}
@@ -269,40 +284,48 @@ class Objective:
         config = self.config
         inner = self.accelerator.unwrap_model(self.encoder)
         parts = data.cut(lengths(rows, inner, config.hard_negatives), config.token_budget)
+        if config.token_budget:
+            parts = distributed.in_step(parts, self.accelerator.device)
         micro = [[rows[i] for i in part] for part in parts]
         totals = self._totals(rows)
+        mine = len(rows) / totals["rows"]
         cached = self._cached_contrastive(micro) if config.contrastive_weight and config.stage == 2 else None
         log: dict[str, Tensor] = {}
         for i, part in enumerate(micro):
             last = i == len(micro) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.encoder):
+            self.accelerator.sync_gradients = last  # DeepSpeed takes its optimiser step inside of `backward`
+            with contextlib.nullcontext() if last else self._no_sync():
                 z = self.encoder(*texts_of(part, config.hard_negatives))
                 share, stats = self._share(z, part, totals)
                 if cached is not None:
-                    e = text_embedding(z.float())
+                    e = text_embedding(_widened(z))
                     if cached[i] is None:
-                        nce = contrastive([e], [len(part)], config.contrastive_temperature)
+                        nce = mine * contrastive([e], [len(part)], config.contrastive_temperature)
                         stats["nce"] = nce.detach()
                         share = share + config.contrastive_weight * nce
                     else:
                         value, gradient = cached[i]
-                        stats["nce"] = value / len(micro)
+                        stats["nce"] = mine * value / len(micro)
                         # Its gradient is that of InfoNCE over the whole step, its value is not.
-                        surrogate = (e * gradient).sum()
+                        surrogate = mine * (e * gradient).sum()
                         share = share + config.contrastive_weight * (surrogate - surrogate.detach() + stats["nce"])
                 stats["loss"] = share.detach()
                 self.accelerator.backward(share)
             for name, value in stats.items():
                 log[name] = log.get(name, 0) + value
-        gathered = self.accelerator.reduce({k: v.float() for k, v in log.items()}, "mean")
-        return {k: v.item() for k, v in gathered.items()}
+        mean = distributed.total(torch.stack([x.float() for x in log.values()])) / distributed.world()
+        return dict(zip(log, mean.tolist(), strict=True))
+
+    def _no_sync(self):
+        # FSDP would keep whole gradients until the last part; summing the shards of each part costs no memory.
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        return contextlib.nullcontext() if sharded else self.accelerator.no_sync(self.encoder)
 
     def _totals(self, rows: list[dict]) -> dict[str, float]:
         """What the loss and the statistics are means over: counts of all processes, per process (DDP averages)."""
         counts = _counts(self.config, rows)
-        here = torch.tensor([float(n) for n in counts.values()], device=self.accelerator.device)
-        everywhere = self.accelerator.reduce(here, "mean").clamp(min=1).tolist()
-        return dict(zip(counts, everywhere, strict=True))
+        everywhere = distributed.total(torch.tensor([*counts.values()], device=self.accelerator.device))
+        return {name: max(n, 1) / distributed.world() for name, n in zip(counts, everywhere.tolist(), strict=True)}
 
     def _share(self, z: Tensor, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
@@ -331,10 +354,10 @@ class Objective:
 
     def _cached_contrastive(self, micro: list[list[dict]]) -> list:
         """Exact InfoNCE over a step that is cut: all embeddings first, then the gradient of each part's (GradCache)."""
-        if len(micro) == 1:
+        if len(micro) == 1:  # in every process, or in none: `distributed.in_step`
             return [None]
         with torch.no_grad():
-            parts = [text_embedding(self.encoder(*texts_of(m, self.config.hard_negatives)).float()) for m in micro]
+            parts = [text_embedding(_widened(self.encoder(*texts_of(m, self.config.hard_negatives)))) for m in micro]
         parts = [p.requires_grad_() for p in parts]
         value = contrastive(parts, [len(m) for m in micro], self.config.contrastive_temperature)
         gradients = torch.autograd.grad(value, parts)
@@ -344,48 +367,63 @@ class Objective:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reference_scores(
     encoder: nn.Module, decoder: Decoder, rows, token_budget: int = 8192, places: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """r_a (R,) and r_c (R, M) under the present model, NaN where a row has fewer negatives or is not in `places`."""
-    most = max(len(t) - 1 for t in rows["target_ids"])
-    positive, negatives = torch.full((len(rows),), torch.nan), torch.full((len(rows), most), torch.nan)
+    """r_a (R,) and r_c (R, M) under the present model, NaN where a row has fewer negatives or is not in `places`.
+
+    Every process scores its share, and all of them get all scores.
+    """
+    negatives = [len(t) - 1 for t in rows["target_ids"]]
+    scores = torch.zeros(len(rows), 1 + max(negatives))
     places = list(range(len(rows))) if places is None else places
     sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows.select(places)]
-    for part in ([places[i] for i in part] for part in data.cut(sizes, token_budget)):
+    for part, counts in distributed.share([[places[i] for i in part] for part in data.cut(sizes, token_budget)]):
         batch = rows.select(part).to_list()
         z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])
         owner = [i for i, r in enumerate(batch) for _ in r["target_ids"]]
         column = [j for r in batch for j in range(len(r["target_ids"]))]
-        scores = decoder.logprob(z, [t for r in batch for t in r["target_ids"]], owner).float().cpu()
-        for place, j, score in zip((part[i] for i in owner), column, scores, strict=True):
-            if j == 0:
-                positive[place] = score
-            else:
-                negatives[place, j - 1] = score
-    return positive, negatives
+        found = decoder.logprob(z, [t for r in batch for t in r["target_ids"]], owner).float().cpu()
+        if counts:
+            scores[[part[i] for i in owner], column] = found
+    scores = distributed.total(scores.to(_device(encoder))).cpu()
+    scored = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, torch.tensor(places, dtype=torch.int64), True)
+    there = torch.arange(scores.shape[1]) <= torch.tensor(negatives)[:, None]
+    scores.masked_fill_(~(there & scored[:, None]), torch.nan)
+    return scores[:, 0].contiguous(), scores[:, 1:].contiguous()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _reference(
-    config: Config, encoder, decoder, rows, read: int, prompt: data.Prompt, console: Console
+    config: Config, encoder, decoder, model: str, rows, read: int, prompt: data.Prompt, console: Console
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the first `read` rows of the run, from the file beside the data; those that it lacks are added."""
-    fingerprint = {
-        "data": data.content_fingerprint(rows),
-        "model": checkpoint.weights_fingerprint(encoder, decoder)
-        + f"-{decoder.z_scale}-{decoder.prefix}-{decoder.reduction}",
-        "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
-    }
-    if config.reference_file:
-        path = Path(config.reference_file)
-    else:
-        local = Path(config.train_data)
-        short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
-        parent = local.parent if local.is_file() else Path(config.output_dir)
-        path = parent / f"{local.name}.reference-{short}.safetensors"
+    """Scores of the first `read` rows of the run, from the file beside the data; those that it lacks are added.
+
+    `model` is the fingerprint of encoder and decoder.
+    """
+
+    def find() -> tuple[dict[str, str], Path, tuple[Tensor, Tensor] | None]:
+        fingerprint = {
+            "data": data.content_fingerprint(rows),
+            "model": model,
+            "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
+        }
+        if config.reference_file:
+            path = Path(config.reference_file)
+        else:
+            local = Path(config.train_data)
+            short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
+            parent = local.parent if local.is_file() else Path(config.output_dir)
+            path = parent / f"{local.name}.reference-{short}.safetensors"
+        return fingerprint, path, checkpoint.load_reference(path, fingerprint) if path.is_file() else None
+
+    # Process 0 looks and tells: the others may not see its disk, and must not find what it is writing.
+    fingerprint, path, known = distributed.from_main(find)
     wanted = sorted(set(data.drawn(len(rows), 0, read, config.seed)))
-    known = checkpoint.load_reference(path, fingerprint) if path.is_file() else None
     if known is not None:
         wanted = [i for i in wanted if bool(known[0][i].isnan())]
     if known is not None and not wanted:
@@ -396,7 +434,7 @@ def _reference(
     if known is not None:
         new = ~scores[0].isnan()
         scores = torch.where(new, scores[0], known[0]), torch.where(new[:, None], scores[1], known[1])
-    checkpoint.save_reference(path, *scores, fingerprint)
+    distributed.from_main(lambda: checkpoint.save_reference(path, *scores, fingerprint))
     console.print(f"reference scores: {len(wanted)} rows in {time.perf_counter() - start:.0f} s, kept in {path}")
     return scores
 
@@ -404,7 +442,71 @@ def _reference(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
+def processes(config: Config, bf16: bool) -> Accelerator:
+    """The processes of this run, as the launcher (accelerate, torchrun, none) set them up.
+
+    Raises:
+        ConfigError: a way of sharding that the loop does not support.
+    """
+    # An earlier run in this process may have had another precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(
+        # Where torch sees no device, accelerate would let each of several processes train alone.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=config.log_with or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=[
+            # The others wait while process 0 tokenises or exports. It is the launcher that finds a dead process.
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
+    )
+    kind = accelerator.distributed_type
+    if kind != DistributedType.FSDP and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise ConfigError(f"use_fsdp: found true on {accelerator.device.type}, where accelerate has no FSDP")
+    if kind == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ConfigError(f"fsdp_version: found {plugin.fsdp_version}, allowed is 2")
+        if plugin.cpu_ram_efficient_loading:
+            raise ConfigError(
+                "fsdp_cpu_ram_efficient_loading: found true, allowed is false: every process reads the weights, from "
+                "which compress tokens and frozen decoder are made before they are sharded"
+            )
+    if kind == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero3_init_flag:
+            raise ConfigError(
+                "zero3_init_flag: found true, allowed is false: compress tokens and frozen decoder are made from "
+                "weights that are whole"
+            )
+        if config.save_steps or config.resume != "none":
+            raise ConfigError(
+                f"save_steps: found {config.save_steps} with resume {config.resume!r} under DeepSpeed, allowed are 0 "
+                "and 'none': its optimiser state is not kept"
+            )
+        if plugin.deepspeed_config.get("train_micro_batch_size_per_gpu", "auto") == "auto":
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+    if kind not in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED) and "MULTI" not in kind:
+        raise ConfigError(f"distributed_type: found {kind.value}, allowed are DDP, FSDP2 and DeepSpeed")
+    return accelerator
+
+
+def _whole(config: Config, accelerator: Accelerator, wrapped: nn.Module, encoder: Encoder) -> Encoder:
+    """The trained encoder with all of its weights, in process 0; in the others what they have."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return encoder
+    state = accelerator.get_state_dict(wrapped)
+    if not accelerator.is_main_process:
+        return encoder
+    # A sharded module cannot be copied; another one is made as it was, and filled.
+    other = build(config, with_decoder=False)[0]
+    other.suffix_ids = encoder.suffix_ids
+    other.load_state_dict(state)
+    return other
+
+
+def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decoder | None, Any, dict]:
     """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model."""
     options: dict[str, Any] = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
     model, tokenizer, recipe = checkpoint.load_causal_lm(config.model, **options)
@@ -416,7 +518,7 @@ def build(config: Config) -> tuple[Encoder, Decoder | None, Any, dict]:
         )
     source = config.decoder or recipe.get("decoder") or config.model
     decoder = None
-    if config.needs_decoder:
+    if config.needs_decoder and with_decoder:
         frozen = copy.deepcopy(model) if source == config.model and not recipe else None
         if frozen is None:
             gguf = config.gguf_file if config.decoder else recipe.get("decoder_gguf_file")
@@ -513,16 +615,18 @@ def train(config: Config, console: Console | None = None) -> dict:
     """
     console = console or Console()
     out = Path(config.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(out / "config.json", asdict(config))
     torch.set_flush_denormal(True)
-    set_seed(config.seed)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and _multiplies_bf16())
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no", log_with=config.log_with or None, project_dir=str(out)
-    )
+    accelerator = processes(config, bf16)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    set_seed(config.seed)
     console.quiet = console.quiet or not accelerator.is_main_process
+
+    def begin() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(out / "config.json", asdict(config))
+
+    distributed.from_main(begin)
     if config.log_with:
         accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
 
@@ -540,35 +644,45 @@ def train(config: Config, console: Console | None = None) -> dict:
         raise ValueError("data: found no negative in any row, allowed with alignment_weight > 0 is at least one")
     pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
 
+    # What will be sharded need not fit on a device whole.
+    place = torch.device("cpu") if sharded else accelerator.device
     if decoder is not None:
-        decoder.to(accelerator.device, torch.bfloat16 if bf16 else None)
-    encoder.to(accelerator.device)
+        decoder.to(place, torch.bfloat16 if bf16 else None)
+    encoder.to(place)
     if config.calibrate and decoder is not None and not recipe["calibrated"]:
         few = rows.take(128) if config.streaming else rows.select(range(0, len(rows), -(-len(rows) // 128)))
         encoder.calibrate(decoder.input_rms_per_dimension(), *texts_of(list(few), hard_negatives=False))
         recipe["calibrated"] = True
     world = accelerator.num_processes
     steps = config.steps or max(1, round(config.epochs * len(rows) / (config.batch_size * world)))
+    fingerprint = ""
+    if config.needs_reference:
+        assert decoder is not None
+        fingerprint = distributed.from_main(lambda: checkpoint.weights_fingerprint(encoder, decoder))
+        fingerprint += f"-{decoder.z_scale}-{decoder.prefix}-{decoder.reduction}"
+    wrapped, optimizer = accelerator.prepare(encoder, optimiser(encoder, config))
+    if decoder is not None and sharded:
+        decoder.shard(accelerator.device)
     reference = None
     if config.needs_reference:
-        with accelerator.main_process_first(), accelerator.autocast():
+        encoder.eval()
+        with accelerator.autocast():
             read = steps * config.batch_size * world
-            reference = _reference(config, encoder.eval(), decoder, rows, read, prompt, console)
-    optimizer = optimiser(encoder, config)
+            reference = _reference(config, encoder, decoder, fingerprint, rows, read, prompt, console)
     encoder.train()
-    wrapped, optimizer = accelerator.prepare(encoder, optimizer)
     scheduler = get_scheduler(config.scheduler, optimizer, config.warmup_steps, max(steps, config.warmup_steps + 1))
     objective = Objective(config, wrapped, decoder, accelerator, reference)
 
     def evaluate() -> float | None:
         if pairs is None:
             return None
-        return sts(lambda texts: embed(encoder, tokenizer, texts, max_length=max_length), pairs)["spearman"]
+        of = functools.partial(embed, encoder, tokenizer, max_length=max_length, shared=True)
+        return sts(of, pairs)["spearman"]
 
     state_folder = out / "checkpoints"
     first, scores, seconds = 0, {}, 0.0
     if config.resume == "auto":
-        newest, skipped = checkpoint.newest_state(state_folder)
+        newest, skipped = distributed.from_main(lambda: checkpoint.newest_state(state_folder))
         for reason in skipped:
             console.print(f"resume: skipped {reason}")
         if newest is not None:
@@ -579,11 +693,12 @@ def train(config: Config, console: Console | None = None) -> dict:
             console.print(f"resume: {newest.name}")
     if first == 0:
         scores = {"0": evaluate()}
-        (out / "metrics.jsonl").unlink(missing_ok=True)
+        if accelerator.is_main_process:
+            (out / "metrics.jsonl").unlink(missing_ok=True)
 
     def save(step: int) -> Path:
         folder = state_folder / f"step-{step:08d}"
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or sharded:
             checkpoint.save_state(folder, encoder, optimizer.optimizer, step, {"scores": scores, "seconds": seconds})
         return folder
 
@@ -600,7 +715,8 @@ def train(config: Config, console: Console | None = None) -> dict:
             start = time.perf_counter()
             batch = next(batches)
             log = objective(batch)
-            norm = float(accelerator.clip_grad_norm_(encoder.parameters(), config.max_grad_norm or math.inf))
+            clipped = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm or math.inf)
+            norm = float(distributed.whole(clipped))
             if not (math.isfinite(log["loss"]) and math.isfinite(norm)):
                 places = [r["row"] for r in batch]
                 raise FloatingPointError(f"step {step}: loss {log['loss']}, gradient norm {norm}, rows {places}")
@@ -624,13 +740,12 @@ def train(config: Config, console: Console | None = None) -> dict:
                 scores[str(step)] = evaluate()
                 if scores[str(step)] is not None:
                     console.print(f"{step:>6}/{steps}  spearman {scores[str(step)]:.4f}", highlight=False)
-            if stop.signalled:
+            if distributed.anywhere(stop.signalled, accelerator.device):
                 folder = save(step)
                 raise Interrupted(f"stopped at step {step}, state in {folder}; resume: auto goes on from there")
             if config.save_steps and step % config.save_steps == 0 and step < steps:
                 save(step)
 
-    accelerator.wait_for_everyone()
     summary = {
         "stage": config.stage,
         "steps": steps,
@@ -642,14 +757,17 @@ def train(config: Config, console: Console | None = None) -> dict:
         "precision": "bf16" if bf16 else "fp32",
         "attention": encoder.attention,
     }
-    if accelerator.is_main_process:
+    trained = _whole(config, accelerator, wrapped, encoder)
+
+    def finish() -> None:
         if config.lora_rank:
             with checkpoint.atomic_folder(out / "adapter", overwrite=True) as folder:
-                encoder.model.save_pretrained(folder)
-        checkpoint.save_model(out / "model", merged(encoder), tokenizer, recipe)
-        export(encoder, tokenizer, out / "export", max_length=max_length, overwrite=True)
+                trained.model.save_pretrained(folder)
+        checkpoint.save_model(out / "model", merged(trained), tokenizer, recipe)
+        export(trained, tokenizer, out / "export", max_length=max_length, overwrite=True)
         checkpoint.write_json(out / "summary.json", summary)
-    accelerator.wait_for_everyone()
+
+    distributed.from_main(finish)
     if config.log_with:
         accelerator.end_training()
     return summary

@@ -1,0 +1,284 @@
+"""What the processes of test_distributed.py run: functions of a module, since each process imports them by name."""
+
+import gc
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+# Workers are forked from a process that has imported everything once and has no threads.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["autoregembed.train", "sentence_transformers"])
+
+
+def _enter(connection, function, rank: int, world: int, folder: str, arguments) -> None:
+    if world > 1:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {name: str(value) for name, value in places.items()}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = f"{folder}/datasets"
+    torch.set_num_threads(1)
+    try:
+        if world > 1:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+        connection.send(("done", function(*arguments)))
+    except BaseException as error:
+        connection.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    connection.close()
+    os._exit(0)
+
+
+def start(function, world: int, folder: Path, *arguments) -> list:
+    """[(process, connection)] of `world` processes that run function(*arguments), joined by gloo."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started = []
+    for rank in range(world):
+        here, there = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(
+            target=_enter, args=(there, function, rank, world, str(folder), arguments), daemon=True
+        )
+        process.start()
+        there.close()
+        started.append((process, here))
+    return started
+
+
+def finish(started: list, seconds: float = 120) -> list:
+    """What each process returned, or the text of its error; those that are not done in time are killed."""
+    end = time.monotonic() + seconds
+    results: list = []
+    for process, connection in started:
+        try:
+            state = connection.recv() if connection.poll(max(0.0, end - time.monotonic())) else ("hung", "no answer")
+        except EOFError:
+            state = ("dead", f"exit status {process.exitcode}")
+        results.append(state)
+    for process, _ in started:
+        process.kill()
+        process.join()
+    return results
+
+
+def run(function, world: int, folder: Path, *arguments) -> list:
+    """What each of `world` processes returns from function(*arguments); fails where one fails or hangs."""
+    results = finish(start(function, world, folder, *arguments))
+    bad = [f"process {rank} {state}: {text}" for rank, (state, text) in enumerate(results) if state != "done"]
+    assert not bad, "\n".join(bad)
+    return [value for _, value in results]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _numpy(tensors: dict) -> dict:
+    from autoregembed.distributed import whole
+
+    return {name: whole(x.detach()).clone().numpy() for name, x in tensors.items()}
+
+
+def fsdp(function, *arguments):
+    """function(*arguments) with accelerate's FSDP2 on CPUs, which it does not offer.
+
+    All but the choice of the backend is its own path.
+    """
+    from accelerate import DistributedType, PartialState
+    from accelerate.state import AcceleratorState
+
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    torch.accelerator.is_available = lambda: True  # `cpu=` of Accelerator depends on it
+    result = function(*arguments)
+    assert AcceleratorState().distributed_type == DistributedType.FSDP
+    return result
+
+
+def one_run(case: dict) -> tuple[dict, list[str]]:
+    """The summary of a training run, and the files and folders that this process wrote."""
+    from rich.console import Console
+
+    from autoregembed import train
+
+    written: list[str] = []
+    parent = Path(case["output_dir"]).parent
+
+    def audit(event: str, arguments) -> None:
+        writes = event in ("os.rename", "os.mkdir") or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes:
+            path = Path(os.fsdecode(arguments[event == "os.rename"]))  # safetensors' files show when they are renamed
+            if path.is_relative_to(parent):
+                written.append(str(path.relative_to(parent)))
+
+    sys.addaudithook(audit)
+    return train.train(train.Config(**case), Console(quiet=True)), written
+
+
+def sharded_decoder() -> None:
+    """Scores and gradients of a decoder whose weights are shared out are those of a whole one, and nothing stays."""
+    from autoregembed import Decoder, linear_logprob
+    from autoregembed.testing import tiny_model
+
+    for architecture, tied in (("llama", False), ("llama", True), ("gpt_neox", False)):
+        whole, shared = (
+            Decoder(tiny_model(architecture, vocab_size=321, dtype=torch.float64, tie_word_embeddings=tied))
+            for _ in range(2)
+        )
+        size = sum(8 * p.numel() for p in shared.parameters())
+        shared.shard(torch.device("cpu"))
+        held = sum(p.to_local().untyped_storage().nbytes() for p in shared.parameters())
+        assert held < 0.6 * size, (held, size)
+        z = torch.randn(3, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+        targets = [[5, 6, 7], [8], [9, 9]]
+        found = []
+        for decoder in (whole, shared):
+            leaf = z.clone().requires_grad_()
+            scores = decoder.logprob(leaf, targets)
+            (gradient,) = torch.autograd.grad((scores * torch.tensor([1.0, -2.0, 0.5])).sum(), leaf)
+            found.append((scores, gradient))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+        del leaf, scores, gradient
+        gc.collect()
+        kinds = (torch.Tensor, torch.nn.Parameter)
+        tables = sum(type(x) in kinds and x.shape == (321, 32) for x in gc.get_objects())
+        assert tables == 2 - tied, f"{architecture}: found {tables} tables of V rows, allowed are those of `whole`"
+    head = shared.model.get_output_embeddings().weight
+    hidden, target = torch.randn(4, 32, dtype=torch.float64), torch.tensor([0, 320, 7, 7])
+    expected = linear_logprob(hidden, whole.model.get_output_embeddings().weight, target)
+    torch.testing.assert_close(linear_logprob(hidden, head, target), expected)
+    with pytest.raises(TypeError, match="weight: found a DTensor that requires grad"):
+        linear_logprob(hidden, head.detach().requires_grad_(), target)
+
+
+def gathered_rows() -> None:
+    """Ragged rows, none from one process; the gradient of each row is the sum of what all processes ask of it."""
+    from autoregembed.distributed import gather_rows
+
+    rank, counts = dist.get_rank(), [2, 0, 3, 1]
+    everything = torch.arange(12.0).reshape(6, 2)
+    first = sum(counts[:rank])
+    x = everything[first : first + counts[rank]].clone().requires_grad_()
+    rows, place = gather_rows(x)
+    assert place == first
+    assert torch.equal(rows, everything)
+    ((rank + 1) * everything * rows).sum().backward()
+    assert torch.equal(x.grad, 10 * everything[first : first + counts[rank]])
+
+
+def shared_embeddings(case: dict) -> None:
+    """Seven texts of which three processes embed a share each; the last round has work for one of them."""
+    from autoregembed import train
+    from autoregembed.evaluate import embed
+
+    encoder, _, tokenizer, _ = train.build(train.Config(**case))
+    texts = ["the cat sat", "on a mat", "while rain", "fell", "over old stone bridges", "and boats", "drifted past"]
+    alone = embed(encoder, tokenizer, texts, token_budget=1)
+    torch.testing.assert_close(embed(encoder, tokenizer, texts, token_budget=1, shared=True), alone, rtol=0, atol=1e-6)
+
+
+def dying(case: dict, victim: int) -> None:
+    """A run in which one process is killed in its third step."""
+    from rich.console import Console
+
+    from autoregembed import train
+
+    step = train.Objective.__call__
+
+    def killed(self, rows):
+        killed.calls += 1
+        if killed.calls == 3 and dist.get_rank() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, rows)
+
+    killed.calls = 0
+    train.Objective.__call__ = killed
+    train.train(train.Config(**case), Console(quiet=True))
+
+
+def stopped(case: dict, receiver: int) -> str:
+    """A run in which one process gets SIGTERM in its third step; the message with which it stops."""
+    from rich.console import Console
+
+    from autoregembed import train
+
+    step = train.Objective.__call__
+
+    def signalled(self, rows):
+        signalled.calls += 1
+        if signalled.calls == 3 and dist.get_rank() == receiver:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, rows)
+
+    signalled.calls = 0
+    train.Objective.__call__ = signalled
+    try:
+        train.train(train.Config(**case), Console(quiet=True))
+    except train.Interrupted as stop:
+        return str(stop)
+    return ""
+
+
+def refused(case: dict) -> str:
+    """The error of a run."""
+    from rich.console import Console
+
+    from autoregembed import train
+
+    try:
+        train.train(train.Config(**case), Console(quiet=True))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def one_step(cases: list[dict]) -> list[dict]:
+    """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
+    from autoregembed import data, distributed, train
+
+    found = []
+    for case in cases:
+        config = train.Config(**case)
+        accelerator = train.processes(config, False)
+        assert accelerator.num_processes == distributed.world() == int(os.environ.get("WORLD_SIZE", "1"))
+        encoder, decoder, tokenizer, _ = train.build(config)
+        prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
+        rows = (data.compression_rows if config.stage == 1 else data.alignment_rows)(
+            data.load_rows(config.train_data), prompt
+        )
+        encoder.double()
+        if decoder is not None:
+            decoder.double()
+        wrapped, optimizer = accelerator.prepare(encoder, train.optimiser(encoder, config))
+        if decoder is not None and accelerator.is_fsdp2:
+            decoder.shard(accelerator.device)
+        reference = train.reference_scores(encoder.eval(), decoder, rows, 64) if config.needs_reference else None
+        encoder.train()
+        objective = train.Objective(config, wrapped, decoder, accelerator, reference)
+        size = config.batch_size // distributed.world()
+        first = distributed.rank() * size
+        batch = [{**rows[i], "row": i} for i in range(first, first + size)]
+        log = objective(batch)
+        gradients = _numpy({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm or math.inf)
+        optimizer.step()
+        found.append(
+            {
+                "log": log,
+                "gradients": gradients,
+                "norm": float(distributed.whole(norm)),
+                "parameters": _numpy(dict(encoder.named_parameters())),
+                "parts": len(data.cut(train.lengths(batch, encoder, config.hard_negatives), config.token_budget)),
+                "counts": train._counts(config, batch),
+                "reference": None if reference is None else [r.numpy() for r in reference],
+            }
+        )
+    return found
