@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autoregembed import data
 from autoregembed.encoder import Encoder, text_embedding
+from autoregembed.packing import cut
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
@@ -39,7 +40,7 @@ def embed(
     training = encoder.training
     encoder.eval()
     try:
-        for part in data.cut([len(s) for s in encoder.sequences(ids)], token_budget):
+        for part in cut([len(s) for s in encoder.sequences(ids)], token_budget):
             out[part] = text_embedding(encoder([ids[i] for i in part]).float()).cpu()
     finally:
         encoder.train(training)

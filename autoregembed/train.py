@@ -3,8 +3,8 @@
     stage 1   minimise −log p(output | z(context, instruction)) per token
     stage 2   minimise alignment_weight · alignment + contrastive_weight · InfoNCE over one forward pass
 
-A step reads `batch_size` rows per process. `token_budget` cuts them into micro-batches that fit in memory; every loss
-is normalised over the whole step, so the update does not depend on the cut.
+A step reads `batch_size` rows per process. `token_budget` cuts their passes into ones that fit in memory; every loss is
+that of the whole step, so the update does not depend on the cut.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from autoregembed.evaluate import embed, load_sts, sts
 from autoregembed.export import export, merged
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 from autoregembed.losses import alignment_loss, info_nce
+from autoregembed.packing import cut
 
 
 class ConfigError(ValueError):
@@ -68,7 +69,7 @@ class Config:
         steps: optimiser steps; default: from `epochs`.
         epochs: passes over the data when `steps` is not given.
         batch_size: rows of a step on each process.
-        token_budget: tokens of one forward pass of the encoder; default: the whole step at once.
+        token_budget: tokens of one pass of the encoder or the decoder; default: the whole step at once.
         learning_rate: the peak.
         compress_learning_rate: that of the K compress-token embeddings; default: `learning_rate`.
         scheduler: cosine, linear or constant, after the warm-up.
@@ -220,25 +221,19 @@ def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
     return texts, suffixes
 
 
-def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (B,), b (B,), c (B, M), mask (B, M) in one decoder pass; z (≥ 2B, K, D) holds queries, then positives."""
+def alignment_scores(
+    decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a (B,), b (B,), c (B, M), mask (B, M) in one decoder call; z (≥ 2B, K, D) holds queries, then positives."""
     b = len(rows)
     targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
     count = torch.tensor([len(r["target_ids"]) - 1 for r in rows])
     owner = torch.arange(b).repeat_interleave(count)
-    scores = decoder.logprob(z, targets, torch.cat([torch.arange(2 * b), owner]))
+    scores = decoder.logprob(z, targets, torch.cat([torch.arange(2 * b), owner]), token_budget)
     mask = torch.arange(int(count.max()))[None] < count[:, None]
     mask = mask.to(scores.device)
     c = scores.new_zeros(mask.shape).masked_scatter(mask, scores[2 * b :])
     return scores[:b], scores[b : 2 * b], c, mask
-
-
-def contrastive(embeddings: list[Tensor], sizes: list[int], temperature: float) -> Tensor:
-    """InfoNCE over a step: part i of `embeddings` holds sizes[i] queries, as many positives, then hard negatives."""
-    queries = torch.cat([e[:n] for e, n in zip(embeddings, sizes, strict=True)])
-    positives = torch.cat([e[n : 2 * n] for e, n in zip(embeddings, sizes, strict=True)])
-    hard = torch.cat([e[2 * n :] for e, n in zip(embeddings, sizes, strict=True)])
-    return info_nce(queries, torch.cat([positives, hard]), temperature=temperature)
 
 
 def _counts(config: Config, rows: list[dict]) -> dict[str, int]:
@@ -264,28 +259,22 @@ class Objective:
         """Accumulates the gradient of the step over `rows`; returns what is logged."""
         config = self.config
         inner = self.accelerator.unwrap_model(self.encoder)
-        parts = data.cut(lengths(rows, inner, config.hard_negatives), config.token_budget)
+        # Every loss but InfoNCE is a sum over rows, and a sum needs no pass twice: it goes backward part by part.
+        contrastive = config.stage == 2 and config.contrastive_weight > 0
+        parts = cut(lengths(rows, inner, config.hard_negatives), None if contrastive else config.token_budget)
         micro = [[rows[i] for i in part] for part in parts]
         totals = self._totals(rows)
-        cached = self._cached_contrastive(micro) if config.contrastive_weight and config.stage == 2 else None
         log: dict[str, Tensor] = {}
         for i, part in enumerate(micro):
             last = i == len(micro) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.encoder):
-                z = self.encoder(*texts_of(part, config.hard_negatives))
+                z = self.encoder(*texts_of(part, config.hard_negatives), config.token_budget)
                 share, stats = self._share(z, part, totals)
-                if cached is not None:
-                    e = text_embedding(z.float())
-                    if cached[i] is None:
-                        nce = contrastive([e], [len(part)], config.contrastive_temperature)
-                        stats["nce"] = nce.detach()
-                        share = share + config.contrastive_weight * nce
-                    else:
-                        value, gradient = cached[i]
-                        stats["nce"] = value / len(micro)
-                        # Its gradient is that of InfoNCE over the whole step, its value is not.
-                        surrogate = (e * gradient).sum()
-                        share = share + config.contrastive_weight * (surrogate - surrogate.detach() + stats["nce"])
+                if contrastive:
+                    query, passages = text_embedding(z.float()).tensor_split([len(part)])
+                    nce = info_nce(query, passages, temperature=config.contrastive_temperature)
+                    stats["nce"] = nce.detach()
+                    share = share + config.contrastive_weight * nce
                 stats["loss"] = share.detach()
                 self.accelerator.backward(share)
             for name, value in stats.items():
@@ -305,9 +294,9 @@ class Objective:
         if self.decoder is None:
             return z.sum() * 0, {}
         if config.stage == 1:
-            logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows])
+            logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows], token_budget=config.token_budget)
             return -logprob.sum() / totals["loss"], {}
-        a, b, c, mask = alignment_scores(self.decoder, z, rows)
+        a, b, c, mask = alignment_scores(self.decoder, z, rows, config.token_budget)
         r_a = r_c = None
         if self.reference is not None:
             places = torch.tensor([r["row"] for r in rows])
@@ -325,17 +314,6 @@ class Objective:
         }
         return config.alignment_weight * out.loss * share["loss"], stats
 
-    def _cached_contrastive(self, micro: list[list[dict]]) -> list:
-        """Exact InfoNCE over a step that is cut: all embeddings first, then the gradient of each part's (GradCache)."""
-        if len(micro) == 1:
-            return [None]
-        with torch.no_grad():
-            parts = [text_embedding(self.encoder(*texts_of(m, self.config.hard_negatives)).float()) for m in micro]
-        parts = [p.requires_grad_() for p in parts]
-        value = contrastive(parts, [len(m) for m in micro], self.config.contrastive_temperature)
-        gradients = torch.autograd.grad(value, parts)
-        return [(value.detach(), g) for g in gradients]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -349,7 +327,7 @@ def reference_scores(
     positive, negatives = torch.full((len(rows),), torch.nan), torch.full((len(rows), most), torch.nan)
     places = list(range(len(rows))) if places is None else places
     sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows.select(places)]
-    for part in ([places[i] for i in part] for part in data.cut(sizes, token_budget)):
+    for part in ([places[i] for i in part] for part in cut(sizes, token_budget)):
         batch = rows.select(part).to_list()
         z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])
         owner = [i for i, r in enumerate(batch) for _ in r["target_ids"]]

@@ -12,6 +12,7 @@ from autoregembed import checkpoint, data
 from autoregembed.encoder import final_norm, scale_output, text_embedding
 from autoregembed.evaluate import embed
 from autoregembed.losses import info_nce
+from autoregembed.packing import cut
 from autoregembed.testing import tiny_model
 from autoregembed.train import Config, ConfigError, Interrupted, Objective, build, reference_scores, texts_of, train
 
@@ -72,12 +73,12 @@ def test_an_update_does_not_depend_on_how_the_step_is_cut(model_folder, compress
         log = objective(batch)
         results.append((log, gradients(encoder)))
         if budget:
-            assert len(data.cut([len(t) for t in texts_of(batch, False)[0]], 20)) > 2
-    (whole_log, whole), (cut_log, cut) = results
-    assert whole.keys() == cut.keys()
+            assert len(cut([len(t) for t in texts_of(batch, False)[0]], 20)) > 2
+    (whole_log, whole), (cut_log, parts) = results
+    assert whole.keys() == parts.keys()
     assert max(g.abs().max() for g in whole.values()) > 1e-4
     for name in whole:
-        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
     for name in whole_log:
         assert cut_log[name] == pytest.approx(whole_log[name], rel=1e-4, abs=1e-5), name
 
