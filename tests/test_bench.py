@@ -54,6 +54,12 @@ def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path)
     assert 0 < ours["error"] < 1e-5
     assert ours["median_ms"] > 0
     assert gradient["liger"]["skipped"]
+    for job in ("frozen", "trainable"):
+        dpo = by_case[f"dpo {job} head S=4 L=16 D=32 V=500 float32 cpu"]
+        assert 0 < dpo["autoregembed"]["error"] < 1e-5
+        if not dpo["trl"]["skipped"]:
+            assert dpo["trl"]["error"] < 1e-5
+            assert dpo["autoregembed"]["peak_bytes"] > 0
     text = report.read_text()
     assert "src=" not in text
     assert not re.search(r"""href=["'](?!#)""", text)
