@@ -16,7 +16,7 @@ import math
 import re
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from autoregembed.evaluate import embed, load_sts, sts
 from autoregembed.export import export, merged
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 from autoregembed.losses import alignment_loss, info_nce
+from autoregembed.model_card import Card
 from autoregembed.packing import cut
 
 
@@ -104,6 +105,7 @@ class Config:
         resume: auto takes the newest whole training state of `output_dir`; none starts anew.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
         num_proc: processes that tokenise.
+        license: of the trained model, for its card: an SPDX id such as apache-2.0.
     """
 
     stage: Literal[1, 2]
@@ -158,6 +160,7 @@ class Config:
     resume: Literal["auto", "none"] = "none"
     log_with: list[str] = field(default_factory=list)
     num_proc: int | None = None
+    license: str = "unknown"
 
     def __post_init__(self) -> None:
         at_least = {
@@ -620,12 +623,24 @@ def train(config: Config, console: Console | None = None) -> dict:
             with checkpoint.atomic_folder(out / "adapter", overwrite=True) as folder:
                 encoder.model.save_pretrained(folder)
         checkpoint.save_model(out / "model", merged(encoder), tokenizer, recipe)
-        export(encoder, tokenizer, out / "export", max_length=max_length, overwrite=True)
+        export(
+            encoder, tokenizer, out / "export", max_length=max_length, overwrite=True,
+            card=_card(config, recipe["decoder"], scores),
+        )  # fmt: skip
         checkpoint.write_json(out / "summary.json", summary)
     accelerator.wait_for_everyone()
     if config.log_with:
         accelerator.end_training()
     return summary
+
+
+def _card(config: Config, base_model: str, scores: dict[str, float | None]) -> Card:
+    """The model card's facts of this run: the options that are not the default, but not where its files lie."""
+    left_out = {"model", "decoder", "train_data", "eval_data", "reference_file", "output_dir"}
+    left_out |= {"resume", "log_with", "num_proc", "license"}
+    defaults = {f.name: [] if f.default is MISSING else f.default for f in fields(Config)}
+    recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
+    return Card(base_model, config.license, config.train_data, recipe, config.eval_data, scores)
 
 
 def _describe(stage: int, log: dict[str, float]) -> str:

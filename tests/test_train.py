@@ -103,9 +103,15 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     log = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(1, 26))
     assert sum(r["loss"] for r in log[-5:]) < sum(r["loss"] for r in log[:5]) - 2.5
-    second = train(
-        stage2(first["model"], alignment_file, tmp_path / "two", contrastive_weight=1.0, eval_data=sts_file), quiet
-    )
+    options = {"contrastive_weight": 1.0, "eval_data": sts_file, "license": "mit"}
+    second = train(stage2(first["model"], alignment_file, tmp_path / "two", **options), quiet)
+    card = (tmp_path / "two" / "export" / "README.md").read_text()
+    for part in ("license: mit", f"base_model: {Path(model_folder).name}", "Data: stage2.jsonl.", "stage: 2"):
+        assert part in card
+    for step, score in second["spearman"].items():
+        assert f"| {'before' if step == '0' else f'after step {step}'} | {score:.4f} |" in card
+    assert "contrastive_weight: 1.0" in card
+    assert str(tmp_path) not in card
     assert second["spearman"]["0"] == pytest.approx(first["spearman"]["25"], abs=1e-6)
     config = stage2(second["model"], alignment_file, "unused")
     encoder, _, tokenizer, _ = build(config)
