@@ -483,7 +483,8 @@ def train(config: Config, console: Console | None = None) -> dict:
     """Runs one stage; returns and writes the summary (`summary.json`), with paths of model and export.
 
     Raises:
-        ConfigError, CheckpointError, ReferenceMismatch, OSError, and the errors of `data`, `Encoder` and `Decoder`.
+        ConfigError, CheckpointError, ReferenceMismatch, OSError: what the message says, as do the errors of `data`,
+            `Encoder` and `Decoder`.
         FloatingPointError: the loss or its gradient is not finite; the rows of that step are named.
         Interrupted: after a Ctrl-C, with the state saved.
     """
