@@ -62,8 +62,10 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
     """
     measured = sorted((int(step), score) for step, score in card.scores.items() if score is not None)
     base, data, rated = _name(card.base_model), _name(card.train_data), _name(card.eval_data) or "unnamed"
-    scored = {"task_type": "sts", "dataset_type": rated, "dataset_name": rated, "metric_type": "spearman_cosine"}
-    results = [EvalResult(**scored, metric_value=round(measured[-1][1], 4))] if measured else None
+    scored: dict[str, Any] = {"task_type": "sts", "dataset_type": rated, "dataset_name": rated}
+    results = None
+    if measured:
+        results = [EvalResult(**scored, metric_type="spearman_cosine", metric_value=round(measured[-1][1], 4))]
     metadata = ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",

@@ -57,9 +57,8 @@ def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path)
     for job in ("frozen", "trainable"):
         dpo = by_case[f"dpo {job} head S=4 L=16 D=32 V=500 float32 cpu"]
         assert 0 < dpo["autoregembed"]["error"] < 1e-5
-        if not dpo["trl"]["skipped"]:
-            assert dpo["trl"]["error"] < 1e-5
-            assert dpo["autoregembed"]["peak_bytes"] > 0
+        for name in ("trl", "trl, completions only", "trl selective_log_softmax"):
+            assert dpo[name]["skipped"] in (None, "trl is not installed"), "a peer that is called wrongly"
     text = report.read_text()
     assert "src=" not in text
     assert not re.search(r"""href=["'](?!#)""", text)
