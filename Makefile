@@ -1,6 +1,7 @@
 # make quickstart   train a real LLM on real text, by both stages, on this machine's CPU
 # make test         lint, types, tests
 # make sanitize     the native module's tests under ASan + UBSan, then TSan
+# make docs         the site in build/site
 # make bench        every op and the training step beside peers, floor and roofline
 PYTHON ?= python3
 VENV   ?= .venv
@@ -8,7 +9,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 CPUS   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: quickstart test lint sanitize bench clean
+.PHONY: quickstart test lint sanitize docs bench clean
 
 # Torch by itself first: another package's looser range would take the newest build with gigabytes of CUDA.
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*.cpp kernels/native/*.h)
@@ -47,9 +48,16 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+$(BIN)/.docs: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
+
+docs: $(BIN)/.docs
+	$(BIN)/mkdocs build --strict
+
 # Without dependencies: those of a peer would replace torch by a CUDA build of several GB.
 $(BIN)/.peers: $(BIN)/.data
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps cut-cross-entropy==25.1.1 trl==1.16.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps cut-cross-entropy==25.1.1
 	touch $@
 
 bench: $(BIN)/.peers

@@ -6,6 +6,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -221,6 +222,14 @@ def _bench(
     return int(old is not None and bool(benchmarks.compare(old, found, threshold, console)))
 
 
+def _named(function: Callable, arguments: list[str]) -> list[str]:
+    """Leading values without a name belong to the required arguments of `function`, in their order."""
+    required = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
+    values = list(itertools.takewhile(lambda a: a == "-" or not a.startswith("-"), arguments))[: len(required)]
+    named = [x for name, value in zip(required, values, strict=False) for x in (f"--{name}", value)]
+    return named + arguments[len(values) :]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status.
 
@@ -252,8 +261,8 @@ def main(arguments: list[str] | None = None) -> int:
             if distributed.is_available() and distributed.is_initialized():
                 distributed.destroy_process_group()
             return 0
-        if arguments[:1] in (["encode"], ["eval"]) and len(arguments) > 1 and not arguments[1].startswith("-"):
-            arguments = [arguments[0], "--model", *arguments[1:]]
+        if arguments[:1] in (["encode"], ["eval"]):
+            arguments = [arguments[0], *_named(_encode if arguments[0] == "encode" else _evaluate, arguments[1:])]
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
         commands_by_name: dict[str, Callable] = {

@@ -283,22 +283,3 @@ def _streamed(rows, batch_size: int, *, seed: int, start: int, rank: int, world:
         if not found:
             raise ValueError("data: found no rows in the stream, allowed is at least one")
         epoch += 1
-
-
-def cut(lengths: list[int], token_budget: int | None) -> list[list[int]]:
-    """Cuts a batch into micro-batches: the places of rows, longest first, at most `token_budget` tokens in each.
-
-    A row that is longer than the budget makes a micro-batch of its own.
-    """
-    places = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    if token_budget is None:
-        return [places] if places else []
-    parts: list[list[int]] = []
-    room = 0
-    for place in places:
-        if not parts or lengths[place] > room:
-            parts.append([])
-            room = token_budget
-        parts[-1].append(place)
-        room -= lengths[place]
-    return parts

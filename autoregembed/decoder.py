@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from autoregembed.distributed import whole
+from autoregembed.distributed import in_step, whole
 from autoregembed.encoder import fit_length, max_positions, require_finite
 from autoregembed.ops import linear_logprob, splice
-from autoregembed.packing import Ids, Packed, base_model, check_ids, pack, run_packed, use_packed_attention
+from autoregembed.packing import Ids, Packed, base_model, check_ids, cut, pack, run_packed, use_packed_attention
 
 Z_SCALES = ("none", "match")
 REDUCTIONS = ("sum", "mean")
+
+
+class _PairwiseScores(torch.autograd.Function):
+    """Scores of S pairs, one micro-batch after another, with d score / d z of every pair in place of a graph.
+
+    The decoder is frozen, a pair's score depends on that pair's copy of z alone, and the upstream gradient is one
+    number a pair. So the gradient is formed up to that number before any loss is known, and nothing runs twice.
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], parts: list[list[int]]) -> Tensor:
+        u = torch.empty_like(z)  # (S, K, D)
+        scores = []
+        for part in parts:
+            rows = z[part].detach().requires_grad_()
+            with torch.enable_grad():
+                found = score(rows, part)
+                (u[part],) = torch.autograd.grad(found.sum(), rows)
+            scores.append(found.detach())
+        ctx.save_for_backward(u)
+        return _in_order(scores, parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (u,) = ctx.saved_tensors
+        return (grad[:, None, None] * u).to(u.dtype), None, None
+
+
+def _in_order(scores: list[Tensor], parts: list[list[int]]) -> Tensor:
+    places = torch.tensor([i for part in parts for i in part], device=scores[0].device)
+    return torch.cat(scores)[places.argsort()]
 
 
 class Decoder(nn.Module):
@@ -56,6 +89,7 @@ class Decoder(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.z_scale = z_scale
         self.reduction = reduction
+        self.sharded = False
         self.impl = impl
         config = model.config.get_text_config()
         if eos_token_id is None:
@@ -97,6 +131,7 @@ class Decoder(nn.Module):
         Embedding matrix and head are read by the ops and not by their modules: `logprob` gathers them, one after the
         other, and frees them.
         """
+        self.sharded = True
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import Shard, distribute_tensor
@@ -171,19 +206,31 @@ class Decoder(nn.Module):
         labels[packed.cu_seqlens[1:].long() - 1] = self.eos_token_id
         return packed, rows, labels[rows], cu_seqlens
 
-    def logprob(self, z: Tensor, targets: Sequence[Ids], source: Tensor | Sequence[int] | None = None) -> Tensor:
+    def logprob(
+        self,
+        z: Tensor,
+        targets: Sequence[Ids],
+        source: Tensor | Sequence[int] | None = None,
+        token_budget: int | None = None,
+    ) -> Tensor:
         """log p(target | z) in nats, summed over target tokens and eos (or their mean, by `reduction`).
+
+        With a `token_budget` that the pairs exceed, only one pass' activations are ever alive, and (S, K, D) gradients
+        until the backward: each pass is followed at once by its own backward, whatever the loss does with the scores
+        later. That costs no FLOP more than one pass over all pairs.
 
         Args:
             z: (B, K, D) compressed embeddings.
             targets: S targets as token ids, without eos.
             source: (S,) the row of z that each target is scored under; by default target i under row i.
+            token_budget: tokens of one pass, with bos and K vectors; a longer pair makes a pass of its own. None: one
+                pass.
 
         Returns:
             (S,) float32 (float64 for a float64 model).
 
         Raises:
-            ValueError: wrong shapes, an empty target, or one longer than the model's positions.
+            ValueError: wrong shapes, an empty target, one longer than the model's positions, or a budget below 1.
             IndexError: an id outside the vocabulary, or a source outside z.
         """
         weight, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
@@ -207,16 +254,35 @@ class Decoder(nn.Module):
         source = torch.as_tensor(source, dtype=torch.int64)
         if not 0 <= int(source.min()) <= int(source.max()) < len(z):
             raise IndexError(f"source: found {source.min()}..{source.max()}, allowed are 0..{len(z) - 1}")
-        packed, rows, labels, cu_seqlens = self._pack(z.shape[1], targets, z.device)
-        limit = max_positions(self.model)
-        if limit is not None and packed.max_length > limit:
+        around = len(self.prefix) + z.shape[1]
+        limit, longest = max_positions(self.model), around + max(map(len, targets))
+        if limit is not None and longest > limit:
             raise ValueError(
-                f"targets: found one of {packed.max_length} positions with z, allowed are {limit} (the model's); "
+                f"targets: found one of {longest} positions with z, allowed are {limit} (the model's); "
                 "truncate the target"
             )
+        source = source.to(z.device)
+        parts = cut([around + len(target) for target in targets], token_budget)
+        if self.sharded and token_budget is not None:
+            parts = in_step(parts, z.device)
+        if len(parts) == 1:
+            return self._score(z, targets, source)
+
+        def score(rows: Tensor, part: list[int]) -> Tensor:
+            chosen = torch.arange(len(rows), device=rows.device)
+            return self._score(rows, [targets[i] for i in part], chosen)
+
+        if torch.is_grad_enabled() and z.requires_grad:
+            return _PairwiseScores.apply(z[source], score, parts)
+        return _in_order([score(z[source[part]], part) for part in parts], parts)
+
+    def _score(self, z: Tensor, targets: Sequence[Ids], source: Tensor) -> Tensor:
+        """`logprob` in one pass, without checks."""
+        packed, rows, labels, cu_seqlens = self._pack(z.shape[1], targets, z.device)
+        embedding = self.model.get_input_embeddings().weight
         table = whole(embedding)
         inputs = splice(
-            self.rescale(z), table, packed.ids, packed.cu_seqlens, source.to(z.device)[packed.order],
+            self.rescale(z), table, packed.ids, packed.cu_seqlens, source[packed.order],
             offset=len(self.prefix),
             embedding_scale=float(torch.tensor(self.embedding_scale, dtype=table.dtype)),
         )  # fmt: skip

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from autoregembed.distributed import in_step
 from autoregembed.ops import take
-from autoregembed.packing import Ids, base_model, check_ids, pack, run_packed, use_packed_attention
+from autoregembed.packing import Ids, Packed, base_model, check_ids, cut, pack, run_packed, use_packed_attention
 
 
 def max_positions(model: Any) -> int | None:
@@ -119,6 +121,7 @@ class Encoder(nn.Module):
         self.bos_token_id = bos_token_id
         embedding = model.get_input_embeddings()
         vocabulary = embedding.weight.shape[0]
+        self.sharded = False  # by whoever shards the model: then all processes make the same number of passes
         self._vocabulary = vocabulary  # DeepSpeed's sharded weights have no shape outside of their module's forward
         check_ids("compress_token_ids", [self.compress_token_ids], vocabulary)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
@@ -176,19 +179,29 @@ class Encoder(nn.Module):
             for i, text in enumerate(ids)
         ]
 
-    def forward(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> Tensor:
-        """Encodes B texts in one packed pass.
+    def forward(
+        self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
+    ) -> Tensor:
+        """Encodes B texts, in one packed pass or in several that each fit in memory.
+
+        With a `token_budget` that the batch exceeds, only z and one pass' activations are ever alive: the forward keeps
+        no graph, and the backward runs each pass again, with the same dropout, before it goes through it. The gradient
+        is that of one pass over all texts, whatever the loss does with z, for one more forward.
 
         Args:
             ids: B texts as token ids, without bos, suffix or compress tokens.
             suffix_ids: B suffixes that replace the default one.
+            token_budget: tokens of one pass, with suffix and compress tokens; a longer text makes a pass of its own.
+                None: one pass.
 
         Returns:
             z (B, K, D) in the model's dtype.
 
         Raises:
-            ValueError: no text, an empty one, or one longer than the model's positions.
+            ValueError: no text, an empty one, one longer than the model's positions, or a budget below 1.
             IndexError: an id outside the embedding matrix.
+
+        Source: gradient caching, Gao et al., arXiv 2101.06983.
         """
         embedding = self.model.get_input_embeddings()
         if len(ids) == 0:
@@ -196,21 +209,37 @@ class Encoder(nn.Module):
         check_ids("ids", ids, self._vocabulary)
         if suffix_ids is not None:  # each may be empty
             check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], self._vocabulary)
-        packed = pack(self.sequences(ids, suffix_ids), embedding.weight.device)
-        limit = max_positions(self.model)
-        if limit is not None and packed.max_length > limit:
+        sequences = self.sequences(ids, suffix_ids)
+        limit, longest = max_positions(self.model), max(map(len, sequences))
+        if limit is not None and longest > limit:
             raise ValueError(
-                f"ids: found a text of {packed.max_length} tokens with its suffix and compress tokens, allowed are "
+                f"ids: found a text of {longest} tokens with its suffix and compress tokens, allowed are "
                 f"{limit} (the model's positions); truncate the text"
             )
+        parts = cut([len(s) for s in sequences], token_budget)
+        if self.sharded and token_budget is not None:
+            parts = in_step(parts, embedding.weight.device)
+        if len(parts) == 1:
+            packed = pack(sequences, embedding.weight.device)
+            return self._run(packed.ids, packed)
+        z = []
+        for part in parts:
+            packed = pack([sequences[i] for i in part], embedding.weight.device)
+            z.append(checkpoint(self._run, packed.ids, packed, use_reentrant=False))
+        places = torch.tensor([i for part in parts for i in part], device=embedding.weight.device)
+        return torch.cat(z)[places.argsort()]
+
+    def _run(self, ids: Tensor, packed: Packed) -> Tensor:
+        """z (B, K, D) of one pack; `ids` are its own, since `checkpoint` keeps the random state by tensor arguments."""
         k = self.num_compress_tokens
         if self.compress_rows is None:
-            hidden = run_packed(base_model(self.model), packed, input_ids=packed.ids[None])
+            hidden = run_packed(base_model(self.model), packed, input_ids=ids[None])
         else:
-            x = embedding(packed.ids)
+            embedding = self.model.get_input_embeddings()
+            x = embedding(ids)
             # Gemma's embedding module multiplies what it reads from its matrix.
             own = (self.compress_rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
             rows = packed.cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
-            x = x.index_copy(0, rows.flatten(), own.repeat(len(ids), 1))
+            x = x.index_copy(0, rows.flatten(), own.repeat(len(rows), 1))
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
         return take(hidden, packed.cu_seqlens, k, packed.rank)

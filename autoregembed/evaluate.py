@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autoregembed import data, distributed
 from autoregembed.encoder import Encoder, text_embedding
-from autoregembed.packing import base_model
+from autoregembed.packing import base_model, cut
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
@@ -49,7 +49,7 @@ def embed(
     training = encoder.training
     encoder.eval()
     try:
-        parts = data.cut([len(s) for s in encoder.sequences(ids)], token_budget)
+        parts = cut([len(s) for s in encoder.sequences(ids)], token_budget)
         for part, counts in distributed.share(parts) if shared else ((part, True) for part in parts):
             found = text_embedding(encoder([ids[i] for i in part]).float()).cpu()
             if counts:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from autoregembed.checkpoint import CheckpointError, atomic_folder
 from autoregembed.encoder import Encoder
+from autoregembed.model_card import Card, model_card
 from autoregembed.packing import base_model
 
 
@@ -64,6 +65,7 @@ def export(
     *,
     max_length: int | None = None,
     overwrite: bool = False,
+    card: Card | None = None,
 ) -> Path:
     """Writes `folder`, whole or not at all.
 
@@ -73,6 +75,7 @@ def export(
         folder: new or empty, unless `overwrite`.
         max_length: tokens of a text with instruction and compress tokens; by default 512, or the model's positions if
             they are fewer.
+        card: what README.md, the model card, says of the training; without one, that it is not stated.
 
     Raises:
         FileExistsError: `folder` is in use.
@@ -112,4 +115,9 @@ def export(
         for path in (temporary / "whole").iterdir():
             path.rename(temporary / path.name)
         (temporary / "whole").rmdir()
+        text = model_card(
+            card or Card(), name=Path(folder).name, width=model.config.get_text_config().hidden_size,
+            max_length=max_length, num_compress_tokens=encoder.num_compress_tokens,
+        )  # fmt: skip
+        (temporary / "README.md").write_text(text, encoding="utf-8")
     return Path(folder)

@@ -68,6 +68,30 @@ def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed
     )
 
 
+def cut(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
+    """Cuts a batch into micro-batches: the places of rows, longest first, at most `token_budget` tokens in each.
+
+    A row that is longer than the budget makes a micro-batch of its own.
+
+    Raises:
+        ValueError: a budget below 1.
+    """
+    places = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if token_budget is None:
+        return [places] if places else []
+    if token_budget < 1:
+        raise ValueError(f"token_budget: found {token_budget}, allowed is at least 1")
+    parts: list[list[int]] = []
+    room = 0
+    for place in places:
+        if not parts or lengths[place] > room:
+            parts.append([])
+            room = token_budget
+        parts[-1].append(place)
+        room -= lengths[place]
+    return parts
+
+
 def check_ids(name: str, sequences: Sequence[Ids], vocabulary: int) -> None:
     """Raises IndexError naming the first id outside [0, vocabulary), ValueError naming an empty sequence."""
     for row, ids in enumerate(sequences):

@@ -108,6 +108,31 @@ def info_nce(
     return (logits.logsumexp(1) - logits.gather(1, target[:, None]).squeeze(1)).mean()
 
 
+def generative_info_nce(
+    scores: Tensor,  # (B, P)  log p(d_j | z_i)
+    target: Tensor | None = None,  # (B,)
+    *,
+    temperature: float = 1.0,
+    num_tokens: Tensor | None = None,  # (P,)
+    mask: Tensor | None = None,  # (B, P) bool, False where the pair has no score
+    passage_ids: Tensor | None = None,  # (P,)
+) -> Tensor:
+    """Mean over queries of −log softmax_j(scores_ij / (n_j · temperature))[target] over the passages j with a score."""
+    if target is None:
+        target = torch.arange(len(scores), device=scores.device)
+    if len(scores) == 0:
+        return scores.sum()
+    positive = torch.arange(scores.shape[1], device=scores.device)[None, :] == target[:, None]
+    mask = torch.ones_like(positive) if mask is None else mask
+    if passage_ids is not None:
+        mask = mask & (positive | (passage_ids[None, :] != passage_ids[target][:, None]))
+    logits = torch.where(mask, scores, 0.0) / temperature
+    if num_tokens is not None:
+        logits = logits / num_tokens[None, :]
+    chosen = logits.gather(1, target[:, None]).squeeze(1)
+    return (torch.where(mask, logits, -torch.inf).logsumexp(1) - chosen).mean()
+
+
 def take(
     hidden: Tensor,  # (T, D)
     cu_seqlens: Tensor,  # (B+1,)

@@ -3,8 +3,8 @@
     stage 1   minimise −log p(output | z(context, instruction)) per token
     stage 2   minimise alignment_weight · alignment + contrastive_weight · InfoNCE over one forward pass
 
-A step reads `batch_size` rows per process. `token_budget` cuts them into micro-batches that fit in memory; every loss
-is normalised over the whole step, so the update does not depend on the cut.
+A step reads `batch_size` rows per process. `token_budget` cuts their passes into ones that fit in memory; every loss is
+that of the whole step, so the update does not depend on the cut.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 import re
 import signal
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,8 @@ from autoregembed.evaluate import embed, load_sts, sts
 from autoregembed.export import export, merged
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 from autoregembed.losses import alignment_loss, info_nce
+from autoregembed.model_card import Card
+from autoregembed.packing import cut
 
 
 class ConfigError(ValueError):
@@ -75,7 +77,7 @@ class Config:
         steps: optimiser steps; default: from `epochs`.
         epochs: passes over the data when `steps` is not given.
         batch_size: rows of a step on each process.
-        token_budget: tokens of one forward pass of the encoder; default: the whole step at once.
+        token_budget: tokens of one pass of the encoder or the decoder; default: the whole step at once.
         learning_rate: the peak.
         compress_learning_rate: that of the K compress-token embeddings; default: `learning_rate`.
         scheduler: cosine, linear or constant, after the warm-up.
@@ -112,6 +114,7 @@ class Config:
         resume: auto takes the newest whole training state of `output_dir`; none starts anew.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
         num_proc: processes that tokenise.
+        license: of the trained model, for its card: an SPDX id such as apache-2.0.
     """
 
     stage: Literal[1, 2]
@@ -167,6 +170,7 @@ class Config:
     resume: Literal["auto", "none"] = "none"
     log_with: list[str] = field(default_factory=list)
     num_proc: int | None = None
+    license: str = "unknown"
 
     def __post_init__(self) -> None:
         at_least = {
@@ -230,30 +234,19 @@ def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
     return texts, suffixes
 
 
-def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (B,), b (B,), c (B, M), mask (B, M) in one decoder pass; z (≥ 2B, K, D) holds queries, then positives."""
+def alignment_scores(
+    decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a (B,), b (B,), c (B, M), mask (B, M) in one decoder call; z (≥ 2B, K, D) holds queries, then positives."""
     b = len(rows)
     targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
     count = torch.tensor([len(r["target_ids"]) - 1 for r in rows])
     owner = torch.arange(b).repeat_interleave(count)
-    scores = decoder.logprob(z, targets, torch.cat([torch.arange(2 * b), owner]))
+    scores = decoder.logprob(z, targets, torch.cat([torch.arange(2 * b), owner]), token_budget)
     mask = torch.arange(int(count.max()))[None] < count[:, None]
     mask = mask.to(scores.device)
     c = scores.new_zeros(mask.shape).masked_scatter(mask, scores[2 * b :])
     return scores[:b], scores[b : 2 * b], c, mask
-
-
-def contrastive(embeddings: list[Tensor], sizes: list[int], temperature: float) -> Tensor:
-    """InfoNCE of this process' queries against the passages of all processes.
-
-    Part i of `embeddings` holds sizes[i] queries, as many positives, then hard negatives.
-    """
-    queries = torch.cat([e[:n] for e, n in zip(embeddings, sizes, strict=True)])
-    positives = torch.cat([e[n : 2 * n] for e, n in zip(embeddings, sizes, strict=True)])
-    hard = torch.cat([e[2 * n :] for e, n in zip(embeddings, sizes, strict=True)])
-    passages, first = distributed.gather_rows(torch.cat([positives, hard]))
-    target = first + torch.arange(len(queries), device=queries.device)
-    return info_nce(queries, passages, target, temperature=temperature)
 
 
 def _widened(z: Tensor) -> Tensor:
@@ -279,36 +272,37 @@ class Objective:
     accelerator: Accelerator
     reference: tuple[Tensor, Tensor] | None = None
 
+    def __post_init__(self) -> None:
+        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.accelerator.unwrap_model(self.encoder).sharded = sharded
+
     def __call__(self, rows: list[dict]) -> dict[str, float]:
         """Accumulates the gradient of the step over `rows`; returns what is logged."""
         config = self.config
         inner = self.accelerator.unwrap_model(self.encoder)
-        parts = data.cut(lengths(rows, inner, config.hard_negatives), config.token_budget)
+        # Every loss but InfoNCE is a sum over rows, and a sum needs no pass twice: it goes backward part by part.
+        contrastive = config.stage == 2 and config.contrastive_weight > 0
+        parts = cut(lengths(rows, inner, config.hard_negatives), None if contrastive else config.token_budget)
         if config.token_budget:
             parts = distributed.in_step(parts, self.accelerator.device)
         micro = [[rows[i] for i in part] for part in parts]
         totals = self._totals(rows)
-        mine = len(rows) / totals["rows"]
-        cached = self._cached_contrastive(micro) if config.contrastive_weight and config.stage == 2 else None
         log: dict[str, Tensor] = {}
         for i, part in enumerate(micro):
             last = i == len(micro) - 1
             self.accelerator.sync_gradients = last  # DeepSpeed takes its optimiser step inside of `backward`
             with contextlib.nullcontext() if last else self._no_sync():
-                z = self.encoder(*texts_of(part, config.hard_negatives))
+                z = self.encoder(*texts_of(part, config.hard_negatives), config.token_budget)
                 share, stats = self._share(z, part, totals)
-                if cached is not None:
-                    e = text_embedding(_widened(z))
-                    if cached[i] is None:
-                        nce = mine * contrastive([e], [len(part)], config.contrastive_temperature)
-                        stats["nce"] = nce.detach()
-                        share = share + config.contrastive_weight * nce
-                    else:
-                        value, gradient = cached[i]
-                        stats["nce"] = mine * value / len(micro)
-                        # Its gradient is that of InfoNCE over the whole step, its value is not.
-                        surrogate = mine * (e * gradient).sum()
-                        share = share + config.contrastive_weight * (surrogate - surrogate.detach() + stats["nce"])
+                if contrastive:
+                    query, passages = text_embedding(_widened(z)).tensor_split([len(part)])
+                    # Of this process' queries against the passages of all.
+                    passages, first = distributed.gather_rows(passages)
+                    target = first + torch.arange(len(query), device=query.device)
+                    nce = info_nce(query, passages, target, temperature=config.contrastive_temperature)
+                    nce = nce * (len(rows) / totals["rows"])
+                    stats["nce"] = nce.detach()
+                    share = share + config.contrastive_weight * nce
                 stats["loss"] = share.detach()
                 self.accelerator.backward(share)
             for name, value in stats.items():
@@ -332,9 +326,9 @@ class Objective:
         if self.decoder is None:
             return z.sum() * 0, {}
         if config.stage == 1:
-            logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows])
+            logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows], token_budget=config.token_budget)
             return -logprob.sum() / totals["loss"], {}
-        a, b, c, mask = alignment_scores(self.decoder, z, rows)
+        a, b, c, mask = alignment_scores(self.decoder, z, rows, config.token_budget)
         r_a = r_c = None
         if self.reference is not None:
             places = torch.tensor([r["row"] for r in rows])
@@ -352,17 +346,6 @@ class Objective:
         }
         return config.alignment_weight * out.loss * share["loss"], stats
 
-    def _cached_contrastive(self, micro: list[list[dict]]) -> list:
-        """Exact InfoNCE over a step that is cut: all embeddings first, then the gradient of each part's (GradCache)."""
-        if len(micro) == 1:  # in every process, or in none: `distributed.in_step`
-            return [None]
-        with torch.no_grad():
-            parts = [text_embedding(_widened(self.encoder(*texts_of(m, self.config.hard_negatives)))) for m in micro]
-        parts = [p.requires_grad_() for p in parts]
-        value = contrastive(parts, [len(m) for m in micro], self.config.contrastive_temperature)
-        gradients = torch.autograd.grad(value, parts)
-        return [(value.detach(), g) for g in gradients]
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -379,7 +362,7 @@ def reference_scores(
     scores = torch.zeros(len(rows), 1 + max(negatives))
     places = list(range(len(rows))) if places is None else places
     sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows.select(places)]
-    for part, counts in distributed.share([[places[i] for i in part] for part in data.cut(sizes, token_budget)]):
+    for part, counts in distributed.share([[places[i] for i in part] for part in cut(sizes, token_budget)]):
         batch = rows.select(part).to_list()
         z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])
         owner = [i for i, r in enumerate(batch) for _ in r["target_ids"]]
@@ -609,7 +592,8 @@ def train(config: Config, console: Console | None = None) -> dict:
     """Runs one stage; returns and writes the summary (`summary.json`), with paths of model and export.
 
     Raises:
-        ConfigError, CheckpointError, ReferenceMismatch, OSError, and the errors of `data`, `Encoder` and `Decoder`.
+        ConfigError, CheckpointError, ReferenceMismatch, OSError: what the message says, as do the errors of `data`,
+            `Encoder` and `Decoder`.
         FloatingPointError: the loss or its gradient is not finite; the rows of that step are named.
         Interrupted: after a Ctrl-C, with the state saved.
     """
@@ -764,13 +748,25 @@ def train(config: Config, console: Console | None = None) -> dict:
             with checkpoint.atomic_folder(out / "adapter", overwrite=True) as folder:
                 trained.model.save_pretrained(folder)
         checkpoint.save_model(out / "model", merged(trained), tokenizer, recipe)
-        export(trained, tokenizer, out / "export", max_length=max_length, overwrite=True)
+        export(
+            trained, tokenizer, out / "export", max_length=max_length, overwrite=True,
+            card=_card(config, recipe["decoder"], scores),
+        )  # fmt: skip
         checkpoint.write_json(out / "summary.json", summary)
 
     distributed.from_main(finish)
     if config.log_with:
         accelerator.end_training()
     return summary
+
+
+def _card(config: Config, base_model: str, scores: dict[str, float | None]) -> Card:
+    """The model card's facts of this run: the options that are not the default, but not where its files lie."""
+    left_out = {"model", "decoder", "train_data", "eval_data", "reference_file", "output_dir"}
+    left_out |= {"resume", "log_with", "num_proc", "license"}
+    defaults = {f.name: [] if f.default is MISSING else f.default for f in fields(Config)}
+    recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
+    return Card(base_model, config.license, config.train_data, recipe, config.eval_data, scores)
 
 
 def _describe(stage: int, log: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import bench_alignment, bench_head, bench_info_nce, bench_splice, harness
+from . import bench_alignment, bench_dpo, bench_head, bench_info_nce, bench_splice, harness
 
 SUITES = ("head", "step", "all")
 THRESHOLD = 1.15
@@ -27,7 +27,7 @@ def cases(
     if suite not in SUITES:
         raise ValueError(f"suite: found {suite!r}, allowed are {', '.join(map(repr, SUITES))}")
     if suite in ("head", "all"):
-        for module in (bench_head, bench_alignment, bench_splice, bench_info_nce):
+        for module in (bench_head, bench_alignment, bench_splice, bench_info_nce, bench_dpo):
             yield from module.cases(device, quick)
     if suite in ("step", "all"):
         from . import bench_step  # the only one that needs Transformers

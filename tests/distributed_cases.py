@@ -243,6 +243,7 @@ def refused(case: dict) -> str:
 def one_step(cases: list[dict]) -> list[dict]:
     """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
     from autoregembed import data, distributed, train
+    from autoregembed.packing import cut
 
     found = []
     for case in cases:
@@ -276,7 +277,7 @@ def one_step(cases: list[dict]) -> list[dict]:
                 "gradients": gradients,
                 "norm": float(distributed.whole(norm)),
                 "parameters": _numpy(dict(encoder.named_parameters())),
-                "parts": len(data.cut(train.lengths(batch, encoder, config.hard_negatives), config.token_budget)),
+                "parts": len(cut(train.lengths(batch, encoder, config.hard_negatives), config.token_budget)),
                 "counts": train._counts(config, batch),
                 "reference": None if reference is None else [r.numpy() for r in reference],
             }

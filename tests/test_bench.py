@@ -54,6 +54,11 @@ def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path)
     assert 0 < ours["error"] < 1e-5
     assert ours["median_ms"] > 0
     assert gradient["liger"]["skipped"]
+    for job in ("frozen", "trainable"):
+        dpo = by_case[f"dpo {job} head S=4 L=16 D=32 V=500 float32 cpu"]
+        assert 0 < dpo["autoregembed"]["error"] < 1e-5
+        for name in ("trl", "trl, completions only", "trl selective_log_softmax"):
+            assert dpo[name]["skipped"] in (None, "trl is not installed"), "a peer that is called wrongly"
     text = report.read_text()
     assert "src=" not in text
     assert not re.search(r"""href=["'](?!#)""", text)

@@ -154,7 +154,8 @@ def test_encode_writes_the_embeddings_of_the_lines(source, exported, tmp_path, m
     monkeypatch.setattr(sys, "stdin", io.StringIO(content))
     output = tmp_path / "e.safetensors"
     name = "-" if source == "stdin" else str(tmp_path / "texts.txt")
-    assert main(["encode", folder, "--texts", name, "--output", str(output)]) == 0
+    places = [name, str(output)] if source == "stdin" else ["--texts", name, "--output", str(output)]
+    assert main(["encode", folder, *places]) == 0
     found = load_file(output)["embeddings"]
     torch.testing.assert_close(found, expected(texts), rtol=0, atol=1e-5)
     assert "3 embeddings of 32 numbers" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregembed import data
+from autoregembed.packing import cut
 from autoregembed.testing import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -361,7 +362,7 @@ def test_a_stream_without_rows_is_refused():
 @given(st.lists(st.integers(1, 50), max_size=20), st.one_of(st.none(), st.integers(1, 80)))
 @settings(deadline=None)
 def test_cut_puts_every_row_into_one_part_within_the_budget(lengths, budget):
-    parts = data.cut(lengths, budget)
+    parts = cut(lengths, budget)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     assert all(parts)
     if budget is None:

@@ -87,10 +87,12 @@ def test_a_step_is_that_of_one_process_on_the_joined_batch(model_folder, files, 
         if "parts" in name:
             assert len({step["parts"] for step in steps}) > 1
         assert wanted["norm"] > 0.5 or name == "one negative in all"  # it is clipped
+        # The norms of the model round to float32, otherwise in other packs.
+        room = 1e-6 if "parts" in name else 1e-10
         for step in steps:
-            assert distance(step["gradients"], wanted["gradients"]) < 1e-10, name
-            assert step["norm"] == pytest.approx(wanted["norm"], rel=1e-10)
-            assert distance(step["parameters"], wanted["parameters"]) < 1e-10, name
+            assert distance(step["gradients"], wanted["gradients"]) < room, name
+            assert step["norm"] == pytest.approx(wanted["norm"], rel=room)
+            assert distance(step["parameters"], wanted["parameters"]) < room, name
             assert step["log"] == pytest.approx(wanted["log"], rel=1e-5), name
             if wanted["reference"] is not None:
                 np.testing.assert_allclose(step["reference"][0], wanted["reference"][0], rtol=1e-6)

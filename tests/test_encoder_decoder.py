@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregembed import Decoder, Encoder
+from autoregembed import Decoder, Encoder, alignment_loss, info_nce
+from autoregembed.bench import harness
+from autoregembed.encoder import text_embedding
 from autoregembed.packing import base_model
 from autoregembed.testing import tiny_model
 
@@ -454,3 +456,109 @@ def test_eos_and_a_bos_before_z_may_be_chosen(eos, bos):
     assert decoder.fit_max_target_length(K) == 253 - len(bos)
     with pytest.raises(IndexError, match=r"^bos_token_id: found id 320"):
         Decoder(model_of("llama, tied"), bos_token_id=320)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Passes cut by a token budget
+
+
+def stage2_loss(z, a, b, c):
+    """Not a sum over texts or pairs in any of its terms."""
+    e = text_embedding(z)
+    aligned = alignment_loss(a, b, c, reference="none", negatives="joint", temperature=0.7).loss
+    return aligned + info_nce(e[:4], e[4:], temperature=0.2) + 1e-3 * torch.cat([a, b]).logsumexp(0)
+
+
+def step(encoder, decoder, encoder_budget=None, decoder_budget=None):
+    ids = texts(5, 9, 3, 12, 6, 2, 8, 4)  # 4 queries and their positives
+    z = encoder(ids, [SUFFIX, [9]] * 4, encoder_budget)
+    targets = [*ids[4:], *ids[4:], *texts(7, 1, 3, 2, seed=5)]
+    scores = decoder.logprob(z, targets, [0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 2, 3], decoder_budget)
+    loss = stage2_loss(z, scores[:4], scores[4:8], scores[8:].view(4, 1))
+    encoder.zero_grad()
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+
+
+# Llama's norms round gradients to float32, with and without the upstream number.
+@pytest.mark.parametrize(
+    ("name", "tolerance"), [("llama, tied", 1e-6), ("gemma2", 2e-5), ("gpt2, learned positions", 1e-11)]
+)
+def test_the_gradient_does_not_depend_on_the_token_budgets(name, tolerance):
+    encoder = encoder_of(name, own_compress_rows=True)
+    decoder = Decoder(model_of(name), z_scale="match", bos_token_id=BOS.get(name, 1))
+    loss, wanted = step(encoder, decoder)
+    assert max(g.abs().max() for g in wanted.values()) > 1e-3
+    for budgets in [(25, 20), (1, None), (None, 1), (40, 1000)]:
+        found_loss, found = step(encoder, decoder, *budgets)
+        close(found_loss, loss, tolerance)
+        assert found.keys() == wanted.keys()
+        for parameter, gradient in wanted.items():
+            close(found[parameter], gradient, tolerance)
+
+
+def test_a_pass_that_runs_again_drops_the_same_units():
+    ids = texts(5, 9, 3, 12)
+    weight = torch.randn(4, K, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = model_of("llama, tied", attention_dropout=0.4)
+    encoder = Encoder(model, compress_token_ids=COMPRESS, suffix_ids=SUFFIX).train()
+    gradients = []
+    for seed, budget in ((0, 17), (0, None), (1, None)):
+        torch.manual_seed(seed)
+        # Budget 17 makes these four passes, the longest first.
+        z = encoder(ids, None, budget) if budget else torch.cat([encoder([ids[i]]) for i in (3, 1, 0, 2)])[[2, 1, 3, 0]]
+        encoder.zero_grad()
+        (z.square() * weight).sum().backward()
+        gradients.append(model.get_input_embeddings().weight.grad.clone())
+    close(gradients[0], gradients[1])
+    assert (gradients[0] - gradients[2]).abs().max() > 1e-2, "nothing was dropped"
+
+
+def test_the_decoder_runs_each_pass_once_and_the_encoder_twice():
+    encoder, decoder = encoder_of("llama, tied"), Decoder(model_of("llama, tied"))
+    passes = {"encoder": 0, "decoder": 0}
+    for name, module in (("encoder", encoder), ("decoder", decoder)):
+
+        def count(*_, name=name):
+            passes[name] += 1
+
+        base_model(module.model).register_forward_pre_hook(count)
+    step(encoder, decoder, 1, 1)
+    assert passes == {"encoder": 16, "decoder": 12}
+
+
+def test_memory_is_that_of_one_pass_and_not_of_the_batch():
+    encoder, decoder = encoder_of("llama, tied"), Decoder(model_of("llama, tied"))
+    ids = texts(*[60] * 24)
+
+    def peak(budget) -> int:
+        def call():
+            encoder.zero_grad()
+            z = encoder(ids, None, budget)
+            (decoder.logprob(z, ids, None, budget).logsumexp(0) + z.square().mean()).backward()
+
+        call()
+        return harness.peak_memory(call, "cpu")[0]
+
+    assert peak(140) < peak(None) / 4
+
+
+def test_scores_without_a_graph_are_cut_too():
+    decoder, z, passes = Decoder(model_of("llama, tied")), some_z(3).requires_grad_(), []
+    base_model(decoder.model).register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    ids = texts(5, 9, 3)
+    wanted = decoder.logprob(z, ids)
+    with torch.no_grad():
+        without_grad = decoder.logprob(z, ids, token_budget=14)
+    constant = decoder.logprob(z.detach(), ids, token_budget=14)
+    assert len(passes) == 1 + 2 * 2
+    for scores in (without_grad, constant):
+        close(scores, wanted.detach())
+        assert not scores.requires_grad
+
+
+def test_a_budget_below_one_token_is_refused():
+    with pytest.raises(ValueError, match=r"^token_budget: found 0, allowed is at least 1"):
+        encoder_of("llama, tied")(texts(2), None, 0)
+    with pytest.raises(ValueError, match=r"^token_budget: found -3, allowed is at least 1"):
+        Decoder(model_of("llama, tied")).logprob(some_z(1), texts(2), None, -3)

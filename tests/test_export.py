@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from autoregembed import Encoder, checkpoint
 from autoregembed.evaluate import embed
 from autoregembed.export import export, merged
+from autoregembed.model_card import Card
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -198,3 +199,49 @@ def test_a_real_tokenizer_and_model(shared, tmp_path):
     found = exported.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(found, embed(encoder, tokenizer, TEXTS), rtol=0, atol=1e-5)
     assert_same_ids(exported, encoder, tokenizer, TEXTS, encoder.fit_max_length())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def test_the_card_is_valid_metadata_with_three_lines_that_run(tmp_path):
+    from huggingface_hub import ModelCard
+
+    (tmp_path / "base").mkdir()
+    known = Card(
+        base_model=str(tmp_path / "base"),
+        license="apache-2.0",
+        train_data=str(tmp_path / "pairs.jsonl"),
+        recipe={"stage": 2, "learning_rate": 1e-4},
+        eval_data="mteb/stsbenchmark-sts",
+        scores={"20": 0.61, "0": 0.2345678, "10": None},
+    )
+    folder = export(encoder_of(), TOKENIZER, tmp_path / "out", card=known)
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert data["library_name"] == "sentence-transformers"
+    assert (data["license"], data["base_model"]) == ("apache-2.0", "base")
+    assert {"sentence-transformers", "autoregembed"} <= set(data["tags"])
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_value) == ("mteb/stsbenchmark-sts", 0.61)
+    assert str(tmp_path) not in card.content, "nobody else's disk has these folders"
+    for part in ("Data: pairs.jsonl.", "learning_rate: 0.0001", "| before | 0.2346 |", "| after step 20 | 0.6100 |"):
+        assert part in card.content
+    assert "@inproceedings{deng2025following" in card.content
+    code = card.content.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) == 3
+    scope: dict = {}
+    exec(code.replace('"out"', repr(str(folder))), scope)
+    assert scope["embeddings"].shape == (2, 32)
+
+
+def test_a_card_without_facts_guesses_none(tmp_path):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(export(encoder_of(), TOKENIZER, tmp_path / "out") / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "unknown"
+    assert "base_model" not in data
+    assert "Data: not stated." in card.content
+    assert "## Scores" not in card.content

@@ -9,10 +9,12 @@ import autoregembed
 from autoregembed import (
     AlignmentLoss,
     CompressionLoss,
+    GenerativeInfoNCELoss,
     InfoNCELoss,
     LinearLogprob,
     alignment_loss,
     compression_loss,
+    generative_info_nce,
     info_nce,
     linear_logprob,
 )
@@ -82,7 +84,12 @@ def test_info_nce():
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [(LinearLogprob, linear_logprob), (AlignmentLoss, alignment_loss), (InfoNCELoss, info_nce)],
+    [
+        (LinearLogprob, linear_logprob),
+        (AlignmentLoss, alignment_loss),
+        (InfoNCELoss, info_nce),
+        (GenerativeInfoNCELoss, generative_info_nce),
+    ],
 )
 def test_every_option_of_the_function_with_its_default(module, function):
     """Keyword-only options of the function are the module's, or tensors of its forward."""
@@ -115,6 +122,88 @@ def test_compression_loss_of_nothing(num_tokens):
     assert loss.item() == 0
     loss.backward()
     assert logprob.grad.shape == (0,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generative_info_nce
+
+
+def by_hand(scores, target, temperature, num_tokens=None, mask=None, passage_ids=None):
+    """One query and one passage after the other."""
+    terms = []
+    for i, row in enumerate(scores):
+        y = int(target[i])
+        kept = [
+            j
+            for j in range(len(row))
+            if (mask is None or mask[i, j])
+            and (j == y or passage_ids is None or int(passage_ids[j]) != int(passage_ids[y]))
+        ]
+        logits = torch.stack([row[j] / (temperature * (1 if num_tokens is None else int(num_tokens[j]))) for j in kept])
+        terms.append(-logits.log_softmax(0)[kept.index(y)])
+    return torch.stack(terms).mean()
+
+
+GENERATIVE = {
+    "num_tokens": torch.tensor([3, 9, 1, 4, 5]),
+    "mask": torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 0, 1], [1, 1, 0, 0, 1]]).bool(),
+    "passage_ids": torch.tensor([7, 1, 7, 2, 1]),
+}
+
+
+@pytest.mark.parametrize("names", [(), ("num_tokens",), ("mask",), ("passage_ids",), tuple(GENERATIVE)])
+def test_generative_info_nce_is_the_softmax_over_scored_passages(names):
+    options = {name: GENERATIVE[name] for name in names}
+    target = torch.tensor([2, 0, 4])
+    exact = (-40 * tensors((3, 5))[0].double().abs()).requires_grad_()
+    wanted = by_hand(exact, target, 0.7, **options)
+    (gradient,) = torch.autograd.grad(wanted, exact)
+    assert gradient.abs().max() > 0.05
+    broken = exact.detach() if "mask" not in names else exact.detach().where(GENERATIVE["mask"], torch.nan)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        scores = broken.detach().to(dtype).requires_grad_()
+        loss = generative_info_nce(scores, target, temperature=0.7, **options)
+        loss.backward()
+        assert loss.dtype == dtype
+        torch.testing.assert_close(loss.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(scores.grad.double(), gradient, rtol=tolerance, atol=tolerance)
+    assert torch.autograd.gradcheck(lambda s: generative_info_nce(s, target, **options), exact)
+
+
+def test_generative_info_nce_module_and_defaults():
+    scores = tensors((3, 5))[0].requires_grad_()
+    target = torch.tensor([2, 0, 4])
+    same(
+        lambda: GenerativeInfoNCELoss(temperature=0.3)(scores, target, *GENERATIVE.values()),
+        lambda: generative_info_nce(scores, target, temperature=0.3, **GENERATIVE),
+        scores,
+    )
+    same(lambda: GenerativeInfoNCELoss()(scores), lambda: generative_info_nce(scores), scores)
+    nothing = torch.zeros(0, 4, requires_grad=True)
+    loss = generative_info_nce(nothing)
+    loss.backward()
+    assert (loss.item(), nothing.grad.shape) == (0, (0, 4))
+    assert generative_info_nce(tensors((2, 2))[0].bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"scores": torch.zeros(3)}, ValueError, r"scores: found shape \(3,\), allowed is \(B, P\)"),
+        ({"scores": torch.zeros(3, 2)}, ValueError, "scores: found P = 2, allowed without a target is P ≥ B = 3"),
+        ({"scores": torch.zeros(3, 5, dtype=torch.int64)}, TypeError, "scores: found dtype torch.int64"),
+        ({"temperature": 0.0}, ValueError, "temperature: found 0.0, allowed is a positive finite number"),
+        ({"target": torch.tensor([0, 5, 1])}, IndexError, "target: found id 5 at row 1, allowed are 0..4"),
+        ({"target": torch.tensor([0, 1])}, ValueError, r"target: found shape \(2,\), allowed is \(B,\) = \(3\)"),
+        ({"num_tokens": torch.tensor([1, 2, 0, 1, 1])}, ValueError, "num_tokens: found 0, allowed is at least 1"),
+        ({"num_tokens": torch.ones(5)}, TypeError, "num_tokens: found dtype torch.float32"),
+        ({"mask": torch.zeros(3, 5, dtype=torch.bool)}, ValueError, "mask: found False for the positive of row 0"),
+        ({"passage_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, r"passage_ids: found shape \(4,\)"),
+    ],
+)
+def test_generative_info_nce_refuses(changed, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        generative_info_nce(**{"scores": torch.zeros(3, 5), **changed})
 
 
 def test_public_names():

@@ -12,6 +12,7 @@ from autoregembed import checkpoint, data
 from autoregembed.encoder import final_norm, scale_output, text_embedding
 from autoregembed.evaluate import embed
 from autoregembed.losses import info_nce
+from autoregembed.packing import cut
 from autoregembed.testing import tiny_model
 from autoregembed.train import Config, ConfigError, Interrupted, Objective, build, reference_scores, texts_of, train
 
@@ -72,12 +73,12 @@ def test_an_update_does_not_depend_on_how_the_step_is_cut(model_folder, compress
         log = objective(batch)
         results.append((log, gradients(encoder)))
         if budget:
-            assert len(data.cut([len(t) for t in texts_of(batch, False)[0]], 20)) > 2
-    (whole_log, whole), (cut_log, cut) = results
-    assert whole.keys() == cut.keys()
+            assert len(cut([len(t) for t in texts_of(batch, False)[0]], 20)) > 2
+    (whole_log, whole), (cut_log, parts) = results
+    assert whole.keys() == parts.keys()
     assert max(g.abs().max() for g in whole.values()) > 1e-4
     for name in whole:
-        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
     for name in whole_log:
         assert cut_log[name] == pytest.approx(whole_log[name], rel=1e-4, abs=1e-5), name
 
@@ -102,9 +103,15 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     log = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == list(range(1, 26))
     assert sum(r["loss"] for r in log[-5:]) < sum(r["loss"] for r in log[:5]) - 2.5
-    second = train(
-        stage2(first["model"], alignment_file, tmp_path / "two", contrastive_weight=1.0, eval_data=sts_file), quiet
-    )
+    options = {"contrastive_weight": 1.0, "eval_data": sts_file, "license": "mit"}
+    second = train(stage2(first["model"], alignment_file, tmp_path / "two", **options), quiet)
+    card = (tmp_path / "two" / "export" / "README.md").read_text()
+    for part in ("license: mit", f"base_model: {Path(model_folder).name}", "Data: stage2.jsonl.", "stage: 2"):
+        assert part in card
+    for step, score in second["spearman"].items():
+        assert f"| {'before' if step == '0' else f'after step {step}'} | {score:.4f} |" in card
+    assert "contrastive_weight: 1.0" in card
+    assert str(tmp_path) not in card
     assert second["spearman"]["0"] == pytest.approx(first["spearman"]["25"], abs=1e-6)
     config = stage2(second["model"], alignment_file, "unused")
     encoder, _, tokenizer, _ = build(config)

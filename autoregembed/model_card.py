@@ -1,0 +1,98 @@
+"""The README.md of an exported folder: what the model is, how it was made, what it scores, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "autoregembed"]
+CITATION = """\
+@inproceedings{deng2025following,
+  title     = {Following the Autoregressive Nature of LLM Embeddings via Compression and Alignment},
+  author    = {Deng, Jingcheng and others},
+  booktitle = {EMNLP},
+  year      = {2025},
+  note      = {arXiv:2502.11401}
+}"""
+
+
+@dataclass
+class Card:
+    """What only the one who trained a model knows. A local path appears by its last part alone.
+
+    Args:
+        base_model: the model that training started from, before any stage.
+        license: SPDX id, or another that the Hugging Face hub knows. It is never guessed.
+        train_data: the data file or data set.
+        recipe: the options of the training, as YAML can write them.
+        eval_data: what `scores` are on.
+        scores: Spearman's correlation with human ratings by step, "0" before training; None where there is none.
+    """
+
+    base_model: str | None = None
+    license: str = "unknown"
+    train_data: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    eval_data: str | None = None
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def _name(source: str | None) -> str | None:
+    """A hub id as it is; of anything that lies on this disk its last part."""
+    if source is None:
+        return None
+    path = Path(source)
+    return path.name if path.is_absolute() or path.exists() else source
+
+
+def model_card(card: Card, *, name: str, width: int, max_length: int, num_compress_tokens: int) -> str:
+    """Markdown with YAML metadata, as the Hugging Face hub reads it.
+
+    Args:
+        card: what is known of the training.
+        name: of the model; of its folder.
+        width: D, numbers of an embedding.
+        max_length: tokens of a text, with instruction and compress tokens.
+        num_compress_tokens: K.
+    """
+    measured = sorted((int(step), score) for step, score in card.scores.items() if score is not None)
+    base, data, rated = _name(card.base_model), _name(card.train_data), _name(card.eval_data) or "unnamed"
+    scored: dict[str, Any] = {"task_type": "sts", "dataset_type": rated, "dataset_name": rated}
+    results = None
+    if measured:
+        results = [EvalResult(**scored, metric_type="spearman_cosine", metric_value=round(measured[-1][1], 4))]
+    metadata = ModelCardData(
+        library_name="sentence-transformers",
+        pipeline_tag="sentence-similarity",
+        license=card.license,
+        base_model=base,
+        tags=TAGS,
+        model_name=name,
+        eval_results=results,
+    )
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {name}",
+        f"A text embedder of {width} numbers, made from {base or 'a causal language model'} by AutoRegEmbed. It reads "
+        f"at most {max_length} tokens, with an instruction and {num_compress_tokens} compress tokens that its "
+        "tokenizer appends. Compare embeddings by cosine.",
+        "```python\nfrom sentence_transformers import SentenceTransformer\n"
+        f'model = SentenceTransformer("{name}")  # or the path of this folder\n'
+        'embeddings = model.encode(["A text.", "Another one."])\n```',
+        "## Training",
+        f"Data: {data or 'not stated'}. Licence of the model: {card.license}.",
+    ]
+    if card.recipe:
+        parts.append(f"```yaml\n{yaml.safe_dump(dict(card.recipe), sort_keys=False).strip()}\n```")
+    if measured:
+        steps = ["before" if step == 0 else f"after step {step}" for step, _ in measured]
+        rows = [f"| {step} | {score:.4f} |" for step, (_, score) in zip(steps, measured, strict=True)]
+        parts += ["## Scores", f"Spearman's correlation of cosine with human ratings, {rated}:"]
+        parts.append("\n".join(["| | |", "|---|---|", *rows]))
+    parts += ["## Citation", f"```bibtex\n{CITATION}\n```"]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,46 @@
+"""Stage 2, alignment and InfoNCE on one forward pass, under Lightning Fabric.
+
+python examples/fabric_loop.py [MODEL]    # or: fabric run examples/fabric_loop.py --devices=2
+"""
+
+import sys
+
+import torch
+from lightning_fabric import Fabric
+from loading import TRIPLETS, load
+
+from autoregembed import alignment_loss, info_nce
+from autoregembed.encoder import text_embedding
+
+
+def main(name: str = "tiny", steps: int = 20, learning_rate: float = 2e-3) -> list[float]:
+    fabric = Fabric(accelerator="auto", devices=1)
+    fabric.launch()
+    fabric.seed_everything(0)
+    encoder, decoder, tokenise = load(name)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate)
+    encoder, optimizer = fabric.setup(encoder, optimizer)
+    encoder.train()
+    decoder.to(fabric.device)
+    rows = [tuple(map(tokenise, row)) for row in TRIPLETS]
+    losses = []
+    for step in range(steps):
+        batch = [rows[i] for i in torch.randperm(len(rows))[:4]]
+        queries, positives, negatives = ([row[i] for row in batch] for i in range(3))
+        n = len(batch)
+        z = encoder(queries + positives)
+        # (z_q, p), (z_p, p) and (z_q, n) in one packed pass
+        a, b, c = decoder.logprob(z, positives * 2 + negatives, [*range(2 * n), *range(n)]).split(n)
+        embedding = text_embedding(z.float())
+        nce = info_nce(embedding[:n], embedding[n:])
+        loss = 0.2 * alignment_loss(a, b, c, reference="none").loss + nce
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        fabric.print(f"step {step + 1:>3}  loss {losses[-1]:.3f}")
+    return losses
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

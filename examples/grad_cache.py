@@ -1,0 +1,53 @@
+"""A batch beyond memory, with in-batch generative negatives: which passage does z_query tell of, by log p(passage | z)?
+
+`token_budget` bounds the activations of encoder and decoder apart; the gradient is that of one pass over everything.
+Every chosen negative is one decoder pass over that passage: HARDEST of them for each query, picked by cosine.
+
+python examples/grad_cache.py [MODEL]
+"""
+
+import sys
+
+import torch
+from loading import TRIPLETS, load
+
+from autoregembed import generative_info_nce, info_nce
+from autoregembed.encoder import text_embedding
+
+HARDEST = 3
+ENCODER_TOKENS, DECODER_TOKENS = 128, 64  # of one pass; on a GPU tens of thousands
+
+
+def main(name: str = "tiny", steps: int = 12, learning_rate: float = 2e-3, device: str = "cpu") -> list[float]:
+    torch.manual_seed(0)
+    encoder, decoder, tokenise = load(name)
+    encoder.to(device).train()
+    decoder.to(device)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate)
+    queries = [tokenise(query) for query, _, _ in TRIPLETS]
+    passages = [tokenise(text) for i in (1, 2) for text in (row[i] for row in TRIPLETS)]  # positives, then negatives
+    n, p = len(queries), len(passages)
+    num_tokens = torch.tensor([len(ids) + 1 for ids in passages], device=device)
+    losses = []
+    for step in range(steps):
+        z = encoder(queries + passages, None, ENCODER_TOKENS)
+        embedding = text_embedding(z.float())
+        cosine = (embedding[:n] @ embedding[n:].T).detach()
+        positive = torch.eye(n, p, dtype=torch.bool, device=device)
+        places = cosine.masked_fill(positive, -2).topk(HARDEST).indices
+        chosen = positive.scatter(1, places, True)  # (B, P)
+        query, passage = chosen.nonzero(as_tuple=True)
+        flat = decoder.logprob(z, [passages[j] for j in passage], query, DECODER_TOKENS)
+        scores = flat.new_zeros(n, p).masked_scatter(chosen, flat)
+        generative = generative_info_nce(scores, num_tokens=num_tokens, mask=chosen)
+        loss = generative + info_nce(embedding[:n], embedding[n:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        print(f"step {step + 1:>3}  loss {losses[-1]:.3f}, of it generative {generative.item():.3f}")
+    return losses
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

@@ -1,0 +1,37 @@
+"""Stage 1, information compression, in plain PyTorch: z learns to let the frozen decoder write the text again.
+
+python examples/plain_pytorch.py [MODEL]
+"""
+
+import sys
+
+import torch
+from loading import TRIPLETS, load
+
+from autoregembed import compression_loss
+
+
+def main(name: str = "tiny", steps: int = 20, learning_rate: float = 3e-3, device: str = "cpu") -> list[float]:
+    torch.manual_seed(0)
+    encoder, decoder, tokenise = load(name)
+    encoder.to(device).train()
+    decoder.to(device)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate)
+    texts = [tokenise(text) for row in TRIPLETS for text in row]
+    losses = []
+    for step in range(steps):
+        batch = [texts[i] for i in torch.randperm(len(texts))[:8]]
+        z = encoder(batch)  # (8, K, D): one packed pass, no padding
+        logprob = decoder.logprob(z, batch)  # (8,) nats: log p(text | z), no logits in memory
+        loss = compression_loss(logprob, decoder.num_tokens(batch))  # nats per token
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        print(f"step {step + 1:>3}  loss {losses[-1]:.3f} nats per token")
+    return losses
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

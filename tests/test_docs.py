@@ -1,0 +1,228 @@
+"""README and docs: every block of code runs, every command parses, every quoted error is the one that is raised."""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import sentence, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from autoregembed import Decoder, Encoder, checkpoint, cli, data, generative_info_nce, linear_logprob
+from autoregembed.testing import tiny_model, tiny_tokenizer
+from autoregembed.train import Config, train
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INCLUDE = re.compile(r'--8<-- "([^":]+)(?::\d+)?"')
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert all(name in ("python", "bash", "yaml", "bibtex", "") for name, _ in found), "a language that no test reads"
+    return [code for name, code in found if name == language]
+
+
+def named(page: Path) -> str:
+    return page.name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Python
+
+
+def test_the_drop_in_gives_the_numbers_and_gradients_that_it_replaces():
+    before, after = (code for code in blocks(ROOT / "README.md", "python") if "hidden" in code)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 1, 4]
+    names = {
+        "torch": torch,
+        "lengths": lengths,
+        "cu_seqlens": torch.tensor([0, 3, 4, 8]),
+        "weight": torch.randn(50, 16, generator=generator),
+        "target": torch.randint(50, (8,), generator=generator),
+    }
+    hidden = torch.randn(8, 16, generator=generator)
+    results = []
+    for code in (before, after):
+        scope = {**names, "hidden": hidden.clone().requires_grad_()}
+        exec(code, scope)
+        (scope["score"] * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
+        results.append((scope["score"].detach(), scope["hidden"].grad))
+    for old, new in zip(*results, strict=True):
+        assert old.abs().max() > 1
+        torch.testing.assert_close(new, old, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "index.md"], ids=named)
+def test_the_step_on_any_causal_lm(page, model_folder):
+    (code,) = (code for code in blocks(page, "python") if "Decoder" in code)
+    scope = {"NAME": model_folder}
+    exec(code, scope)
+    assert isinstance(scope["model"], type(AutoModelForCausalLM.from_pretrained(model_folder)))
+    assert 0 < scope["loss"].item() < 10
+    gradient = scope["model"].get_input_embeddings().weight.grad
+    ids = scope["encoder"].compress_token_ids
+    assert gradient[ids].abs().amax(1).min() > 0, "every compress token is trained"
+    assert all(p.grad is None for p in scope["decoder"].parameters())
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name == "docs"], ids=named)
+def test_the_blocks_of_a_page_run_one_after_the_other(page, model_folder):
+    """Included files are the examples, which have tests of their own."""
+    text = page.read_text(encoding="utf-8")
+    for file in INCLUDE.findall(text):
+        assert (ROOT / file).is_file()
+    scope: dict = {"NAME": model_folder}
+    for code in blocks(page, "python"):
+        if INCLUDE.search(code):
+            assert re.fullmatch(r'--8<-- "examples/\w+\.py"\n', code)
+            continue
+        exec(code, scope)
+        if "loss" in scope:
+            assert torch.isfinite(scope.pop("loss"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands and YAML
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Every YAML block lies where its first line says."""
+    for code in blocks(page, "yaml"):
+        name = re.match(r"# (\S+\.yaml)\n", code)
+        assert name, f"a YAML block without a name in {page.name}"
+        (folder / name[1]).write_text(code)
+
+
+def parse_accelerate(words: list[str]) -> list[str]:
+    """Checks `accelerate launch`'s own flags; returns the program and its arguments."""
+    from accelerate.commands.launch import launch_command_parser
+
+    found = launch_command_parser().parse_args(words)
+    return ["-m", found.training_script, *found.training_script_args] if found.module else [
+        found.training_script, *found.training_script_args
+    ]  # fmt: skip
+
+
+def noted(called: list, name: str, *_, **__) -> None:
+    called.append(name)
+
+
+def run_command(line: str, called: list) -> None:
+    words = shlex.split(line, comments=True)
+    if words[:2] == ["accelerate", "launch"]:
+        words = ["python", *parse_accelerate(words[2:])]
+    if words[:3] == ["python", "-m", "autoregembed"]:
+        words = words[2:]
+    if words[:2] == ["autoregembed", "train"]:
+        called.append(cli.read_config(words[2:]))
+    elif words[0] == "autoregembed":
+        assert cli.main(words[1:]) == 0, line
+        assert called[-1].startswith(f"_{words[1]}"), line
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), line
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+    elif words[:2] == ["pip", "install"]:
+        assert words[2] == "-e", line
+        for extra in re.fullmatch(r"\.\[(.*)\]", words[3])[1].split(","):
+            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE), line
+    else:
+        raise AssertionError(f"a command that no test knows: {line}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_parse(page, tmp_path, monkeypatch, capsys):
+    """By the parser of the command itself, which then does nothing."""
+    called: list = []
+    for name in ("_encode", "_evaluate", "_doctor", "_bench"):
+        function = getattr(cli, name)
+        monkeypatch.setattr(cli, name, functools.wraps(function)(functools.partial(noted, called, name)))
+    monkeypatch.chdir(tmp_path)
+    write_files(ROOT / "docs" / "index.md", tmp_path)
+    write_files(page, tmp_path)
+    for code in blocks(page, "bash"):
+        for line in code.splitlines():
+            if line.strip():
+                run_command(line, called)
+    for name in ("stage1.yaml", "stage2.yaml"):
+        assert cli.read_config([name]).stage == int(name[5])
+
+
+def test_the_sites_pages_are_all_in_its_navigation():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert {page for entry in nav for page in entry.values()} == {p.name for p in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_names_of_the_api_page_exist():
+    import importlib
+
+    names = re.findall(r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert len(names) > 10
+    for module, name in names:
+        assert getattr(importlib.import_module(module), name).__doc__, name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def raised(call) -> str:
+    with pytest.raises((ValueError, TypeError, IndexError, OSError, RuntimeError, ArithmeticError)) as error:
+        call()
+    return str(error.value)
+
+
+def triggers(tmp_path: Path, model_folder: str, compression_file: str):
+    tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
+    prompt = data.Prompt(tokenizer, 3, 1, "Again:", 64)
+    encoder = Encoder(tiny_model(), compress_token_ids=[317, 318, 319])
+
+    def rows(*lines: dict):
+        return data.load_rows(write_jsonl(tmp_path / "rows.jsonl", list(lines)))
+
+    yield lambda: cli.read_config(["--learning_rte", "0.1"])
+    yield lambda: data.compression_rows(rows({"text": "a"}), prompt)
+    yield lambda: data.alignment_rows(rows({"query": "", "pos": "a", "neg": "b"}), prompt)
+    common = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(tmp_path / "out")}
+    wild = Config(**common, learning_rate=1e30, max_grad_norm=0, steps=9, batch_size=8, precision="fp32")
+    yield lambda: train(wild, cli.Console(quiet=True))
+    checkpoint.save_reference(tmp_path / "scores", torch.zeros(1), torch.zeros(1, 1), {"data": "one"})
+    yield lambda: checkpoint.load_reference(tmp_path / "scores", {"data": "another"})
+
+    def used_folder():
+        with checkpoint.atomic_folder(tmp_path):
+            pass
+
+    yield used_folder
+    yield lambda: encoder.fit_max_length(257)
+    yield lambda: encoder([[5] * 300])
+    yield lambda: checkpoint.load_causal_lm(str(tmp_path / "nothing"))
+    mixed = tiny_model()
+    mixed.config.layer_types = ["full_attention", "conv"]
+    yield lambda: Encoder(mixed, compress_token_ids=[3])
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = torch.nan
+    yield lambda: Decoder(broken)
+    adapted = tiny_model()
+    adapted.lm_head = type("LoraLinear", (torch.nn.Linear,), {})(32, 320, bias=False)
+    yield lambda: Decoder(adapted)
+    yield lambda: Encoder(tiny_model(), compress_token_ids=[3], attention="varlen")
+    h, w = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)
+    yield lambda: linear_logprob(h, w, torch.tensor([0, 1]), impl="native")
+    yield lambda: linear_logprob(h, w, torch.tensor([0, 5]))
+    yield lambda: generative_info_nce(torch.zeros(2, 2), mask=torch.zeros(2, 2, dtype=torch.bool))
+
+
+def test_the_quoted_errors_are_those_that_the_code_raises(tmp_path, model_folder, compression_file):
+    quoted = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    found = [raised(call) for call in triggers(tmp_path, model_folder, compression_file)]
+    assert len(quoted) == len(found)
+    for message, text in zip(found, quoted, strict=True):
+        pattern = ".*".join(map(re.escape, text.split("…")))
+        assert re.fullmatch(pattern, message, re.DOTALL), f"{message!r} is not {text!r}"
