@@ -9,7 +9,6 @@ from conftest import sentence
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-pytest.importorskip("sentence_transformers")
 from accelerate import Accelerator
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -229,32 +228,50 @@ def test_the_trainer_trains_saves_and_resumes_an_exported_model(folder, tmp_path
     InformationCompressionLoss(again, decoder_of())
 
 
-def test_adapters_train_with_the_compress_tokens_and_are_loaded_again(model, tmp_path):
-    from peft import LoraConfig
+def place(model) -> str:
+    return next(n for n, m in model[0].named_children() if isinstance(m, torch.nn.Module))
 
+
+def adapt(model, way: str, **options) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, **options)
+    if way == "get_peft_model":
+        setattr(model[0], place(model), get_peft_model(transformer(model), config))
+        return
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(f"this Transformers does not take this PEFT: {error}")
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_adapters_train_with_the_compress_tokens_and_are_saved(model, way, tmp_path):
     untrained = model.encode(list(PAIRS["context"]), convert_to_tensor=True)
     indices = {"embed_tokens": compress_token_ids(model)}
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], trainable_token_indices=indices))
+    adapt(model, way, target_modules=["q_proj", "v_proj"], trainable_token_indices=indices)
     before = values(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message="The compress tokens")
         train(model, InformationCompressionLoss(model, decoder_of()), PAIRS, tmp_path / "run", learning_rate=1e-2)
     changed = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
     assert any("trainable_tokens" in n for n in changed)
     assert any("lora_B" in n for n in changed)
     assert all("trainable_tokens" in n or "lora_" in n for n in changed)
+    expected = model.encode(list(PAIRS["context"]), convert_to_tensor=True)
+    if way == "get_peft_model":
+        setattr(model[0], place(model), getattr(model[0], place(model)).merge_and_unload())
     model.save(str(tmp_path / "saved"))
     again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     found = again.encode(list(PAIRS["context"]), convert_to_tensor=True)
-    expected = model.encode(list(PAIRS["context"]), convert_to_tensor=True)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (expected - untrained).abs().max() > 1e-3
 
 
 def test_adapters_without_the_compress_tokens_are_told(model):
-    from peft import LoraConfig
-
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    adapt(model, "get_peft_model", target_modules=["q_proj"])
     loss = InformationCompressionLoss(model, decoder_of())
     with pytest.warns(UserWarning, match=r"compress tokens are not trained.*trainable_token_indices"):
         loss(features(model, PAIRS), None).backward()
