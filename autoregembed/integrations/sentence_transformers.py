@@ -9,6 +9,10 @@
 z are the model's token embeddings at the compress tokens, out of the one forward pass that also makes the sentence
 embedding; targets are the token ids of a column without what the tokenizer writes around a text. A prompt that the
 training arguments put before a column is a part of its texts and of its targets.
+
+With LoRA, wrap the LM inside the first module by `peft.get_peft_model`, with `trainable_token_indices` (see
+`compress_token_ids`), and put `merge_and_unload()` of it back before saving: Transformers before 5.24 loads an adapter
+without its trained tokens.
 """
 
 from __future__ import annotations
@@ -307,7 +311,8 @@ class AutoRegEmbedLoss(_DecoderLoss):
         columns = list(sentence_features)
         if len(columns) < 3:
             raise ValueError(
-                f"sentence_features: found {len(columns)} columns, allowed are anchor, positive and at least one negative"
+                f"sentence_features: found {len(columns)} columns, allowed are anchor, positive and at least one "
+                "negative"
             )
         r_a, r_c = self._reference(labels, len(columns) - 1, columns[0]["input_ids"])
         rows = self._rows(columns)
