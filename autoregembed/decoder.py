@@ -103,8 +103,8 @@ class Decoder(nn.Module):
                 wanted = wanted * torch.tensor(self.embedding_scale, dtype=weight.dtype, device=weight.device)
             if wanted.shape != found.shape or not torch.equal(found, wanted):
                 raise ValueError(
-                    f"model: found input embeddings of type {type(embedding).__name__} that are not rows of its weight, "
-                    "allowed is a plain nn.Embedding: merge adapters into it (merge_and_unload)"
+                    f"model: found input embeddings of type {type(embedding).__name__} that are not rows of its "
+                    "weight, allowed is a plain nn.Embedding: merge adapters into it (merge_and_unload)"
                 )
 
     @torch.no_grad()
