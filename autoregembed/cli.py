@@ -202,7 +202,7 @@ def _bench(
     """Times every op and the training step beside peers, floor and roofline.
 
     Args:
-        suite: head (the ops), step (a training step of both stages) or all.
+        suite: head (the ops), step (a training step of both stages), integrations (losses for other trainers) or all.
         device: cpu or cuda; by default a GPU where there is one.
         json: write the results here.
         report: write an HTML report here.

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from autoregembed.distributed import in_step, whole
-from autoregembed.encoder import fit_length, max_positions, require_finite
+from autoregembed.encoder import fit_length, max_positions, plain, require_finite, require_gradients
 from autoregembed.ops import linear_logprob, splice
 from autoregembed.packing import Ids, Packed, base_model, check_ids, cut, pack, run_packed, use_packed_attention
 
@@ -66,8 +66,9 @@ class Decoder(nn.Module):
         impl: the route of `linear_logprob`.
 
     Raises:
-        ValueError: no eos, NaN weights, an unknown option, or a head whose logits are not
-            softcap(scale · (hidden Wᵀ + bias)) — found out by comparing with the model's own logits.
+        ValueError: no eos, NaN weights, an unknown option, an adapter of virtual tokens, input embeddings that are not
+            rows of their matrix, a head with an adapter or quantised weights, or one whose logits are not
+            softcap(scale · (hidden Wᵀ + bias)) — found out by comparing with the model's own.
     """
 
     def __init__(
@@ -100,9 +101,14 @@ class Decoder(nn.Module):
             raise ValueError("eos_token_id: found None here and in the model's config, allowed is a token id")
         self.eos_token_id = int(eos_token_id)
         require_finite(model)
+        require_gradients(model)
         head = model.get_output_embeddings()
-        if type(head) is not nn.Linear:
-            raise ValueError(f"model: found an lm_head of type {type(head).__name__}, allowed is a plain nn.Linear")
+        if type(head) is not nn.Linear or not plain(head.weight):
+            kind = type(head).__name__ if type(head) is not nn.Linear else type(head.weight.data).__name__
+            raise ValueError(
+                f"model: found an lm_head of type {kind}, allowed is a plain nn.Linear: merge adapters into it "
+                "(merge_and_unload), leave it out of quantisation (such as llm_int8_skip_modules)"
+            )
         check_ids("eos_token_id", [[self.eos_token_id]], head.weight.shape[0])
         self.prefix = [] if bos_token_id is None else [bos_token_id]
         if self.prefix:
@@ -111,6 +117,7 @@ class Decoder(nn.Module):
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         # Gemma's embedding module multiplies what it reads from its matrix.
         self.embedding_scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
+        self._verify_embedding()
         self._verify_head()
         self.attention = use_packed_attention(model, attention, embeds=True)
         self.register_buffer("input_rms", None, persistent=False)
@@ -151,6 +158,22 @@ class Decoder(nn.Module):
             module.weight = shards[module.weight]
         if self.input_rms is not None:
             self.input_rms = self.input_rms.to(device)
+
+    @torch.no_grad()
+    def _verify_embedding(self) -> None:
+        # `logprob` reads the matrix, so what a module adds to it (LoRA) or makes of it (dequantisation) would be lost.
+        embedding = self.model.get_input_embeddings()
+        weight = embedding.weight
+        for ids in torch.arange(weight.shape[0], device=weight.device).split(8192):
+            found = embedding(ids)
+            wanted = weight[ids]
+            if wanted.is_floating_point():
+                wanted = wanted * torch.tensor(self.embedding_scale, dtype=weight.dtype, device=weight.device)
+            if wanted.shape != found.shape or not torch.equal(found, wanted):
+                raise ValueError(
+                    f"model: found input embeddings of type {type(embedding).__name__} that are not rows of its "
+                    "weight, allowed is a plain nn.Embedding: merge adapters into it (merge_and_unload)"
+                )
 
     @torch.no_grad()
     def _verify_head(self) -> None:

@@ -73,11 +73,30 @@ def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
     raise ValueError(f"model: found a final {type(norm).__name__}, allowed is one that scales with its weight")
 
 
+def plain(parameter: Tensor) -> bool:
+    """Whether it is no subclass of Tensor with storage of its own kind, such as a quantised one."""
+    return type(parameter.data) is Tensor
+
+
 def require_finite(model: nn.Module) -> None:
-    """Raises ValueError naming the first parameter that holds a NaN or an infinity."""
+    """Raises ValueError naming the first parameter that holds a NaN or an infinity; quantised ones cannot."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
+        if plain(parameter) and parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
             raise ValueError(f"model: found a non-finite value in {name}, allowed are finite weights")
+
+
+def require_gradients(model: nn.Module) -> None:
+    """Raises ValueError for bitsandbytes' 4-bit layers on a CPU.
+
+    An evaluation repacks their weights for its own kernel, and from then on their backward multiplies by garbage.
+    """
+    for name, module in model.named_modules():
+        four_bit = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)
+        if four_bit and module.weight.device.type == "cpu":
+            raise ValueError(
+                f"model: found a {type(module).__name__} on a CPU in {name}, whose gradient is wrong there after an "
+                "evaluation, allowed is a GPU, or 8 bits (torchao), or model.dequantize()"
+            )
 
 
 def text_embedding(z: Tensor) -> Tensor:
@@ -131,6 +150,7 @@ class Encoder(nn.Module):
         if bos_token_id is not None:
             check_ids("bos_token_id", [[bos_token_id]], vocabulary)
         require_finite(model)
+        require_gradients(model)
         self.attention = use_packed_attention(model, attention, embeds=own_compress_rows)
         self.compress_rows = None
         if own_compress_rows:

@@ -11,7 +11,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +18,15 @@ from autoregembed.checkpoint import CheckpointError, atomic_folder
 from autoregembed.encoder import Encoder
 from autoregembed.model_card import Card, model_card
 from autoregembed.packing import base_model
+
+
+def stock_modules() -> Any:
+    """The module that holds sentence-transformers' Transformer, Pooling and so on; version 5.4 moved it."""
+    try:
+        from sentence_transformers.sentence_transformer import modules
+    except ModuleNotFoundError:
+        from sentence_transformers import models as modules
+    return modules
 
 
 def merged(encoder: Encoder) -> Any:
@@ -83,25 +91,24 @@ def export(
         ValueError: a slow tokenizer, or a `max_length` that leaves no room for text or is above the model's positions.
     """
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer, WordWeights
 
+    stock = stock_modules()
     max_length = encoder.fit_max_length(max_length)
     fixed = len(encoder.sequences([[]])[0])
     if max_length <= fixed:
         raise ValueError(f"max_length: found {max_length}, allowed is more than {fixed}, the tokens around a text")
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         model = base_model(merged(encoder)).eval()
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         source = temporary / "source"
         model.save_pretrained(source)
         _tokenizer(encoder, tokenizer, max_length).save_pretrained(source)
         rows = model.get_input_embeddings().weight.shape[0]
         compress = {f"<{i}>": 1.0 for i in encoder.compress_token_ids}
         modules = [
-            Transformer(str(source), max_seq_length=max_length, model_kwargs={"dtype": getattr(torch, dtype)}),
-            WordWeights([f"<{i}>" for i in range(rows)], compress, unknown_word_weight=0.0),
-            Pooling(model.config.get_text_config().hidden_size, "mean"),
-            Normalize(),
+            stock.Transformer(str(source), max_seq_length=max_length),
+            stock.WordWeights([f"<{i}>" for i in range(rows)], compress, unknown_word_weight=0.0),
+            stock.Pooling(model.config.get_text_config().hidden_size, "mean"),
+            stock.Normalize(),
         ]
         text = f"{tokenizer.eos_token or ''} The export reads what training read. " * max_length
         found = modules[0].tokenizer(text, truncation=True)["input_ids"]

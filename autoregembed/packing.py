@@ -200,8 +200,18 @@ def _hidden(model: Any, sequences: Sequence[Ids], *, alone: bool = False, embeds
 
 
 def base_model(model: Any) -> Any:
-    """The part of a causal LM (PEFT-wrapped or not) that maps ids to last hidden states."""
+    """The part of a causal LM (PEFT-wrapped or not) that maps ids to last hidden states.
+
+    Raises:
+        ValueError: a PeftModel that puts virtual tokens before a text, which lie outside that part.
+    """
     if hasattr(model, "get_base_model"):
+        for config in model.peft_config.values():
+            if config.is_prompt_learning:
+                raise ValueError(
+                    f"model: found an adapter of type {config.peft_type.value}, allowed are those inside the layers, "
+                    "such as LoRA"
+                )
         model = model.get_base_model()
     return model.get_decoder() if hasattr(model, "lm_head") or hasattr(model, "get_decoder") else model
 

@@ -249,8 +249,16 @@ def alignment_scores(
     return scores[:b], scores[b : 2 * b], c, mask
 
 
-def _widened(z: Tensor) -> Tensor:
-    return z.to(torch.promote_types(z.dtype, torch.float32))
+def contrastive(z: Tensor, queries: int, temperature: float) -> Tensor:
+    """InfoNCE of this process' queries against the passages of all processes.
+
+    z (R, K, D) holds `queries` queries, as many positives, then hard negatives.
+    """
+    embeddings = text_embedding(z.to(torch.promote_types(z.dtype, torch.float32)))
+    query, passages = embeddings.tensor_split([queries])
+    passages, first = distributed.gather_rows(passages)
+    target = first + torch.arange(queries, device=z.device)
+    return info_nce(query, passages, target, temperature=temperature)
 
 
 def _counts(config: Config, rows: list[dict]) -> dict[str, int]:
@@ -281,8 +289,8 @@ class Objective:
         config = self.config
         inner = self.accelerator.unwrap_model(self.encoder)
         # Every loss but InfoNCE is a sum over rows, and a sum needs no pass twice: it goes backward part by part.
-        contrastive = config.stage == 2 and config.contrastive_weight > 0
-        parts = cut(lengths(rows, inner, config.hard_negatives), None if contrastive else config.token_budget)
+        whole = config.stage == 2 and config.contrastive_weight > 0
+        parts = cut(lengths(rows, inner, config.hard_negatives), None if whole else config.token_budget)
         if config.token_budget:
             parts = distributed.in_step(parts, self.accelerator.device)
         micro = [[rows[i] for i in part] for part in parts]
@@ -294,13 +302,8 @@ class Objective:
             with contextlib.nullcontext() if last else self._no_sync():
                 z = self.encoder(*texts_of(part, config.hard_negatives), config.token_budget)
                 share, stats = self._share(z, part, totals)
-                if contrastive:
-                    query, passages = text_embedding(_widened(z)).tensor_split([len(part)])
-                    # Of this process' queries against the passages of all.
-                    passages, first = distributed.gather_rows(passages)
-                    target = first + torch.arange(len(query), device=query.device)
-                    nce = info_nce(query, passages, target, temperature=config.contrastive_temperature)
-                    nce = nce * (len(rows) / totals["rows"])
+                if whole:
+                    nce = contrastive(z, len(part), config.contrastive_temperature) * (len(rows) / totals["rows"])
                     stats["nce"] = nce.detach()
                     share = share + config.contrastive_weight * nce
                 stats["loss"] = share.detach()

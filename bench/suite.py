@@ -16,7 +16,7 @@ from rich.table import Table
 
 from . import bench_alignment, bench_dpo, bench_head, bench_info_nce, bench_splice, harness
 
-SUITES = ("head", "step", "all")
+SUITES = ("head", "step", "integrations", "all")
 THRESHOLD = 1.15
 
 
@@ -30,9 +30,13 @@ def cases(
         for module in (bench_head, bench_alignment, bench_splice, bench_info_nce, bench_dpo):
             yield from module.cases(device, quick)
     if suite in ("step", "all"):
-        from . import bench_step  # the only one that needs Transformers
+        from . import bench_step  # needs Transformers
 
         yield from bench_step.cases(device, quick, rows, triplets)
+    if suite in ("integrations", "all"):
+        from . import bench_integrations
+
+        yield from bench_integrations.cases(device, quick)
 
 
 def bench(
@@ -51,7 +55,7 @@ def bench(
     """Runs a suite; returns, and writes where asked, the environment and one row per case and variant.
 
     Args:
-        suite: "head", "step" or "all".
+        suite: "head", "step", "integrations" or "all".
         quick: tiny sizes: whether everything runs, and no more than that.
         device: "cpu" or "cuda"; by default a GPU where there is one.
         json_file, report: where the results (JSON) and the report (HTML) go; None: not written.

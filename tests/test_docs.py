@@ -1,6 +1,7 @@
 """README and docs: every block of code runs, every command parses, every quoted error is the one that is raised."""
 
 import functools
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -116,6 +117,9 @@ def run_command(line: str, called: list) -> None:
     words = shlex.split(line, comments=True)
     if words[:2] == ["accelerate", "launch"]:
         words = ["python", *parse_accelerate(words[2:])]
+    if words[0] == "torchrun":
+        found = importlib.import_module("torch.distributed.run").get_args_parser().parse_args(words[1:])
+        words = ["python", "-m", found.training_script, *found.training_script_args]
     if words[:3] == ["python", "-m", "autoregembed"]:
         words = words[2:]
     if words[:2] == ["autoregembed", "train"]:
@@ -146,7 +150,7 @@ def test_commands_parse(page, tmp_path, monkeypatch, capsys):
     write_files(ROOT / "docs" / "index.md", tmp_path)
     write_files(page, tmp_path)
     for code in blocks(page, "bash"):
-        for line in code.splitlines():
+        for line in code.replace("\\\n", "").splitlines():
             if line.strip():
                 run_command(line, called)
     for name in ("stage1.yaml", "stage2.yaml"):

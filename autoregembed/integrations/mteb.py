@@ -1,0 +1,76 @@
+"""mteb on an encoder in memory.
+
+An exported folder needs none of this: `mteb.evaluate(SentenceTransformer(folder), tasks)` reads the instruction that
+the export wrote behind every text. Here each task, or each side of a search, can have the instruction that it was
+trained with:
+
+    model = MTEBEncoder(encoder, tokenizer, instructions={"query": "Find an answer.", "STS": "Compare."})
+    mteb.evaluate(model, tasks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ScoringFunction
+from torch import Tensor
+
+from autoregembed import data
+from autoregembed.encoder import Encoder
+from autoregembed.evaluate import embed
+
+__all__ = ["MTEBEncoder"]
+
+
+class MTEBEncoder(AbsEncoder):
+    """An `Encoder` as mteb's `EncoderProtocol`.
+
+    Args:
+        encoder, tokenizer: as in `autoregembed.evaluate.embed`.
+        instructions: by mteb's prompt names: a task ("STSBenchmark"), a type of task ("Retrieval"), a side ("query",
+            "document"), or task and side ("NFCorpus-query"), the most specific one first. Texts without any get the
+            encoder's own.
+        name: "organisation/model", under which mteb files the results.
+        revision: likewise.
+        max_length, token_budget: as in `embed`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        tokenizer,
+        *,
+        instructions: Mapping[str, str] | None = None,
+        name: str = "autoregembed/encoder",
+        revision: str | None = None,
+        max_length: int | None = None,
+        token_budget: int = 4096,
+    ):
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.model_prompts = dict(instructions or {})
+        self.max_length = max_length
+        self.token_budget = token_budget
+        self.mteb_model_meta = ModelMeta.create_empty(
+            {"name": name, "revision": revision, "similarity_fn_name": ScoringFunction.COSINE}
+        )
+
+    def encode(
+        self, inputs, *, task_metadata, hf_split: str, hf_subset: str, prompt_type=None, **kwargs: Any
+    ) -> Tensor:
+        """(n, D) float32, rows of norm 1, of the texts that `inputs` yields in batches."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        name = self.get_prompt_name(task_metadata, prompt_type)
+        before = self.encoder.suffix_ids
+        if name is not None:
+            k, bos = self.encoder.num_compress_tokens, self.encoder.bos_token_id
+            self.encoder.suffix_ids = data.Prompt(self.tokenizer, k, bos, self.model_prompts[name]).suffix()
+        try:
+            return embed(
+                self.encoder, self.tokenizer, texts, max_length=self.max_length, token_budget=self.token_budget
+            )
+        finally:
+            self.encoder.suffix_ids = before

@@ -1,0 +1,448 @@
+"""Losses for `SentenceTransformerTrainer`, on models that `autoregembed.export` wrote.
+
+    model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start", instruction="Represent the text.")
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"), z_scale="match")
+    loss = AutoRegEmbedLoss(model, decoder)
+    dataset = loss.with_reference(dataset)  # columns anchor, positive, negative
+    SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=loss).train()
+
+z are the model's token embeddings at the compress tokens, out of the one forward pass that also makes the sentence
+embedding; targets are the token ids of a column without what the tokenizer writes around a text. A prompt that the
+training arguments put before a column is a part of its texts and of its targets.
+
+With LoRA, wrap the LM inside the first module by `peft.get_peft_model`, with `trainable_token_indices` (see
+`compress_token_ids`), and put `merge_and_unload()` of it back before saving: Transformers before 5.24 loads an adapter
+without its trained tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import all_gather_with_grad
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from autoregembed import checkpoint, data
+from autoregembed.decoder import Decoder
+from autoregembed.encoder import Encoder
+from autoregembed.export import export, stock_modules
+from autoregembed.losses import alignment_loss, compression_loss, info_nce
+from autoregembed.ops import NEGATIVES, REFERENCES
+from autoregembed.train import alignment_scores
+
+try:
+    from sentence_transformers.base.losses.merged_forward import embed_columns
+except ModuleNotFoundError:  # before version 6
+
+    def embed_columns(model, features_list):
+        return [model(features)["sentence_embedding"] for features in features_list]
+
+
+__all__ = [
+    "AutoRegEmbedLoss",
+    "FusedInfoNCELoss",
+    "InformationCompressionLoss",
+    "compress_token_ids",
+    "from_causal_lm",
+]
+
+CITATION = """
+@inproceedings{deng2025following,
+  title     = {Following the Autoregressive Nature of LLM Embeddings via Compression and Alignment},
+  author    = {Deng, Jingcheng and others},
+  booktitle = {EMNLP},
+  year      = {2025},
+  note      = {arXiv:2502.11401}
+}
+"""
+
+
+def from_causal_lm(
+    source: str,
+    folder: str | Path,
+    *,
+    instruction: str = "Represent the text.",
+    num_compress_tokens: int = 5,
+    max_length: int | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> SentenceTransformer:
+    """A model to start training from: a causal LM with compress tokens, written to `folder` and loaded from there.
+
+    Args:
+        source: a folder or hub id of a causal LM; the model of a run of `autoregembed train` keeps its own tokens.
+        folder, max_length, overwrite: as in `autoregembed.export.export`.
+        instruction: between text and compress tokens.
+        num_compress_tokens: K, for a model without compress tokens.
+        options: `gguf_file` and `trust_remote_code`, as in `checkpoint.load_causal_lm`.
+
+    Raises:
+        CheckpointError, and the errors of `Encoder` and `export`.
+    """
+    model, tokenizer, recipe = checkpoint.load_causal_lm(source, **options)
+    ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, num_compress_tokens)
+    bos = tokenizer.bos_token_id
+    suffix = data.Prompt(tokenizer, len(ids), bos, instruction).suffix()
+    encoder = Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=bos)
+    return SentenceTransformer(str(export(encoder, tokenizer, folder, max_length=max_length, overwrite=overwrite)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _pooling(model: nn.Module) -> Any:
+    """The WordWeights that `export` made (it names the vocabulary's rows <0>, <1> …), or None."""
+    word_weights = stock_modules().WordWeights
+    return next((m for m in model.modules() if isinstance(m, word_weights) and m.vocab[:1] == ["<0>"]), None)
+
+
+@dataclass(frozen=True)
+class _Template:
+    """What the tokenizer of an exported model writes around a text."""
+
+    head: int  # tokens before it
+    tail: list[int]  # ids behind it, the compress tokens last
+    num_compress_tokens: int
+
+    @classmethod
+    def of(cls, model: SentenceTransformer) -> _Template:
+        pooling = _pooling(model)
+        if pooling is None:
+            raise ValueError(
+                "model: found no compress tokens, allowed are models that autoregembed.export or from_causal_lm made"
+            )
+        weight = pooling.emb_layer.weight.detach().flatten()
+        compress = [i for i, word in enumerate(pooling.vocab) if word in pooling.word_weights]
+        if weight.count_nonzero() != len(compress) or not bool((weight[compress] == 1).all()):
+            raise ValueError(
+                "model: found WordWeights other than 1 at the compress tokens and 0 elsewhere (another loss has "
+                "trained them), allowed is the model as it was exported"
+            )
+        found = model.tokenizer("a", return_special_tokens_mask=True)
+        text = [i for i, special in enumerate(found["special_tokens_mask"]) if not special]
+        tail = found["input_ids"][text[-1] + 1 :]
+        if not compress or sorted(tail[-len(compress) :]) != compress:
+            raise ValueError(
+                f"model: found a tokenizer that ends a text with ids {tail}, allowed is one that ends it with the "
+                f"compress tokens {compress}"
+            )
+        return cls(text[0], tail, len(compress))
+
+
+def compress_token_ids(model: SentenceTransformer) -> list[int]:
+    """The ids of the K compress tokens of an exported model, for PEFT's `trainable_token_indices`.
+
+    Raises:
+        ValueError: a model without compress tokens.
+    """
+    template = _Template.of(model)
+    return template.tail[-template.num_compress_tokens :]
+
+
+def _freeze_pooling(model: nn.Module) -> None:
+    # WordWeights is an nn.Embedding: an optimiser would move the pooling away from the mean over compress tokens.
+    pooling = _pooling(model)
+    if pooling is not None:
+        pooling.requires_grad_(False)
+
+
+class _DecoderLoss(nn.Module):
+    """What both stages share: z and targets out of sentence features, and a decoder that stays as it is."""
+
+    def __init__(self, model: SentenceTransformer, decoder: Decoder, max_target_length: int | None):
+        super().__init__()
+        if not isinstance(decoder, Decoder):
+            raise TypeError(f"decoder: found {type(decoder).__name__}, allowed is autoregembed.Decoder")
+        self.model = model
+        self._template = _Template.of(model)
+        _freeze_pooling(model)
+        # In a tuple and so no submodule: nobody saves it, puts it into an optimiser or into training mode.
+        self._decoder = (decoder,)
+        self.max_target_length = decoder.fit_max_target_length(self._template.num_compress_tokens, max_target_length)
+        self._checked = False
+
+    @property
+    def decoder(self) -> Decoder:
+        return self._decoder[0]
+
+    def _apply(self, fn, *args, **kwargs):
+        self.decoder._apply(fn, *args, **kwargs)  # `to(device)` and the like
+        return super()._apply(fn, *args, **kwargs)
+
+    def _read(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """z (B, K, D) and the sentence embedding (B, D) of a column."""
+        if self.training and torch.is_grad_enabled() and not self._checked:
+            self._check_compress_tokens()
+        out = self.model(features)
+        hidden, mask = out["token_embeddings"], out["attention_mask"]
+        steps = torch.arange(mask.shape[1], device=mask.device)
+        last = (mask.bool() * steps).argmax(1, keepdim=True)  # of either padding side
+        places = last + 1 - self._template.num_compress_tokens + steps[: self._template.num_compress_tokens]
+        return hidden.take_along_dim(places[..., None], 1), out["sentence_embedding"]
+
+    def _targets(self, features: dict[str, Tensor]) -> list[list[int]]:
+        """The ids of a column's texts, as the decoder scores them."""
+        head, tail = self._template.head, self._template.tail
+        targets = []
+        for row, (ids, mask) in enumerate(
+            zip(features["input_ids"].tolist(), features["attention_mask"].tolist(), strict=True)
+        ):
+            text = [token for token, real in zip(ids, mask, strict=True) if real]
+            if text[-len(tail) :] != tail:
+                raise ValueError(
+                    f"sentence_features: found a text that ends with ids {text[-len(tail) :]} in row {row}, allowed "
+                    f"are texts that the model's own tokenizer has ended with {tail}"
+                )
+            targets.append(text[head : -len(tail)][: self.max_target_length])
+        return targets
+
+    def _check_compress_tokens(self) -> None:
+        self._checked = True
+        lm = next(m for m in self.model.modules() if isinstance(m, PreTrainedModel))
+        trained = any(p.requires_grad for p in lm.get_input_embeddings().parameters())
+        if not trained and any(p.requires_grad for p in self.model.parameters()):
+            warnings.warn(
+                "The compress tokens are not trained. With a LoRA adapter, give its LoraConfig "
+                "trainable_token_indices={name of the embedding module: compress_token_ids(model)}.",
+                stacklevel=3,
+            )
+
+    def _decoder_config(self) -> dict[str, Any]:
+        return {
+            "decoder": self.decoder.model.config.name_or_path or type(self.decoder.model).__name__,
+            "z_scale": self.decoder.z_scale,
+            "decoder_bos": bool(self.decoder.prefix),
+            "max_target_length": self.max_target_length,
+        }
+
+    @property
+    def citation(self) -> str:
+        return CITATION
+
+
+class InformationCompressionLoss(_DecoderLoss):
+    """Stage 1 of AutoRegEmbed: −log p(output | z(context)) per target token, for columns (context, output).
+
+    Args:
+        model: made by `autoregembed.export` or `from_causal_lm`.
+        decoder: the frozen causal LM that `model` was made of; it follows the loss' device.
+        max_target_length: tokens of a target that are scored, without eos; by default 512, or what the decoder has
+            positions for. The model's tokenizer truncates a target as it does any text.
+
+    Raises:
+        TypeError, ValueError: no `Decoder`, or a model without compress tokens.
+    """
+
+    def __init__(self, model: SentenceTransformer, decoder: Decoder, max_target_length: int | None = None):
+        super().__init__(model, decoder, max_target_length)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        columns = list(sentence_features)
+        if len(columns) != 2:
+            raise ValueError(f"sentence_features: found {len(columns)} columns, allowed are 2: context, output")
+        targets = self._targets(columns[1])
+        z, _ = self._read(columns[0])
+        return compression_loss(self.decoder.logprob(z, targets), self.decoder.num_tokens(targets))
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return self._decoder_config()
+
+
+class AutoRegEmbedLoss(_DecoderLoss):
+    """Stage 2 of AutoRegEmbed: conditional distribution alignment, and InfoNCE on the same forward pass if wanted.
+
+    Columns: anchor, positive, one or more negatives. The reference scores (log-probabilities in nats of the positive
+    and of each negative given the anchor, under the model before this stage) are a `label` column of M + 1 floats;
+    `with_reference` computes it.
+
+    Args:
+        model, decoder, max_target_length: as in `InformationCompressionLoss`.
+        beta, temperature, reference, negatives: as in `autoregembed.alignment_loss`.
+        alignment_weight, contrastive_weight: factors of the two losses; with `contrastive_weight` > 0 `forward`
+            returns both by name.
+        contrastive_temperature: of InfoNCE; the inverse of sentence-transformers' `scale`.
+        hard_negatives: encode the negatives too, and give them to InfoNCE.
+        gather_across_devices: InfoNCE takes negatives from all processes.
+
+    Raises:
+        TypeError, ValueError: as in `InformationCompressionLoss`, and for an option that is not allowed.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        decoder: Decoder,
+        *,
+        beta: float = 0.1,
+        temperature: float = 0.1,
+        reference: str = "add",
+        negatives: str = "independent",
+        alignment_weight: float = 1.0,
+        contrastive_weight: float = 0.0,
+        contrastive_temperature: float = 0.05,
+        hard_negatives: bool = False,
+        gather_across_devices: bool = False,
+        max_target_length: int | None = None,
+    ):
+        super().__init__(model, decoder, max_target_length)
+        for name, value, allowed in (("reference", reference, REFERENCES), ("negatives", negatives, NEGATIVES)):
+            if value not in allowed:
+                raise ValueError(f"{name}: found {value!r}, allowed are {allowed}")
+        self.beta = beta
+        self.temperature = temperature
+        self.reference = reference
+        self.negatives = negatives
+        self.alignment_weight = alignment_weight
+        self.contrastive_weight = contrastive_weight
+        self.contrastive_temperature = contrastive_temperature
+        self.hard_negatives = hard_negatives
+        self.gather_across_devices = gather_across_devices
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        columns = list(sentence_features)
+        if len(columns) < 3:
+            raise ValueError(
+                f"sentence_features: found {len(columns)} columns, allowed are anchor, positive and at least one "
+                "negative"
+            )
+        r_a, r_c = self._reference(labels, len(columns) - 1, columns[0]["input_ids"])
+        rows = self._rows(columns)
+        both = [self._read(column) for column in columns[:2]]
+        a, b, c, _ = alignment_scores(self.decoder, torch.cat([z for z, _ in both]), rows)
+        alignment = alignment_loss(
+            a, b, c, r_a, r_c, beta=self.beta, temperature=self.temperature, reference=self.reference,
+            negatives=self.negatives,
+        ).loss  # fmt: skip
+        if not self.contrastive_weight:
+            return self.alignment_weight * alignment
+        candidates = [both[1][1]]
+        if self.hard_negatives:
+            candidates += [self.model(column)["sentence_embedding"] for column in columns[2:]]
+        contrastive = _contrastive(both[0][1], candidates, self.contrastive_temperature, self.gather_across_devices)
+        return {
+            "alignment": self.alignment_weight * alignment,
+            "contrastive": self.contrastive_weight * contrastive,
+        }
+
+    def _rows(self, columns: list[dict[str, Tensor]]) -> list[dict]:
+        targets = [self._targets(column) for column in columns[1:]]
+        return [{"target_ids": list(row)} for row in zip(*targets, strict=True)]
+
+    def _reference(self, labels: Tensor | None, width: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if self.reference == "none":
+            return None, None
+        wanted = (len(like), width)
+        if labels is None or tuple(labels.shape) != wanted:
+            found = None if labels is None else tuple(labels.shape)
+            raise ValueError(
+                f"labels: found {found}, allowed with reference={self.reference!r} are the reference scores {wanted}: "
+                "of the positive, then of each negative; `with_reference` adds them to a dataset as column 'label'"
+            )
+        scores = labels.to(like.device, torch.float32)
+        return scores[:, 0], scores[:, 1:]
+
+    @torch.no_grad()
+    def with_reference(self, dataset, batch_size: int = 32):
+        """`dataset` with the reference scores under the model as it is now in a column `label`.
+
+        Args:
+            dataset: a `datasets.Dataset` with columns anchor, positive and negatives, in this order.
+            batch_size: rows that are scored together.
+
+        Raises:
+            ValueError: fewer than three columns.
+        """
+        names = [n for n in dataset.column_names if n not in ("label", "dataset_name")]
+        if len(names) < 3:
+            raise ValueError(f"dataset: found columns {names}, allowed are anchor, positive and at least one negative")
+        preprocess = getattr(self.model, "preprocess", None) or self.model.tokenize  # the name since version 5.4
+        device = next(self.model.parameters()).device
+        training = self.model.training
+        self.model.eval()
+        scores: list[list[float]] = []
+        try:
+            for batch in dataset.iter(batch_size=batch_size):
+                columns = [
+                    {k: v.to(device) if isinstance(v, Tensor) else v for k, v in preprocess(batch[name]).items()}
+                    for name in names
+                ]
+                targets = [t for row in self._rows(columns) for t in row["target_ids"]]
+                z, _ = self._read(columns[0])
+                source = torch.arange(len(z)).repeat_interleave(len(names) - 1)
+                scores += self.decoder.logprob(z, targets, source).view(len(z), -1).tolist()
+        finally:
+            self.model.train(training)
+        return dataset.add_column("label", scores)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        names = ("beta", "temperature", "reference", "negatives", "alignment_weight", "contrastive_weight",
+                 "contrastive_temperature", "hard_negatives", "gather_across_devices")  # fmt: skip
+        return {**{name: getattr(self, name) for name in names}, **self._decoder_config()}
+
+
+def _contrastive(query: Tensor, candidates: list[Tensor], temperature: float, gather: bool) -> Tensor:
+    """InfoNCE of this process' queries; `candidates` holds positives, then hard negatives, column by column."""
+    offset = 0
+    if gather:
+        candidates = [all_gather_with_grad(column) for column in candidates]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            offset = torch.distributed.get_rank() * len(query)
+    target = torch.arange(offset, offset + len(query), device=query.device)
+    return info_nce(query, torch.cat(candidates), target, temperature=temperature)
+
+
+class FusedInfoNCELoss(nn.Module):
+    """`MultipleNegativesRankingLoss` over cosine similarities, without the (B, P) matrix of scores in memory.
+
+    Same columns (anchor, positive, any number of negatives), same value, same gradient. For any model; in one of
+    `autoregembed.export` it keeps the pooling weights as they are.
+
+    Args:
+        model: any SentenceTransformer.
+        scale: factor on the cosine similarities, 1 / temperature.
+        gather_across_devices: negatives from all processes, with gradients.
+    """
+
+    def __init__(self, model: SentenceTransformer, scale: float = 20.0, gather_across_devices: bool = False):
+        super().__init__()
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale: found {scale}, allowed is a positive finite number")
+        self.model = model
+        self.scale = scale
+        self.gather_across_devices = gather_across_devices
+        _freeze_pooling(model)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
+        return self.compute_loss_from_embeddings(embed_columns(self.model, sentence_features), labels)
+
+    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+        if len(embeddings) < 2:
+            raise ValueError(f"sentence_features: found {len(embeddings)} columns, allowed are at least 2")
+        return _contrastive(embeddings[0], embeddings[1:], 1 / self.scale, self.gather_across_devices)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {"scale": self.scale, "gather_across_devices": self.gather_across_devices}
+
+    @property
+    def temperature(self) -> float:
+        return 1 / self.scale
+
+    @property
+    def citation(self) -> str:
+        return """
+@misc{oord2018representation,
+  title  = {Representation Learning with Contrastive Predictive Coding},
+  author = {van den Oord, Aaron and Li, Yazhe and Vinyals, Oriol},
+  year   = {2018},
+  note   = {arXiv:1807.03748}
+}
+"""

@@ -1,0 +1,347 @@
+"""The losses under sentence-transformers' own trainer, against its own losses and our own loop."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import sentence
+from datasets import Dataset
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from transformers import PreTrainedModel
+
+from autoregembed import Decoder, Encoder, checkpoint, data
+from autoregembed.export import export, stock_modules
+from autoregembed.integrations.sentence_transformers import (
+    AutoRegEmbedLoss,
+    FusedInfoNCELoss,
+    InformationCompressionLoss,
+    compress_token_ids,
+    from_causal_lm,
+)
+from autoregembed.testing import tiny_model, tiny_tokenizer
+from autoregembed.train import Config, Objective, reference_scores
+
+TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
+PAIRS = Dataset.from_dict(
+    {"context": [sentence(i, 4 + i % 7) for i in range(8)], "output": [sentence(50 + i, 3 + i % 5) for i in range(8)]}
+)
+TRIPLETS = Dataset.from_dict(
+    {
+        "anchor": [sentence(i, 4 + i % 3) for i in range(8)],
+        "positive": [sentence(100 + i, 3 + i % 5) for i in range(8)],
+        "negative_1": [sentence(200 + i, 5) for i in range(8)],
+        "negative_2": [sentence(300 + i, 2 + i % 4) for i in range(8)],
+    }
+)
+
+
+def lm() -> torch.nn.Module:
+    return tiny_model(vocab_size=len(TOKENIZER))
+
+
+def encoder_of() -> Encoder:
+    model = lm()
+    ids = checkpoint.add_compress_tokens(model, TOKENIZER, 3)
+    suffix = TOKENIZER("\nAgain:\n", add_special_tokens=False)["input_ids"]
+    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=1)
+
+
+def decoder_of(**options) -> Decoder:
+    return Decoder(lm(), z_scale="match", **options)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> str:
+    return str(export(encoder_of(), TOKENIZER, tmp_path_factory.mktemp("exported") / "model"))
+
+
+@pytest.fixture
+def model(folder) -> SentenceTransformer:
+    return SentenceTransformer(folder, device="cpu")
+
+
+def transformer(model) -> PreTrainedModel:
+    return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+
+
+def features(model, dataset) -> list[dict]:
+    preprocess = getattr(model, "preprocess", None) or model.tokenize
+    return [preprocess(list(dataset[n])) for n in dataset.column_names if n != "label"]
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(found: dict, expected: dict, atol: float = 1e-5):
+    assert found.keys() == expected.keys()
+    assert all(g.abs().max() > 100 * atol for g in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def own_loop(dataset, decoder, **options) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one step of `autoregembed.train` on the same rows and weights."""
+    config = Config(model="", train_data="", output_dir="", **options)
+    encoder = encoder_of()
+    prompt = data.Prompt(TOKENIZER, 3, 1, "Again:", 256)
+    if config.stage == 1:
+        rows = data.compression_rows(dataset, prompt)
+    else:
+        texts = [
+            {"query": r["anchor"], "pos": r["positive"], "neg": [r["negative_1"], r["negative_2"]]} for r in dataset
+        ]
+        rows = data.alignment_rows(Dataset.from_list(texts), prompt)
+    reference = reference_scores(encoder, decoder, rows) if config.needs_reference else None
+    batch = [{**row, "row": i} for i, row in enumerate(rows)]
+    log = Objective(config, encoder, decoder, Accelerator(cpu=True), reference)(batch)
+    return log["loss"], gradients(encoder.model.model)
+
+
+def test_stage_1_has_the_gradient_of_our_own_loop(model):
+    expected, gradient = own_loop(PAIRS, decoder_of(bos_token_id=1), stage=1)
+    loss = InformationCompressionLoss(model, decoder_of(bos_token_id=1))
+    found = loss(features(model, PAIRS), None)
+    found.backward()
+    assert found.item() == pytest.approx(expected, abs=1e-5)
+    assert_same_gradients(gradients(transformer(model)), gradient)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reference": "subtract", "negatives": "joint", "beta": 0.05, "temperature": 0.2},
+        {"contrastive_weight": 0.5, "alignment_weight": 2.0, "contrastive_temperature": 0.1, "hard_negatives": True},
+        {"contrastive_weight": 1.0, "reference": "none"},
+    ],
+)
+def test_stage_2_has_the_gradient_of_our_own_loop(model, options):
+    expected, gradient = own_loop(TRIPLETS, decoder_of(), stage=2, **options)
+    loss = AutoRegEmbedLoss(model, decoder_of(), **options)
+    rows = TRIPLETS if options.get("reference") == "none" else loss.with_reference(TRIPLETS, batch_size=3)
+    labels = torch.tensor(rows["label"]) if "label" in rows.column_names else None
+    found = loss(features(model, TRIPLETS), labels)
+    if options.get("contrastive_weight"):
+        assert found.keys() == {"alignment", "contrastive"}
+        found = sum(found.values())
+    found.backward()
+    assert found.item() == pytest.approx(expected, abs=1e-5)
+    assert_same_gradients(gradients(transformer(model)), gradient)
+
+
+def test_left_padding_gives_the_same_loss(model):
+    loss = AutoRegEmbedLoss(model, decoder_of(), reference="none", contrastive_weight=1.0)
+    right = loss(features(model, TRIPLETS), None)
+    model.tokenizer.padding_side = "left"
+    left = loss(features(model, TRIPLETS), None)
+    torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "scale"), [(TRIPLETS.select_columns(["anchor", "positive"]), 20.0), (TRIPLETS, 7.0)]
+)
+def test_fused_info_nce_is_multiple_negatives_ranking(model, dataset, scale):
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    found = {}
+    for cls in (MultipleNegativesRankingLoss, FusedInfoNCELoss):
+        loss = cls(model, scale=scale)
+        value = loss(features(model, dataset), None)
+        value.backward()
+        found[cls] = value.item(), gradients(transformer(model))
+    stock, fused = found.values()
+    assert fused[0] == pytest.approx(stock[0], abs=1e-5)
+    assert_same_gradients(fused[1], stock[1])
+
+
+def train(model, loss, dataset, out, **options) -> SentenceTransformerTrainer:
+    evaluator = options.pop("evaluator", None)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(out),
+        **{
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "num_train_epochs": 3,
+            "logging_steps": 1,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **options,
+        },
+    )
+    trainer = SentenceTransformerTrainer(
+        model, arguments, train_dataset=dataset, loss=loss, evaluator=evaluator,
+        eval_dataset=dataset if "eval_strategy" in options else None,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def values(model) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_the_trainer_trains_saves_and_resumes_an_exported_model(folder, tmp_path):
+    from sentence_transformers.evaluation import EmbeddingSimilarityEvaluator
+
+    evaluator = EmbeddingSimilarityEvaluator(TRIPLETS["anchor"], TRIPLETS["positive"], list(range(8)), name="sts")
+    ends = []
+    for resume in (None, str(tmp_path / "0" / "checkpoint-3")):
+        model = SentenceTransformer(folder, device="cpu")
+        loss = AutoRegEmbedLoss(model, decoder_of(), contrastive_weight=1.0)
+        rows = loss.with_reference(TRIPLETS)
+        frozen, before = values(loss.decoder), values(model)
+        arguments = SentenceTransformerTrainingArguments(
+            str(tmp_path / str(len(ends))), per_device_train_batch_size=4, learning_rate=1e-3, num_train_epochs=3,
+            logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=3,
+            save_steps=3, gradient_checkpointing=True,
+        )  # fmt: skip
+        trainer = SentenceTransformerTrainer(
+            model, arguments, train_dataset=rows, eval_dataset=rows, loss=loss, evaluator=evaluator
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        log = trainer.state.log_history
+        assert [x["eval_sts_spearman_cosine"] for x in log if "eval_sts_spearman_cosine" in x]
+        assert all("alignment" in x and "contrastive" in x for x in log if "loss" in x)
+        evaluated = [x["eval_loss"] for x in log if "eval_loss" in x]
+        assert evaluated[-1] < evaluated[0]
+        held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        assert not any(id(p) in held for p in loss.decoder.parameters())
+        assert all(torch.equal(p, frozen[n]) for n, p in loss.decoder.named_parameters())
+        after = values(model)
+        still = {n for n in before if torch.equal(before[n], after[n])}
+        assert still == {n for n in before if "emb_layer" in n}
+        ends.append(after)
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])  # resumed in the middle: the same end
+    saved = load_file(tmp_path / "0" / "checkpoint-6" / "model.safetensors")
+    assert sum(w.numel() for w in saved.values()) == sum(p.numel() for p in transformer(model).parameters())
+    model.save(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    texts = list(TRIPLETS["anchor"])
+    torch.testing.assert_close(again.encode(texts), model.encode(texts), rtol=0, atol=1e-6)
+    assert compress_token_ids(again) == compress_token_ids(model)
+    InformationCompressionLoss(again, decoder_of())
+
+
+def adapt(model, **options) -> str:
+    """Wraps the LM as PEFT does; the name that it has in its module (version 5.4 changed it)."""
+    from peft import LoraConfig, get_peft_model
+
+    name = next(n for n, m in model[0].named_children() if isinstance(m, PreTrainedModel))
+    setattr(model[0], name, get_peft_model(transformer(model), LoraConfig(r=2, **options)))
+    return name
+
+
+def test_adapters_train_with_the_compress_tokens_and_are_merged(model, tmp_path):
+    untrained = model.encode(list(PAIRS["context"]), convert_to_tensor=True)
+    indices = {"embed_tokens": compress_token_ids(model)}
+    name = adapt(model, target_modules=["q_proj", "v_proj"], trainable_token_indices=indices)
+    before = values(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The compress tokens")
+        train(model, InformationCompressionLoss(model, decoder_of()), PAIRS, tmp_path / "run", learning_rate=1e-2)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(before[n], p)}
+    assert any("trainable_tokens" in n for n in changed)
+    assert any("lora_B" in n for n in changed)
+    assert all("trainable_tokens" in n or "lora_" in n for n in changed)
+    expected = model.encode(list(PAIRS["context"]), convert_to_tensor=True)
+    setattr(model[0], name, getattr(model[0], name).merge_and_unload())
+    model.save(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    found = again.encode(list(PAIRS["context"]), convert_to_tensor=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (expected - untrained).abs().max() > 1e-3
+
+
+def test_adapters_without_the_compress_tokens_are_told(model):
+    adapt(model, target_modules=["q_proj"])
+    loss = InformationCompressionLoss(model, decoder_of())
+    with pytest.warns(UserWarning, match=r"compress tokens are not trained.*trainable_token_indices"):
+        loss(features(model, PAIRS), None).backward()
+
+
+def test_the_decoder_follows_the_loss_and_belongs_to_nobody(model):
+    loss = AutoRegEmbedLoss(model, decoder_of())
+    assert not any("decoder" in name for name in [*loss.state_dict(), *dict(loss.named_modules())])
+    loss.train().requires_grad_(True)
+    assert not loss.decoder.model.training
+    assert not any(p.requires_grad for p in loss.decoder.parameters())
+    moved = copy.deepcopy(loss).to("meta")
+    assert {p.device.type for p in moved.decoder.parameters()} == {"meta"} == {moved.decoder.input_rms.device.type}
+    assert {p.device.type for p in loss.decoder.parameters()} == {"cpu"}
+
+
+def test_a_model_to_start_from_is_one_call(model_folder, tmp_path):
+    model = from_causal_lm(model_folder, tmp_path / "start", instruction="Again:", num_compress_tokens=4)
+    assert len(compress_token_ids(model)) == 4
+    loss = InformationCompressionLoss(model, decoder_of())
+    assert loss(features(model, PAIRS), None).item() > 0
+
+
+def test_what_a_model_card_says(model):
+    loss = AutoRegEmbedLoss(model, decoder_of(bos_token_id=1), beta=0.2)
+    config = loss.get_config_dict()
+    assert (config["beta"], config["z_scale"], config["decoder_bos"]) == (0.2, "match", True)
+    assert "2502.11401" in loss.citation
+    assert "1807.03748" in FusedInfoNCELoss(model).citation
+    assert FusedInfoNCELoss(model, 10.0).get_config_dict() == {"scale": 10.0, "gather_across_devices": False}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: AutoRegEmbedLoss(m, lm()), TypeError, "decoder: found LlamaForCausalLM"),
+        (lambda m: AutoRegEmbedLoss(m, decoder_of(), reference="sub"), ValueError, "reference: found 'sub'"),
+        (lambda m: FusedInfoNCELoss(m, 0.0), ValueError, "scale: found 0.0"),
+        (
+            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), None),
+            ValueError,
+            r"labels: found None, allowed with reference='add' are the reference scores \(8, 3\)",
+        ),
+        (
+            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), torch.zeros(8, 2)),
+            ValueError,
+            r"labels: found \(8, 2\)",
+        ),
+        (
+            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, PAIRS), None),
+            ValueError,
+            "sentence_features: found 2 columns, allowed are anchor, positive and at least one negative",
+        ),
+        (
+            lambda m: InformationCompressionLoss(m, decoder_of())(features(m, TRIPLETS), None),
+            ValueError,
+            "sentence_features: found 4 columns, allowed are 2",
+        ),
+        (
+            lambda m: FusedInfoNCELoss(m)(features(m, TRIPLETS)[:1], None),
+            ValueError,
+            "sentence_features: found 1 columns",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(model, call, error, message):
+    with pytest.raises(error, match=message):
+        call(model)
+
+
+def test_models_that_were_not_exported_are_refused(model):
+    stock = stock_modules()
+    plain = SentenceTransformer(modules=[model[0], stock.Pooling(32, "mean")], device="cpu")
+    with pytest.raises(ValueError, match=r"^model: found no compress tokens"):
+        InformationCompressionLoss(plain, decoder_of())
+    FusedInfoNCELoss(plain)
+    foreign = features(model, PAIRS)
+    foreign[1]["input_ids"] = foreign[1]["input_ids"].roll(1, 1)
+    with pytest.raises(ValueError, match=r"^sentence_features: found a text that ends with ids"):
+        InformationCompressionLoss(model, decoder_of())(foreign, None)
+    with torch.no_grad():
+        model[1].emb_layer.weight[3] = 0.1
+    with pytest.raises(ValueError, match=r"^model: found WordWeights other than 1"):
+        InformationCompressionLoss(model, decoder_of())
