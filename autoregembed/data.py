@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import xxhash
 from datasets import Dataset, IterableDataset, load_dataset
@@ -221,9 +223,14 @@ def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
 def content_fingerprint(rows: Dataset) -> str:
     """Hash of every id in the tokenised rows, in order: the identity of the data that reference scores belong to."""
     digest = xxhash.xxh3_128()
-    for batch in rows.with_format(None).iter(batch_size=1000):
-        for column in sorted(batch):
-            digest.update(f"{column}{batch[column]}".encode())
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        for column in sorted(batch.column_names):
+            values = batch[column].combine_chunks()
+            digest.update(column.encode())
+            while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                digest.update(pc.list_value_length(values).to_numpy(zero_copy_only=False))
+                values = values.flatten()
+            digest.update(values.to_numpy(zero_copy_only=False))
     return digest.hexdigest()[:16]
 
 
