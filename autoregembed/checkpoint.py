@@ -72,7 +72,13 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling that replaces `path` when the block ends well, and is removed when it does not."""
+    """Yields a temporary sibling that replaces `path` when the block ends well, and is removed when it does not.
+
+    Raises:
+        OSError: a write failed, or `path` is a folder or a device; what was there before is there still.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"output: found {str(path)!r}, which is no plain file, allowed is a new or plain file")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with _typed_write_errors(path):
@@ -143,6 +149,22 @@ def read_json(path: Path, name: str) -> dict:
 # Models
 
 
+@contextlib.contextmanager
+def loading(source: str) -> Iterator[None]:
+    """What Transformers, tokenizers and safetensors raise over a folder that is damaged or hostile, as CheckpointError.
+
+    They raise whatever they stumble over (KeyError, AttributeError, a bare Exception), hence all but a lack of memory.
+    """
+    try:
+        yield
+    except (MemoryError, CheckpointError):
+        raise
+    except Exception as error:
+        short = source if len(source) < 1000 else source[:1000] + "…"
+        reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"model: found {short!r}, which cannot be loaded: {reason[:2000]}") from error
+
+
 def load_causal_lm(
     source: str,
     *,
@@ -156,11 +178,12 @@ def load_causal_lm(
         CheckpointError: the source cannot be loaded, or lacks weights that Transformers would then draw at random.
     """
     options = {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})}
-    try:
+    weights: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}  # never a pickle
+    with loading(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"model: found {source!r}, which cannot be loaded: {error}") from error
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **options, **weights
+        )
     recipe = _read_recipe(Path(source) / RECIPE) if (Path(source) / RECIPE).is_file() else {}
     missing = sorted(info["missing_keys"])
     if missing and not gguf_file:
@@ -198,8 +221,9 @@ def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     embedding of a blank, a tenth of the matrix' spread apart: what the model has read often leaves its activations
     calm, a random vector does not.
     """
-    if k < 1:
-        raise ValueError(f"num_compress_tokens: found {k}, allowed is at least 1")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
+    if not 1 <= k < limit:
+        raise ValueError(f"num_compress_tokens: found {k}, allowed are 1..{limit - 1}")
     used = max(tokenizer.get_vocab().values()) + 1
     ids = list(range(used, used + k))
     if ids[-1] >= model.get_input_embeddings().weight.shape[0]:
@@ -295,6 +319,9 @@ def save_state(
         step: the last one done.
         extra: JSON that `load_state` returns.
         rng: `rng_state()` of every process, by rank; by default of this one.
+
+    Raises:
+        OSError: a write failed. CheckpointError: what is read back is not what was written.
     """
     trainable = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
     state = optimizer.state_dict()
@@ -314,6 +341,8 @@ def save_state(
         write_json(temporary / "state.json", {"step": step, "scalars": scalars, "param_groups": groups, **extra})
         files = {name: [(temporary / name).stat().st_size, _hash(temporary / name)] for name in _STATE_FILES}
         (temporary / "manifest.json").write_text(_manifest(files), encoding="utf-8")
+    if reason := verify(folder):
+        raise CheckpointError(f"output_dir: found {str(folder)!r} damaged right after it was written: {reason}")
     return folder
 
 
@@ -376,14 +405,7 @@ def newest_state(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def retain(newest: Path, keep: int) -> None:
-    """Removes all states beside `newest` but the `keep` - 1 before it, once `newest` verifies as read back.
-
-    Raises:
-        CheckpointError: it does not; nothing is removed.
-    """
-    reason = verify(newest)
-    if reason is not None:
-        raise CheckpointError(f"output_dir: found {str(newest)!r} damaged right after it was written: {reason}")
+    """Removes all states beside `newest`, which has been verified, but the `keep` - 1 before it."""
     known = _states(newest.parent)
     place = known.index(newest)
     for state in (*known[:place], *known[place + keep :]):  # those that claim to be newer did not verify

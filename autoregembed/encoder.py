@@ -189,9 +189,9 @@ class Encoder(nn.Module):
             IndexError: an id outside the embedding matrix.
         """
         embedding = self.model.get_input_embeddings()
+        check_ids("ids", ids, embedding.weight.shape[0])
         if len(ids) == 0:
             raise ValueError("ids: found no text, allowed is at least one")
-        check_ids("ids", ids, embedding.weight.shape[0])
         if suffix_ids is not None:  # each may be empty
             check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], embedding.weight.shape[0])
         packed = pack(self.sequences(ids, suffix_ids), embedding.weight.device)

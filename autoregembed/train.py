@@ -20,7 +20,8 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +43,20 @@ from autoregembed.losses import alignment_loss, info_nce
 
 class ConfigError(ValueError):
     """A field of the configuration, or a combination of fields, that cannot be meant."""
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int is a float too, a bool is neither."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(type(value) is type(p) and value == p for p in parts)
+    if origin in (Union, UnionType):
+        return any(_is(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_is(v, parts[0]) for v in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 @dataclass
@@ -173,6 +188,15 @@ class Config:
     num_proc: int | None = None
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            value = getattr(self, name)
+            if not _is(value, hint):
+                allowed = Config.__dataclass_fields__[name].type
+                raise ConfigError(f"{name}: found {str(value)[:200]!r}, allowed is {allowed}")
+            if isinstance(value, str) and "\0" in value:
+                raise ConfigError(f"{name}: found a null byte in {value!r}, allowed are texts without")
+        if self.seed >= 2**31:
+            raise ConfigError(f"seed: found {self.seed}, allowed is less than {2**31}")
         at_least = {
             "batch_size": 1, "max_length": 1, "max_target_length": 1, "steps": 1, "token_budget": 1,
             "num_compress_tokens": 1, "keep_states": 1, "warmup_steps": 0, "eval_steps": 0, "save_steps": 0,
@@ -627,6 +651,8 @@ def _train(config: Config, console: Console) -> dict:
                 for _ in range(first):
                     scheduler.step()
             console.print(f"resume: {newest.name}")
+            if accelerator.is_main_process:  # as `save` would have, if it was killed before
+                checkpoint.retain(newest, config.keep_states)
             if first == steps and (out / "summary.json").is_file():
                 console.print(f"resume: all {steps} steps were done and exported")
                 return checkpoint.read_json(out / "summary.json", "output_dir")

@@ -148,7 +148,7 @@ def check_same(out: Path, wanted: dict[str, str]) -> None:
     assert not different, f"{different}: {[(wanted[n], found[n]) for n in different if n in ('log', 'summary')]}"
     left = [p.name for p in (*out.glob(".*"), *out.glob("checkpoints/.*"))]
     assert not left, f"left over: {left}"
-    assert len(list(out.glob("checkpoints/step-*"))) == 2
+    assert len(list(out.glob("checkpoints/step-*"))) == 2, list(out.glob("checkpoints/*"))
 
 
 def kills(folder: Path, trials: int, wanted: dict, seconds: dict, draw: random.Random) -> collections.Counter:
