@@ -256,7 +256,7 @@ def _tensor_hash(*tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in (item for some in tensors for item in some.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -366,7 +366,7 @@ def verify(folder: Path) -> str | None:
         if folder.is_symlink():
             return "it is a symbolic link"
         manifest = read_json(folder / "manifest.json", "manifest.json")
-        files = manifest.get("files")
+        files: Any = manifest.get("files")
         if (folder / "manifest.json").read_text(encoding="utf-8") != _manifest(files):
             return "manifest.json is damaged"
         # Exact names, so none can lead out of the folder.

@@ -166,6 +166,8 @@ def kills(folder: Path, trials: int, wanted: dict, seconds: dict, draw: random.R
         check_same(out, wanted[stage])
         shutil.rmtree(out)
         counts["trials"] += 1
+        if counts["trials"] % 100 == 0:
+            print(json.dumps(counts), flush=True)
     return counts
 
 

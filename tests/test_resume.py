@@ -256,19 +256,17 @@ def test_the_best_evaluation_is_kept(model_folder, compression_file, sts_file, t
 
 
 def poison(monkeypatch, steps, where: str):
-    """The loss, or the gradient alone, of these steps is not a number."""
+    """Either the loss or the gradient of these steps is not finite, and the other is."""
     inner = train_module.Objective.__call__
     calls = iter(range(1, 1000))
 
     def spoilt(self, rows):
         found = inner(self, rows)
         if next(calls) in steps:
-            if where == "loss":
+            if where == "gradient":
+                next(p for p in self.encoder.parameters() if p.grad is not None).grad.flatten()[-1] = torch.inf
+            else:
                 found["loss"] = float("nan")
-            for parameter in self.accelerator.unwrap_model(self.encoder).parameters():
-                if parameter.grad is not None:
-                    parameter.grad.flatten()[-1] = torch.inf
-                    break
         return found
 
     monkeypatch.setattr(train_module.Objective, "__call__", spoilt)
@@ -291,7 +289,7 @@ def test_a_step_that_is_not_finite_stops_before_it_updates(
     assert not (tmp_path / "out" / "model").exists()
     (row,) = [json.loads(line) for line in (tmp_path / "out" / "nonfinite.jsonl").read_text().splitlines()]
     assert (row["step"], row["action"], row["rows"]) == (3, "stop", data.drawn(24, 16, 8, config.seed))
-    assert row["loss"] == "nan" if where == "loss" else "inf" in row["grad_norm"]
+    assert row["loss" if where == "loss" else "grad_norm"] in ("nan", "inf")
     # Nothing of it reached the parameters: once the cause is gone, the run goes on as if it had never been.
     config.resume = "auto"
     train(config, quiet)
@@ -300,13 +298,16 @@ def test_a_step_that_is_not_finite_stops_before_it_updates(
     assert not (tmp_path / "out" / "nonfinite.jsonl").exists()
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "loss, with loss scaling"])
 def test_skipped_steps_change_nothing_but_the_place_in_schedule_and_data(
     where, model_folder, compression_file, tmp_path, quiet, monkeypatch
 ):
     options = {"on_nonfinite": "skip", "save_steps": 1, "keep_states": 9, "steps": 5}
     config = stage1(model_folder, compression_file, tmp_path / "out", **options)
     with monkeypatch.context() as patch:
+        if "scaling" in where:
+            patch.setattr(train_module, "Accelerator", Scaled)
+            patch.setattr(Scaled, "first_scale", 1.0)
         poison(patch, {2, 4}, where)
         summary = train(config, quiet)
     assert summary["skipped_steps"] == 2
@@ -317,7 +318,7 @@ def test_skipped_steps_change_nothing_but_the_place_in_schedule_and_data(
     assert any(not torch.equal(moved[n], p) for n, p in parameters(tmp_path / "out", 2).items())
     rows = log(tmp_path / "out")
     assert [r["updated"] for r in rows] == [True, False, True, False, True]
-    assert rows[1]["loss" if where == "loss" else "grad_norm"] is None
+    assert rows[1]["grad_norm" if where == "gradient" else "loss"] is None
     train(stage1(model_folder, compression_file, tmp_path / "whole", steps=5), quiet)
     assert [r["lr"] for r in rows] == [r["lr"] for r in log(tmp_path / "whole")]
     written = [json.loads(line) for line in (tmp_path / "out" / "nonfinite.jsonl").read_text().splitlines()]
@@ -364,9 +365,11 @@ def test_fp16_without_cuda_is_refused(model_folder, compression_file, tmp_path, 
 class Scaled(train_module.Accelerator):
     """What fp16 makes of an Accelerator, on a CPU: gradients above 65504 overflow while the scale is too large."""
 
+    first_scale = 2.0**24
+
     def __init__(self, **options):
         super().__init__(**options)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=self.first_scale, growth_interval=3)
 
     def clip_grad_norm_(self, parameters, max_norm):
         parameters = list(parameters)
