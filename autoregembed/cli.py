@@ -45,10 +45,18 @@ def read_config(arguments: list[str]):
     fields = list(Config.__dataclass_fields__)
     names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
     if "--config" in arguments:
+        if arguments[-1] == "--config":
+            raise ConfigError("config: found no value, allowed is a YAML file")
         path = Path(arguments[arguments.index("--config") + 1])
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            text = path.read_text(encoding="utf-8")
+            if len(text) > 1 << 20 or text.count("[") + text.count("{") > 1000:
+                raise ValueError("it is too large or nested too deeply for a config")
+            # Aliases of aliases make a few lines into gigabytes, and a flat config needs none.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+                raise ValueError("it holds a YAML alias")
+            values = yaml.safe_load(text)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"config: found {str(path)!r}, which cannot be read: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"config: found {type(values).__name__} in {str(path)!r}, allowed is a mapping of fields")
@@ -63,7 +71,7 @@ def read_config(arguments: list[str]):
     except ArgumentError as error:
         wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
         if wrong is None or wrong[1] not in fields:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(f"config: found fields that do not fit: {error}") from error
         allowed = Config.__dataclass_fields__[wrong[1]].type
         raise ConfigError(f"{wrong[1]}: found {wrong[2].strip()}, allowed is {allowed}") from error
     return Config(**{name: parsed[name] for name in fields})
@@ -107,12 +115,10 @@ def _doctor() -> None:
 def _exported(model: str):
     from sentence_transformers import SentenceTransformer
 
-    from autoregembed.checkpoint import CheckpointError
+    from autoregembed.checkpoint import loading
 
-    try:
-        return SentenceTransformer(model)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"model: found {model!r}, which cannot be loaded: {error}") from error
+    with loading(model):
+        return SentenceTransformer(model, model_kwargs={"use_safetensors": True})  # never a pickle
 
 
 def _encode(model: str, texts: str, output: str) -> None:
@@ -123,10 +129,15 @@ def _encode(model: str, texts: str, output: str) -> None:
         texts: one text a line; "-" is stdin.
         output: receives `embeddings` (n, D), rows of norm 1, in the order of the lines.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
-    with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
-        lines = [line.rstrip("\n") for line in file]
+    from autoregembed.checkpoint import atomic_file
+
+    try:
+        with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
+            lines = [line.rstrip("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"texts: found {texts!r}, which cannot be read as UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise ValueError(f"texts: found an empty text in line {number}, allowed is at least one token")
@@ -136,7 +147,8 @@ def _encode(model: str, texts: str, output: str) -> None:
     if not target.parent.is_dir() or target.is_dir():
         raise FileNotFoundError(f"output: found {output!r}, allowed is a file in a folder that exists")
     embeddings = _exported(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
-    target.write_bytes(save({"embeddings": embeddings.cpu().contiguous()}))
+    with atomic_file(target) as temporary:
+        save_file({"embeddings": embeddings.cpu().contiguous()}, temporary)
     console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
 
 
@@ -161,6 +173,7 @@ def _evaluate(
         json_file: receives the result too.
     """
     from autoregembed import evaluate
+    from autoregembed.checkpoint import write_json
 
     retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
     missing = [name for name, value in retrieval.items() if value is None]
@@ -183,7 +196,7 @@ def _evaluate(
         result |= {"corpus": corpus, **sizes, **evaluate.retrieval(embed, *parts)}
     console.print_json(json.dumps(result))
     if json_file:
-        Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(json_file), result)
 
 
 def _bench(

@@ -6,17 +6,23 @@ import functools
 import gzip
 import hashlib
 import itertools
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import xxhash
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_DEEPEST = 64  # nested lists and objects of a row
 
 
 def load_rows(source: str, split: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
@@ -37,8 +43,10 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
         if suffixes[-1].lower() == ".tsv":
             options["delimiter"] = "\t"
         try:
+            if builder == "json" and not streaming:
+                _require_readable(path)
             rows = load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
-        except (DatasetGenerationError, ValueError, StopIteration, gzip.BadGzipFile) as error:
+        except (DatasetGenerationError, ValueError, StopIteration, gzip.BadGzipFile, EOFError, zlib.error) as error:
             reason = error.__cause__ or error
             if isinstance(error, StopIteration) or "no data" in str(error):
                 reason = ValueError("it has no rows")
@@ -50,6 +58,21 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
     if not streaming and len(rows) == 0:
         raise ValueError(f"data: found no rows in {source!r}, allowed is at least one")
     return rows
+
+
+def _require_readable(path: Path) -> None:
+    """What Arrow's JSON reader does not see: bytes that are no UTF-8, and so many levels that its stack would end."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            if line.count(b"[") + line.count(b"{") > _DEEPEST:
+                bare = np.frombuffer(re.sub(rb'"(?:[^"\\]|\\.)*"', b"", line, flags=re.DOTALL), dtype=np.uint8)
+                opening, closing = np.isin(bare, list(b"[{")), np.isin(bare, list(b"]}"))
+                if (opening.cumsum() - closing.cumsum()).max() > _DEEPEST:
+                    raise ValueError(f"line {number} is nested more than {_DEEPEST} deep")
 
 
 def _columns(rows: Dataset | IterableDataset) -> list[str]:
@@ -151,7 +174,10 @@ def _map(rows, function, prompt: Prompt, version: str, num_proc: int | None):
     # Our own fingerprint: that of the function's closure would change with the tokenizer's state.
     fingerprint = hashlib.sha256(f"{rows._fingerprint}|{prompt.fingerprint()}|{version}".encode()).hexdigest()[:16]
     num_proc = num_proc if num_proc and num_proc > 1 and len(rows) >= 1000 * num_proc else None
-    return rows.map(function, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenise")
+    try:
+        return rows.map(function, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenise")
+    except UnicodeDecodeError as error:  # of a parquet file
+        raise ValueError(f"data: found a text that is no UTF-8, allowed are UTF-8 texts: {error}") from error
 
 
 def compression_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
@@ -221,9 +247,14 @@ def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
 def content_fingerprint(rows: Dataset) -> str:
     """Hash of every id in the tokenised rows, in order: the identity of the data that reference scores belong to."""
     digest = xxhash.xxh3_128()
-    for batch in rows.with_format(None).iter(batch_size=1000):
-        for column in sorted(batch):
-            digest.update(f"{column}{batch[column]}".encode())
+    for batch in rows.with_format("arrow").iter(batch_size=1000):
+        for column in sorted(batch.column_names):
+            values = batch[column].combine_chunks()
+            digest.update(column.encode())
+            while pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                digest.update(pc.list_value_length(values).to_numpy(zero_copy_only=False))
+                values = values.flatten()
+            digest.update(values.to_numpy(zero_copy_only=False))
     return digest.hexdigest()[:16]
 
 

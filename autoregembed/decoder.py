@@ -257,6 +257,8 @@ class Decoder(nn.Module):
             IndexError: an id outside the vocabulary, or a source outside z.
         """
         weight, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
+        if not isinstance(z, Tensor):
+            raise TypeError(f"z: found {type(z).__name__}, allowed is torch.Tensor")
         if z.ndim != 3 or z.shape[1] == 0 or z.shape[2] != embedding.shape[1]:
             raise ValueError(
                 f"z: found shape {tuple(z.shape)}, allowed is (B, K, D) with K > 0 and D = {embedding.shape[1]}"
@@ -274,7 +276,10 @@ class Decoder(nn.Module):
             raise ValueError(f"source: found {len(source)}, allowed is one for each of the {len(targets)} targets")
         if len(targets) == 0:
             return z.sum(dtype=torch.promote_types(z.dtype, torch.float32)) * 0 + z.new_zeros(0)
-        source = torch.as_tensor(source, dtype=torch.int64)
+        try:
+            source = torch.as_tensor(source, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"source: found {source!r}, allowed are integers") from error
         if not 0 <= int(source.min()) <= int(source.max()) < len(z):
             raise IndexError(f"source: found {source.min()}..{source.max()}, allowed are 0..{len(z) - 1}")
         around = len(self.prefix) + z.shape[1]

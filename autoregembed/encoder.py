@@ -224,9 +224,9 @@ class Encoder(nn.Module):
         Source: gradient caching, Gao et al., arXiv 2101.06983.
         """
         embedding = self.model.get_input_embeddings()
+        check_ids("ids", ids, self._vocabulary)
         if len(ids) == 0:
             raise ValueError("ids: found no text, allowed is at least one")
-        check_ids("ids", ids, self._vocabulary)
         if suffix_ids is not None:  # each may be empty
             check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], self._vocabulary)
         sequences = self.sequences(ids, suffix_ids)

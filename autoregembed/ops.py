@@ -133,7 +133,13 @@ def _require_shape(name: str, x: Tensor, shape: tuple[int | None, ...], meaning:
         raise ValueError(f"{name}: found shape {tuple(x.shape)}, allowed is {meaning} = ({wanted_text})")
 
 
+def _require_number(name: str, x: float, kind: type | tuple[type, ...] = (int, float)) -> None:
+    if not isinstance(x, kind):
+        raise TypeError(f"{name}: found {x!r}, allowed is {'an integer' if kind is int else 'a number'}")
+
+
 def _require_positive(name: str, x: float) -> None:
+    _require_number(name, x)
     if not 0 < x < math.inf:
         raise ValueError(f"{name}: found {x}, allowed is a positive finite number")
 
@@ -160,7 +166,8 @@ def _linear_logprob_route(impl: str) -> Any:
 def _require_target(target: Tensor, size: int, ignore_index: int) -> None:
     """Raises IndexError for an id outside [0, size). Reads the data, so on a GPU it waits for the device."""
     bad = (target < 0) | (target >= size)
-    bad &= target != ignore_index
+    if ignore_index != NOT_IGNORED:
+        bad &= target != ignore_index
     if bad.any():
         row = int(bad.nonzero()[0])
         ignored = "" if ignore_index == NOT_IGNORED else f" and {ignore_index=}"
@@ -288,7 +295,7 @@ _sequence_sum.register_autograd(_sequence_sum_backward, setup_context=_sequence_
 def _require_bounds(cu_seqlens: Tensor, length: int) -> None:
     """Reads the data, so on a GPU it waits for the device."""
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in itertools.pairwise(bounds)):
+    if not bounds or bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in itertools.pairwise(bounds)):
         raise ValueError(
             f"cu_seqlens: found {bounds[:8]}{'…' if len(bounds) > 8 else ''}, allowed is a non-decreasing row "
             f"from 0 to N = {length}"
@@ -375,6 +382,7 @@ def linear_logprob(
     if weight.requires_grad and hasattr(weight, "full_tensor"):
         raise TypeError("weight: found a DTensor that requires grad, allowed is one that is frozen, or a plain tensor")
     weight = whole(weight)
+    _require_like("weight", weight, "hidden", hidden, dtype=False)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -396,6 +404,8 @@ def linear_logprob(
         _require_shape("bias", bias, (weight.shape[0],), "(V,)")
     if softcap is not None:
         _require_positive("softcap", softcap)
+    _require_number("scale", scale)
+    _require_number("ignore_index", ignore_index, int)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: found {scale}, allowed is a finite number")
     impl = _resolve(impl, hidden.device, hidden.dtype, (*_LINEAR_LOGPROB,))
@@ -407,8 +417,10 @@ def linear_logprob(
             raise ValueError(f"cu_seqlens: found shape {tuple(cu_seqlens.shape)}, allowed is (S+1,)")
         _require_like("cu_seqlens", cu_seqlens, "hidden", hidden, dtype=False)
     n = hidden.shape[0]
-    if gradient_rows is not None and not 0 <= gradient_rows <= n:
-        raise ValueError(f"gradient_rows: found {gradient_rows}, allowed are 0..{n} (N)")
+    if gradient_rows is not None:
+        _require_number("gradient_rows", gradient_rows, int)
+        if not 0 <= gradient_rows <= n:
+            raise ValueError(f"gradient_rows: found {gradient_rows}, allowed are 0..{n} (N)")
     target = target.long()
     if impl == "reference":
         _require_target(target, weight.shape[0], ignore_index)
@@ -813,11 +825,31 @@ _splice.register_autograd(_splice_autograd, setup_context=_splice_context)
 
 
 def _require_index(name: str, x: Tensor, size: int | None, other: Tensor) -> None:
+    _require_tensor(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: found dtype {x.dtype}, allowed are torch.int32, torch.int64")
     _require_like(name, x, "the data", other, dtype=False)
     if x.ndim != 1 or (size is not None and x.shape[0] != size):
         raise ValueError(f"{name}: found shape {tuple(x.shape)}, allowed is ({'*' if size is None else size},)")
+
+
+def _require_range(name: str, x: Tensor, size: int) -> None:
+    """Reads the data, so on a GPU it waits for the device."""
+    bad = (x < 0) | (x >= size)
+    if bad.any():
+        place = int(bad.nonzero()[0])
+        raise IndexError(f"{name}: found {int(x[place])} at {place}, allowed are 0..{size - 1}")
+
+
+def _require_sequences(cu_seqlens: Tensor, length: int, least: int) -> None:
+    """Bounds of sequences that have `least` rows each. Reads the data, so on a GPU it waits for the device."""
+    _require_bounds(cu_seqlens, length)
+    lengths = cu_seqlens.diff()
+    if len(lengths) and int(lengths.min()) < least:
+        place = int(lengths.argmin())
+        raise ValueError(
+            f"cu_seqlens: found {int(lengths[place])} rows in sequence {place}, allowed are {least} or more"
+        )
 
 
 def take(
@@ -849,6 +881,7 @@ def take(
     _require_float("hidden", hidden)
     _require_shape("hidden", hidden, (None, None), "(T, D)")
     _require_index("cu_seqlens", cu_seqlens, None, hidden)
+    _require_number("k", k, int)
     if k < 1:
         raise ValueError(f"k: found {k}, allowed is at least 1")
     if index is not None:
@@ -856,6 +889,9 @@ def take(
     impl = _resolve(impl, hidden.device, hidden.dtype, ("triton", "torch"))
     if impl == "triton":
         return _take(hidden, cu_seqlens, k, index)
+    _require_sequences(cu_seqlens, hidden.shape[0], k)
+    if index is not None:
+        _require_range("index", index, cu_seqlens.shape[0] - 1)
     if impl == "reference":
         return spec.take(hidden, cu_seqlens, k, index)
     ends = cu_seqlens[1:].long()
@@ -906,17 +942,30 @@ def splice(
     _require_index("cu_seqlens", cu_seqlens, None, z)
     if source is not None:
         _require_index("source", source, cu_seqlens.shape[0] - 1, z)
+    _require_number("offset", offset, int)
     if offset < 0:
         raise ValueError(f"offset: found {offset}, allowed is 0 or more")
+    _require_number("embedding_scale", embedding_scale)
+    if not -math.inf < embedding_scale < math.inf:
+        raise ValueError(f"embedding_scale: found {embedding_scale}, allowed is a finite number")
     impl = _resolve(impl, z.device, z.dtype, ("triton", "torch"))
     if impl == "triton":
         return _splice(z, embedding, ids, cu_seqlens, source, offset, float(embedding_scale))
-    if impl == "reference":
-        return spec.splice(z, embedding, ids, cu_seqlens, source, offset=offset, embedding_scale=embedding_scale)
+    _require_sequences(cu_seqlens, ids.shape[0], offset + z.shape[1])
     starts = cu_seqlens[:-1].long() + offset
     places = (starts[:, None] + torch.arange(z.shape[1], device=z.device)).flatten()
+    ids = ids.index_fill(0, places, 0)
+    _require_range("ids", ids, embedding.shape[0])
+    if source is not None:
+        _require_range("source", source, z.shape[0])
+    elif cu_seqlens.shape[0] - 1 != z.shape[0]:
+        raise ValueError(
+            f"z: found {z.shape[0]}, allowed without source is one for each of {cu_seqlens.shape[0] - 1} pairs"
+        )
+    if impl == "reference":
+        return spec.splice(z, embedding, ids, cu_seqlens, source, offset=offset, embedding_scale=embedding_scale)
     rows = (z if source is None else z[source]).flatten(0, 1).to(embedding.dtype)
-    embedded = F.embedding(ids.index_fill(0, places, 0), embedding)
+    embedded = F.embedding(ids, embedding)
     if embedding_scale != 1.0:
         embedded = embedded * embedding_scale
     return embedded.index_copy(0, places, rows)

@@ -93,11 +93,19 @@ def cut(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
 
 
 def check_ids(name: str, sequences: Sequence[Ids], vocabulary: int) -> None:
-    """Raises IndexError naming the first id outside [0, vocabulary), ValueError naming an empty sequence."""
+    """Raises IndexError naming the first id outside [0, vocabulary), ValueError an empty sequence, TypeError others."""
+    if not hasattr(sequences, "__len__"):
+        raise TypeError(f"{name}: found {sequences!r}, allowed is a list of sequences of ids")
     for row, ids in enumerate(sequences):
-        if len(ids) == 0:
+        try:
+            empty, low, high = len(ids) == 0, min(ids, default=0), max(ids, default=0)
+            whole = low == int(low) and high == int(high)
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            whole = False
+        if not whole or isinstance(ids, str):
+            raise TypeError(f"{name}: found {str(ids)[:80]!r} at {row}, allowed is a sequence of ids")
+        if empty:
             raise ValueError(f"{name}: found an empty sequence at {row}, allowed is at least one token")
-        low, high = min(ids), max(ids)
         if low < 0 or high >= vocabulary:
             raise IndexError(
                 f"{name}: found id {low if low < 0 else high} in sequence {row}, allowed are 0..{vocabulary - 1}"

@@ -15,22 +15,21 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import signal
 import time
+import warnings
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    parse_flag_from_env,
-    set_seed,
-)
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -49,6 +48,20 @@ from autoregembed.packing import cut
 
 class ConfigError(ValueError):
     """A field of the configuration, or a combination of fields, that cannot be meant."""
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int is a float too, a bool is neither."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(type(value) is type(p) and value == p for p in parts)
+    if origin in (Union, UnionType):
+        return any(_is(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_is(v, parts[0]) for v in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 @dataclass
@@ -105,13 +118,21 @@ class Config:
         negatives: independent or joint.
         hard_negatives: encode the negatives too and give them to InfoNCE.
         reference_file: reference scores to use; default: kept beside the data, by fingerprint.
-        precision: auto (bf16 where the GPU or CPU multiplies it in hardware, else fp32), fp32 or bf16.
+        precision: auto (bf16 where the GPU or CPU multiplies it in hardware, else fp32), fp32, bf16, or fp16 with loss
+            scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
         gradient_checkpointing: recompute the encoder's activations in backward.
         compile: torch.compile the layers of encoder and decoder.
         seed: of everything.
-        save_steps: keep a training state every so many steps; 0: only on interruption.
-        resume: auto takes the newest whole training state of `output_dir`; none starts anew.
+        deterministic: torch's deterministic algorithms, so that two runs on the same machine are equal in every bit.
+        on_nonfinite: what happens to a step whose loss or gradient is not finite. It never updates anything, and its
+            rows are written to nonfinite.jsonl. stop: the run ends with FloatingPointError; skip: it goes on with the
+            next rows, the learning rate too (it depends on the step alone), and ends after 10 such steps in a row.
+        save_steps: keep a training state every so many steps and after the last; 0: only on interruption.
+        keep_states: how many, the newest; older ones go once the new one has been read back whole.
+        save_best: keep an export of the best evaluation (`eval_steps`) in best/.
+        resume: auto takes the newest whole training state of `output_dir`, if there is one, and goes on in the same
+            bits; none starts anew, and refuses a folder that holds training states.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
         num_proc: processes that tokenise.
         license: of the trained model, for its card: an SPDX id such as apache-2.0.
@@ -161,21 +182,35 @@ class Config:
     negatives: Literal["independent", "joint"] = "independent"
     hard_negatives: bool = False
     reference_file: str | None = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
+    deterministic: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     save_steps: int = 0
+    keep_states: int = 2
+    save_best: bool = False
     resume: Literal["auto", "none"] = "none"
     log_with: list[str] = field(default_factory=list)
     num_proc: int | None = None
     license: str = "unknown"
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            value = getattr(self, name)
+            if not _is(value, hint):
+                allowed = Config.__dataclass_fields__[name].type
+                raise ConfigError(f"{name}: found {str(value)[:200]!r}, allowed is {allowed}")
+            if isinstance(value, str) and "\0" in value:
+                raise ConfigError(f"{name}: found a null byte in {value!r}, allowed are texts without")
+        if self.seed >= 2**31:
+            raise ConfigError(f"seed: found {self.seed}, allowed is less than {2**31}")
         at_least = {
             "batch_size": 1, "max_length": 1, "max_target_length": 1, "steps": 1, "token_budget": 1,
-            "num_compress_tokens": 1, "warmup_steps": 0, "eval_steps": 0, "save_steps": 0, "lora_rank": 0,
+            "num_compress_tokens": 1, "keep_states": 1, "warmup_steps": 0, "eval_steps": 0, "save_steps": 0,
+            "lora_rank": 0,
             "weight_decay": 0, "max_grad_norm": 0, "alignment_weight": 0, "contrastive_weight": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
@@ -189,6 +224,8 @@ class Config:
                 raise ConfigError(f"{name}: found {value}, allowed is a positive number")
         if self.stage == 2 and not self.alignment_weight and not self.contrastive_weight:
             raise ConfigError("alignment_weight: found 0 with contrastive_weight 0, allowed is one above 0")
+        if self.save_best and not (self.eval_data and self.eval_steps):
+            raise ConfigError("save_best: found True, allowed without eval_data and eval_steps is False")
         if self.streaming and self.steps is None:
             raise ConfigError("steps: found None with streaming, allowed is a number")
         if self.streaming and self.needs_reference:
@@ -428,7 +465,7 @@ def _reference(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def processes(config: Config, bf16: bool) -> Accelerator:
+def processes(config: Config, precision: str) -> Accelerator:
     """The processes of this run, as the launcher (accelerate, torchrun, none) set them up.
 
     Raises:
@@ -439,7 +476,7 @@ def processes(config: Config, bf16: bool) -> Accelerator:
     accelerator = Accelerator(
         # Where torch sees no device, accelerate would let each of several processes train alone.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if bf16 else "no",
+        mixed_precision="no" if precision == "fp32" else precision,
         log_with=config.log_with or None,
         project_dir=config.output_dir,
         kwargs_handlers=[
@@ -587,6 +624,15 @@ def _is_compress(name: str) -> bool:
     return name == "compress_rows" or "trainable_tokens" in name
 
 
+# What a resumed run may have otherwise: places (the contents are compared), what is written when, and how the same
+# update is computed. All else must be as it was.
+_FREE = {
+    "model", "decoder", "gguf_file", "trust_remote_code", "train_data", "train_split", "output_dir", "reference_file",
+    "eval_data", "eval_split", "eval_steps", "epochs", "token_budget", "attention", "gradient_checkpointing", "compile",
+    "deterministic", "on_nonfinite", "save_steps", "keep_states", "save_best", "resume", "log_with", "num_proc",
+}  # fmt: skip
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM: the state is saved, and the message says how to go on."""
 
@@ -597,27 +643,42 @@ def train(config: Config, console: Console | None = None) -> dict:
     Raises:
         ConfigError, CheckpointError, ReferenceMismatch, OSError: what the message says, as do the errors of `data`,
             `Encoder` and `Decoder`.
-        FloatingPointError: the loss or its gradient is not finite; the rows of that step are named.
+        FloatingPointError: a loss or gradient is not finite; the rows of that step are named (see `on_nonfinite`).
         Interrupted: after a Ctrl-C, with the state saved.
     """
-    console = console or Console()
-    out = Path(config.output_dir)
+    with _deterministic(config.deterministic):
+        return _train(config, console or Console())
+
+
+def _train(config: Config, console: Console) -> dict:
+    out, state_folder = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
     torch.set_flush_denormal(True)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and _multiplies_bf16())
-    accelerator = processes(config, bf16)
+    precision = _precision(config)
+    accelerator = processes(config, precision)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     set_seed(config.seed)
     console.quiet = console.quiet or not accelerator.is_main_process
 
-    def begin() -> None:
+    def begin() -> tuple[Path | None, list[str]]:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(out / "config.json", asdict(config))
+        checkpoint.sweep(out)
+        checkpoint.sweep(state_folder)
+        if config.resume == "none":
+            if next(state_folder.glob("step-*"), None):
+                raise FileExistsError(
+                    f"output_dir: found training states of an earlier run in {config.output_dir!r}, allowed with "
+                    "resume 'none' is a folder without; resume: auto goes on from the newest"
+                )
+            return None, []
+        return checkpoint.newest_state(state_folder)
 
-    distributed.from_main(begin)
+    newest, damaged = distributed.from_main(begin)
     if config.log_with:
         accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
 
     encoder, decoder, tokenizer, recipe = build(config)
+    models = [encoder] if decoder is None else [encoder, decoder]
+    weights = distributed.from_main(lambda: checkpoint.weights_fingerprint(*models))
     k, max_length = encoder.num_compress_tokens, encoder.fit_max_length(config.max_length)
     targets = decoder.fit_max_target_length(k, config.max_target_length) if decoder else 512
     prompt = data.Prompt(tokenizer, k, encoder.bos_token_id, config.instruction, max_length, targets)
@@ -634,8 +695,20 @@ def train(config: Config, console: Console | None = None) -> dict:
     # What will be sharded need not fit on a device whole.
     place = torch.device("cpu") if sharded else accelerator.device
     if decoder is not None:
-        decoder.to(place, torch.bfloat16 if bf16 else None)
+        decoder.to(place, _HALF.get(precision))
     encoder.to(place)
+
+    def evaluate() -> float | None:
+        if pairs is None:
+            return None
+        of = functools.partial(embed, encoder, tokenizer, max_length=max_length, shared=True)
+        return sts(of, pairs)["spearman"]
+
+    first, seconds = 0, 0.0
+    scores: dict[str, float | None] = {}
+    skipped: list[int] = []
+    if newest is None and not sharded:
+        scores["0"] = evaluate()  # as the model comes, not calibrated
     if config.calibrate and decoder is not None and not recipe["calibrated"]:
         few = rows.take(128) if config.streaming else rows.select(range(0, len(rows), -(-len(rows) // 128)))
         encoder.calibrate(decoder.input_rms_per_dimension(), *texts_of(list(few), hard_negatives=False))
@@ -660,33 +733,59 @@ def train(config: Config, console: Console | None = None) -> dict:
     scheduler = get_scheduler(config.scheduler, optimizer, config.warmup_steps, max(steps, config.warmup_steps + 1))
     objective = Objective(config, wrapped, decoder, accelerator, reference)
 
-    def evaluate() -> float | None:
-        if pairs is None:
-            return None
-        of = functools.partial(embed, encoder, tokenizer, max_length=max_length, shared=True)
-        return sts(of, pairs)["spearman"]
-
-    state_folder = out / "checkpoints"
-    first, scores, seconds = 0, {}, 0.0
+    run = {
+        **{name: value for name, value in asdict(config).items() if name not in _FREE},
+        "model": weights,
+        "train_data": config.train_data if config.streaming else data.content_fingerprint(rows),
+        "steps": steps,
+        "precision": precision,
+        "processes": world,
+        "device": accelerator.device.type,
+    }
+    if config.scheduler == "constant":
+        del run["steps"]  # a longer run begins like a shorter one
     if config.resume == "auto":
-        newest, skipped = distributed.from_main(lambda: checkpoint.newest_state(state_folder))
-        for reason in skipped:
+        for reason in damaged:
             console.print(f"resume: skipped {reason}")
         if newest is not None:
-            state = checkpoint.load_state(newest, encoder, optimizer.optimizer)
-            first, scores, seconds = state["step"], state["scores"], state["seconds"]
-            for _ in range(first):
-                scheduler.step()
+            rank = accelerator.process_index
+            state = checkpoint.load_state(newest, encoder, optimizer.optimizer, run=run, rank=rank)
+            first, scores, seconds, skipped = (state[name] for name in ("step", "scores", "seconds", "skipped"))
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the schedule runs ahead of its optimiser here
+                for _ in range(first):
+                    scheduler.step()
             console.print(f"resume: {newest.name}")
-    if first == 0:
-        scores = {"0": evaluate()}
-        if accelerator.is_main_process:
-            (out / "metrics.jsonl").unlink(missing_ok=True)
+            if accelerator.is_main_process:  # as `save` would have, if it was killed before
+                checkpoint.retain(newest, config.keep_states)
+            if first == steps and (out / "summary.json").is_file():
+                console.print(f"resume: all {steps} steps were done and exported")
+                return checkpoint.read_json(out / "summary.json", "output_dir")
+            if first > steps:
+                raise ConfigError(f"steps: found {steps}, allowed is at least {first}, those of {str(newest)!r}")
+    if not scores:
+        scores["0"] = evaluate()
+
+    def begin_logs() -> None:
+        (out / "summary.json").unlink(missing_ok=True)
+        checkpoint.write_json(out / "config.json", asdict(config))
+        for name in ("metrics.jsonl", "nonfinite.jsonl"):
+            _cut_log(out / name, first)
+
+    distributed.from_main(begin_logs)
 
     def save(step: int) -> Path:
         folder = state_folder / f"step-{step:08d}"
+        extra = {"scores": scores, "seconds": seconds, "skipped": skipped, "run": run}
+        if accelerator.scaler is not None:
+            extra["scaler"] = accelerator.scaler.state_dict()
+        generators = gather_object([checkpoint.rng_state()])
         if accelerator.is_main_process or sharded:
-            checkpoint.save_state(folder, encoder, optimizer.optimizer, step, {"scores": scores, "seconds": seconds})
+            checkpoint.save_state(folder, encoder, optimizer.optimizer, step, extra, generators)
+        if accelerator.is_main_process:
+            checkpoint.retain(folder, config.keep_states)
         return folder
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -704,11 +803,18 @@ def train(config: Config, console: Console | None = None) -> dict:
             log = objective(batch)
             clipped = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm or math.inf)
             norm = float(distributed.whole(clipped))
-            if not (math.isfinite(log["loss"]) and math.isfinite(norm)):
-                places = [r["row"] for r in batch]
-                raise FloatingPointError(f"step {step}: loss {log['loss']}, gradient norm {norm}, rows {places}")
             rate = scheduler.get_last_lr()[0]
-            optimizer.step()
+            healthy = math.isfinite(log["loss"]) and math.isfinite(norm)
+            if accelerator.scaler is not None:
+                log["loss_scale"] = accelerator.scaler.get_scale()
+            if not healthy:
+                optimizer.zero_grad()
+                # Scaled by more than 1, a finite loss with a gradient that is not is what the scaler waits for.
+                if not math.isfinite(log["loss"]) or log.get("loss_scale", 1.0) <= 1:
+                    skipped.append(step)
+                    _nonfinite(config, out, step, log["loss"], norm, batch, skipped, accelerator)
+            if healthy or accelerator.scaler is not None:
+                optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             elapsed = time.perf_counter() - start
@@ -716,8 +822,7 @@ def train(config: Config, console: Console | None = None) -> dict:
             tokens = sum(lengths(batch, encoder, config.hard_negatives)) * world
             log |= {"grad_norm": norm, "lr": rate, "tokens_per_second": tokens / elapsed, "memory_gb": _memory_gb()}
             if accelerator.is_main_process:
-                with (out / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps({"step": step, **log}) + "\n")
+                _append(out / "metrics.jsonl", {"step": step, "updated": healthy, **log})
             if config.log_with:
                 accelerator.log(log, step=step)
             bar.update(task, advance=1, description=_describe(config.stage, log))
@@ -727,10 +832,14 @@ def train(config: Config, console: Console | None = None) -> dict:
                 scores[str(step)] = evaluate()
                 if scores[str(step)] is not None:
                     console.print(f"{step:>6}/{steps}  spearman {scores[str(step)]:.4f}", highlight=False)
+                if config.save_best and _best(scores) == str(step):
+                    best = _whole(config, accelerator, wrapped, encoder)
+                    keep = functools.partial(export, best, tokenizer, out / "best", overwrite=True)
+                    distributed.from_main(functools.partial(keep, max_length=max_length))
             if distributed.anywhere(stop.signalled, accelerator.device):
                 folder = save(step)
                 raise Interrupted(f"stopped at step {step}, state in {folder}; resume: auto goes on from there")
-            if config.save_steps and step % config.save_steps == 0 and step < steps:
+            if config.save_steps and (step % config.save_steps == 0 or step == steps):
                 save(step)
 
     summary = {
@@ -740,8 +849,10 @@ def train(config: Config, console: Console | None = None) -> dict:
         "spearman": scores,
         "model": str(out / "model"),
         "export": str(out / "export"),
+        **({"best": str(out / "best"), "best_step": int(_best(scores))} if config.save_best else {}),
         "device": str(accelerator.device),
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": precision,
+        "skipped_steps": len(skipped),
         "attention": encoder.attention,
     }
     trained = _whole(config, accelerator, wrapped, encoder)
@@ -776,6 +887,81 @@ def _describe(stage: int, log: dict[str, float]) -> str:
     names = ("loss",) if stage == 1 else ("loss", "align", "s1", "s2", "accuracy", "nce")
     text = "  ".join(f"{n} {log[n]:.3f}" for n in names if n in log)
     return f"stage {stage}  {text}  {log['tokens_per_second']:.0f} tok/s  {log['memory_gb']:.1f} GB"
+
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _precision(config: Config) -> str:
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("precision: found 'fp16', allowed without CUDA are 'auto', 'fp32', 'bf16'")
+    if config.precision == "auto":
+        return "bf16" if _multiplies_bf16() else "fp32"
+    return config.precision
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool):
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product on the GPU
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by Transformers' route to flash-attn
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _append(path: Path, row: dict) -> None:
+    """One line of JSON; numbers that are not finite are null, for JSON has none."""
+    row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drops the lines of steps after `step`, which will be written again, and a half one that a kill left."""
+    kept = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+    if kept:
+        with checkpoint.atomic_file(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
+    else:
+        path.unlink(missing_ok=True)
+
+
+MAX_SKIPPED = 10  # steps in a row: by then the parameters are the reason, not the rows
+
+
+def _nonfinite(
+    config: Config, out: Path, step: int, loss: float, norm: float, batch: list[dict], skipped: list[int],
+    accelerator: Accelerator,
+) -> None:  # fmt: skip
+    """Writes down the rows of a step, and ends the run where `on_nonfinite` says so."""
+    rows = gather_object([r["row"] for r in batch])
+    action = config.on_nonfinite
+    if len(skipped) >= MAX_SKIPPED and skipped[-MAX_SKIPPED] == step - MAX_SKIPPED + 1:
+        action = "stop"
+    if accelerator.is_main_process:
+        found = {"loss": str(loss), "grad_norm": str(norm)}
+        _append(out / "nonfinite.jsonl", {"step": step, "action": action, **found, "rows": rows})
+    if action == "stop":
+        raise FloatingPointError(
+            f"step {step}: loss {loss}, gradient norm {norm}, rows {rows}; nothing was updated, and "
+            f"{str(out / 'nonfinite.jsonl')!r} has the rows"
+        )
+
+
+def _best(scores: dict[str, float | None]) -> str:
+    """The step with the highest score, the first of several; a score that is no number is none."""
+    known = {step: score for step, score in scores.items() if step != "0" and score is not None and score == score}
+    return max(known, key=lambda step: known[step], default="0")
 
 
 def _multiplies_bf16() -> bool:

@@ -112,3 +112,27 @@ def alignment_file(tmp_path) -> str:
 def sts_file(tmp_path) -> str:
     rows = [{"sentence1": sentence(i, 5), "sentence2": sentence(i % 4, 6), "score": i % 6} for i in range(12)]
     return write_jsonl(tmp_path / "sts.jsonl", rows)
+
+
+@pytest.fixture
+def quiet():
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+COMMON = {"batch_size": 8, "learning_rate": 1e-3, "instruction": "Again:", "precision": "fp32"}
+
+
+def stage1(model_folder, compression_file, out, **options):
+    from autoregembed.train import Config
+
+    fields = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(out), "steps": 4}
+    return Config(**{**fields, **COMMON, **options})
+
+
+def stage2(model, alignment_file, out, **options):
+    from autoregembed.train import Config
+
+    fields = {"stage": 2, "model": model, "train_data": alignment_file, "output_dir": str(out), "steps": 3}
+    return Config(**{**fields, **COMMON, **options})

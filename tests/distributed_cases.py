@@ -248,7 +248,7 @@ def one_step(cases: list[dict]) -> list[dict]:
     found = []
     for case in cases:
         config = train.Config(**case)
-        accelerator = train.processes(config, False)
+        accelerator = train.processes(config, "fp32")
         assert accelerator.num_processes == distributed.world() == int(os.environ.get("WORLD_SIZE", "1"))
         encoder, decoder, tokenizer, _ = train.build(config)
         prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)

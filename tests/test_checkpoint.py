@@ -72,7 +72,10 @@ def test_what_cannot_be_loaded_is_a_checkpoint_error_that_names_it(what, tmp_pat
             (folder / "config.json").write_text("{")
         else:
             (folder / checkpoint.RECIPE).write_text("{")
-    with pytest.raises(checkpoint.CheckpointError, match=rf"^model: found '{folder}', which cannot be loaded"):
+    place = (
+        f"{folder}/{checkpoint.RECIPE}', which cannot be read" if "recipe" in what else f"{folder}', which cannot be"
+    )
+    with pytest.raises(checkpoint.CheckpointError, match=rf"^model: found '{place}"):
         checkpoint.load_causal_lm(str(folder))
 
 
