@@ -403,8 +403,10 @@ def _contrastive(query: Tensor, candidates: list[Tensor], temperature: float, ga
 class FusedInfoNCELoss(nn.Module):
     """`MultipleNegativesRankingLoss` over cosine similarities, without the (B, P) matrix of scores in memory.
 
-    Same columns (anchor, positive, any number of negatives), same value, same gradient. For any model; in one of
-    `autoregembed.export` it keeps the pooling weights as they are.
+    Same columns (anchor, positive, any number of negatives), same value, same gradient. It saves memory where that
+    matrix is larger than the embeddings; for small batches on a CPU the stock loss is as fast or faster
+    (`autoregembed bench --suite integrations`). For any model; in one of `autoregembed.export` it keeps the pooling
+    weights as they are.
 
     Args:
         model: any SentenceTransformer.
