@@ -72,12 +72,12 @@ def test_the_step_on_any_causal_lm(page, model_folder):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name == "docs"], ids=named)
-def test_the_blocks_of_a_page_run_one_after_the_other(page, model_folder):
+def test_the_blocks_of_a_page_run_one_after_the_other(page, model_folder, tmp_path):
     """Included files are the examples, which have tests of their own."""
     text = page.read_text(encoding="utf-8")
     for file in INCLUDE.findall(text):
         assert (ROOT / file).is_file()
-    scope: dict = {"NAME": model_folder}
+    scope: dict = {"NAME": model_folder, "FOLDER": str(tmp_path)}
     for code in blocks(page, "python"):
         if INCLUDE.search(code):
             assert re.fullmatch(r'--8<-- "examples/\w+\.py"\n', code)

@@ -149,7 +149,7 @@ def main() -> None:
         "", "Spearman", "training", title="50 news articles, 1225 pairs rated by people", title_justify="left"
     )
     table.add_row("untrained, mean over tokens", f"{plain:.3f}", "")
-    table.add_row("no training step, mean of the compress tokens", f"{first[0]:.3f}", "")
+    table.add_row("untrained, mean of the compress tokens", f"{first[0]:.3f}", "")
     table.add_row("stage 1: compression, no pair shown", f"{first[-1]:.3f}", f"{seconds[0]:.0f} s")
     table.add_row("stage 2: alignment + InfoNCE", f"{second[-1]:.3f}", f"{seconds[1]:.0f} s")
     console.print(table)
