@@ -219,7 +219,7 @@ def faults(folder: Path, limit: int | None, wanted: dict) -> collections.Counter
         total = int((folder / "seen").read_text())
         counts["places where a write can fail"] += total
         chosen = [(p, n) for p in range(1, total + 1) for n in (errno.EIO, errno.ENOSPC)]
-        step = 1 if limit is None else max(1, 2 * len(chosen) // limit) | 1  # odd: both numbers
+        step = 1 if limit is None else 2 * len(chosen) // limit | 1  # odd: errors alternate
         for place, number in chosen[::step]:
             status = end(start(run_with_fault, folder, stage, out, place, number))
             name = errno.errorcode[number]
