@@ -44,7 +44,7 @@ part() { # name, share of the time that is left in percent, command
     timeout "$((left * share / 100))" "$@" || failed+=("$title (status $?)")
 }
 
-mapfile -t kernels < <(grep -lE 'triton|cuda' tests/test_*.py)
+kernels=(tests/test_triton_*.py tests/test_{linear_logprob,alignment_loss,info_nce,packing}.py)
 tests=(-q -x -m "not cpu_only" --import-mode=importlib "${kernels[@]}")
 if [[ -n $QUICK ]]; then tests=(-q --import-mode=importlib tests/test_bench.py -k compare); fi
 part "tests" 40 "$PYTHON" -m pytest "${tests[@]}"
