@@ -352,7 +352,7 @@ def linear_logprob(
 
     With a frozen head (neither `weight` nor `bias` requires grad) forward and backward cost two GEMMs of 2·N·V·D
     FLOPs together, whatever the upstream gradient is; without gradients it costs one. A trainable head gets its
-    gradients by recomputation. Extra memory: one chunk of logits and, when `hidden` requires grad, (N, D).
+    gradients by recomputation. Extra memory: one block of logits and, when `hidden` requires grad, (N, D).
 
     Args:
         hidden: (N, D), float16, bfloat16, float32 or float64.

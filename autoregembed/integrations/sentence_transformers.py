@@ -34,6 +34,7 @@ from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.export import export, stock_modules
 from autoregembed.losses import alignment_loss, compression_loss, info_nce
+from autoregembed.model_card import CITATION
 from autoregembed.ops import NEGATIVES, REFERENCES
 from autoregembed.train import alignment_scores
 
@@ -52,16 +53,6 @@ __all__ = [
     "compress_token_ids",
     "from_causal_lm",
 ]
-
-CITATION = """
-@inproceedings{deng2025following,
-  title     = {Following the Autoregressive Nature of LLM Embeddings via Compression and Alignment},
-  author    = {Deng, Jingcheng and others},
-  booktitle = {EMNLP},
-  year      = {2025},
-  note      = {arXiv:2502.11401}
-}
-"""
 
 
 def from_causal_lm(
