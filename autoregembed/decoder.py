@@ -119,10 +119,18 @@ class Decoder(nn.Module):
         self.embedding_scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
         self._verify_embedding()
         self._verify_head()
-        self.attention = use_packed_attention(model, attention, embeds=True)
+        self.use_attention(attention)
         self.register_buffer("input_rms", None, persistent=False)
         if z_scale == "match":
             self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
+
+    def use_attention(self, route: str) -> None:
+        """Sets `attention` anew, for a model that has moved to another device or dtype.
+
+        Raises:
+            ValueError: a route that cannot run there.
+        """
+        self.attention = use_packed_attention(self.model, route, embeds=True)
 
     @torch.no_grad()
     def input_rms_per_dimension(self) -> Tensor:

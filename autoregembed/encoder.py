@@ -151,10 +151,18 @@ class Encoder(nn.Module):
             check_ids("bos_token_id", [[bos_token_id]], vocabulary)
         require_finite(model)
         require_gradients(model)
-        self.attention = use_packed_attention(model, attention, embeds=own_compress_rows)
         self.compress_rows = None
         if own_compress_rows:
             self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())
+        self.use_attention(attention)
+
+    def use_attention(self, route: str) -> None:
+        """Sets `attention` anew, for a model that has moved to another device or dtype.
+
+        Raises:
+            ValueError: a route that cannot run there.
+        """
+        self.attention = use_packed_attention(self.model, route, embeds=self.compress_rows is not None)
 
     @property
     def num_compress_tokens(self) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from autoregembed import data, distributed
 from autoregembed.encoder import Encoder, text_embedding
@@ -60,18 +61,28 @@ def embed(
 
 
 @torch.inference_mode()
-def token_mean(model, tokenizer, texts: Sequence[str]) -> Tensor:
+def token_mean(model, tokenizer, texts: Sequence[str], *, token_budget: int = 4096) -> Tensor:
     """The usual embedding by an untrained causal LM: the normalised mean of its last hidden states over all tokens.
 
     Returns:
         (n, D) float32 on the CPU, in the order of `texts`.
+
+    Raises:
+        ValueError: a text without a token (the row is named).
     """
     base = base_model(model)
-    out = []
-    for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"]], device=base.device)
-        out.append(F.normalize(base(input_ids=ids).last_hidden_state.float().mean(1), dim=-1).cpu())
-    return torch.cat(out)
+    ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
+    empty = [row for row, x in enumerate(ids) if not len(x)]
+    if empty:
+        raise ValueError(f"texts: found an empty text in row {empty[0]}, allowed is at least one token")
+    out = torch.zeros(len(texts), base.get_input_embeddings().weight.shape[1])
+    for part in cut([len(x) for x in ids], token_budget):
+        # Padded on the right, where causal attention does not look.
+        mask = pad_sequence([torch.ones_like(ids[i]) for i in part], batch_first=True).to(base.device)
+        padded = pad_sequence([ids[i] for i in part], batch_first=True).to(base.device)
+        hidden = base(input_ids=padded, attention_mask=mask, use_cache=False).last_hidden_state.float()
+        out[part] = F.normalize((hidden * mask[..., None]).sum(1), dim=-1).cpu()
+    return out
 
 
 def load_sts(source: str, split: str | None = None):

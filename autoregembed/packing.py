@@ -137,7 +137,8 @@ def use_packed_attention(model: PreTrainedModel, route: str = "auto", *, embeds:
     """Sets the attention of `model` to a route that understands packs; unpacked calls of it go to SDPA as before.
 
     Two short sequences are run in one pack and alone, and compared: not every model hands its attention and positions
-    to Transformers' interfaces, and one that does not would mix the texts of a pack without a word.
+    to Transformers' interfaces, and one that does not would mix the texts of a pack without a word. Which routes can
+    run depends on where the model lies and on its dtype, or autocast's where that is on.
 
     Args:
         model: a causal LM, its base model, or a PeftModel around one.
@@ -152,7 +153,10 @@ def use_packed_attention(model: PreTrainedModel, route: str = "auto", *, embeds:
             pack apart. Its attention is then as before.
     """
     parameter = next(model.parameters())
-    routes = attention_routes(parameter.device, parameter.dtype)
+    place, dtype = parameter.device, parameter.dtype
+    if torch.is_autocast_enabled(place.type):
+        dtype = torch.get_autocast_dtype(place.type)
+    routes = attention_routes(place, dtype)
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) is not None and routes["varlen"] == "ok":
         routes["varlen"] = "torch.nn.attention.varlen has no softcap, which this model needs"
@@ -174,7 +178,7 @@ def use_packed_attention(model: PreTrainedModel, route: str = "auto", *, embeds:
         # Leaked context or wrong positions change every token of the second sequence by a large part of its norm;
         # rounding changes them by a few eps, or some tokens by more where a mixture of experts is near a tie.
         error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-        if not error[len(_PROBE[0]) :].median() <= max(1e-3, 16 * torch.finfo(parameter.dtype).eps):
+        if not error[len(_PROBE[0]) :].median() <= max(1e-3, 16 * torch.finfo(dtype).eps):
             raise ValueError(
                 f"model: found {type(model).__name__}, whose hidden states in a pack are not those of each text alone "
                 f"(relative difference {error.max():.2g}); allowed are models with causal attention through "

@@ -530,7 +530,10 @@ def _whole(config: Config, accelerator: Accelerator, wrapped: nn.Module, encoder
 
 
 def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decoder | None, Any, dict]:
-    """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model."""
+    """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model.
+
+    All on the CPU, where attention has one route; `config.attention` is for where they will run.
+    """
     options: dict[str, Any] = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
     model, tokenizer, recipe = checkpoint.load_causal_lm(config.model, **options)
     known = len(recipe.get("compress_token_ids", []))
@@ -555,7 +558,7 @@ def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decode
             )
         decoder = Decoder(
             frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_scale=config.z_scale,
-            reduction=config.score if config.stage == 2 else "sum", attention=config.attention,
+            reduction=config.score if config.stage == 2 else "sum", attention="sdpa",
         )  # fmt: skip
     ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, k)
     if config.gradient_checkpointing:
@@ -577,7 +580,7 @@ def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decode
         model,
         compress_token_ids=ids,
         bos_token_id=bos,
-        attention=config.attention,
+        attention="sdpa",
         own_compress_rows=not config.lora_rank,
     )
     for name, parameter in model.named_parameters():
@@ -677,7 +680,7 @@ def _train(config: Config, console: Console) -> dict:
         accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
 
     encoder, decoder, tokenizer, recipe = build(config)
-    models = [encoder] if decoder is None else [encoder, decoder]
+    models: list[Encoder | Decoder] = [encoder] if decoder is None else [encoder, decoder]
     weights = distributed.from_main(lambda: checkpoint.weights_fingerprint(*models))
     k, max_length = encoder.num_compress_tokens, encoder.fit_max_length(config.max_length)
     targets = decoder.fit_max_target_length(k, config.max_target_length) if decoder else 512
@@ -697,12 +700,19 @@ def _train(config: Config, console: Console) -> dict:
     if decoder is not None:
         decoder.to(place, _HALF.get(precision))
     encoder.to(place)
+    if not sharded:
+        with accelerator.autocast():
+            for model in models:
+                model.use_attention(config.attention)
+    elif config.attention not in ("auto", "sdpa"):
+        raise ConfigError(f"attention: found {config.attention!r}, allowed with FSDP are 'auto' and 'sdpa'")
 
     def evaluate() -> float | None:
         if pairs is None:
             return None
         of = functools.partial(embed, encoder, tokenizer, max_length=max_length, shared=True)
-        return sts(of, pairs)["spearman"]
+        with accelerator.autocast():
+            return sts(of, pairs)["spearman"]
 
     first, seconds = 0, 0.0
     scores: dict[str, float | None] = {}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autoregembed import Encoder
 from autoregembed.encoder import text_embedding
-from autoregembed.evaluate import embed, load_retrieval, load_sts, retrieval, spearman, sts
+from autoregembed.evaluate import embed, load_retrieval, load_sts, retrieval, spearman, sts, token_mean
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -191,3 +191,14 @@ def test_real_sts_pairs_load(shared):
         return F.normalize(bags, dim=-1)
 
     assert 0.5 < sts(bag_of_words, pairs)["spearman"] < 0.6
+
+
+def test_token_mean_in_batches_is_that_of_each_text_alone():
+    model = tiny_model(vocab_size=len(TOKENIZER))
+    texts = [sentence(i, 1 + 3 * (i % 5)) for i in range(12)]
+    alone = [model.model(torch.tensor([TOKENIZER(t)["input_ids"]])).last_hidden_state.mean(1) for t in texts]
+    wanted = F.normalize(torch.cat(alone), dim=-1)
+    for budget in (1, 20, 4096):
+        torch.testing.assert_close(token_mean(model, TOKENIZER, texts, token_budget=budget), wanted, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="^texts: found an empty text in row 1"):
+        token_mean(model, lambda text: {"input_ids": [3] if text else []}, ["a", ""])

@@ -144,9 +144,18 @@ def test_an_explicit_route_that_cannot_run_says_why():
     with pytest.raises(ValueError, match=r"^attention: found 'spda', allowed are 'auto', .*'sdpa'"):
         use_packed_attention(model, "spda")
     assert model.config._attn_implementation == "sdpa"
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="found cpu and torch.bfloat16"):
+        use_packed_attention(model, "varlen")
     routes = attention_routes(torch.device("cuda"), torch.float32)
     assert routes["sdpa"] == "ok"
     assert "torch.float32" in routes["varlen"]
+
+
+def test_the_rounding_of_autocast_is_no_leak_between_texts_and_a_leak_is_one_still():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert use_packed_attention(tiny_model(initializer_range=0.3)) == "sdpa"
+        with pytest.raises(ValueError, match=r"^model: found \w+, whose hidden states in a pack"):
+            use_packed_attention(tiny_model("bloom"))
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mpt", "stablelm", "nemotron", "bert"])

