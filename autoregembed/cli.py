@@ -24,7 +24,7 @@ console = Console(stderr=False)
 
 
 def _train_parser() -> ArgumentParser:
-    from autoregembed.train import Config
+    from autoregembed.config import Config
 
     parser = ArgumentParser(prog="autoregembed train", exit_on_error=False, description="Train one stage.")
     parser.add_argument("--config", action="config", help="a YAML file with any of the fields below")
@@ -33,12 +33,12 @@ def _train_parser() -> ArgumentParser:
 
 
 def read_config(arguments: list[str]):
-    """`[CONFIG.yaml] [--field value ...]` to a validated `train.Config`; flags win over the file.
+    """`[CONFIG.yaml] [--field value ...]` to a validated `Config`; flags win over the file.
 
     Raises:
         ConfigError: an unknown field, named with the nearest valid one, or a value of the wrong type or range.
     """
-    from autoregembed.train import Config, ConfigError
+    from autoregembed.config import Config, ConfigError
 
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--config", *arguments]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from autoregembed import Decoder, Encoder, alignment_loss, compression_loss
 from autoregembed.encoder import base_model
-from autoregembed.train import alignment_scores
+from autoregembed.objective import alignment_scores
 
 from . import workload
 from .harness import OURS, Case, Variant, replay, synchronise

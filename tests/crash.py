@@ -43,8 +43,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from autoregembed import checkpoint
+from autoregembed.config import Config
 from autoregembed.testing import tiny_model, tiny_tokenizer
-from autoregembed.train import Config, train
+from autoregembed.train import train
 
 STEPS = 6
 COMMON = {

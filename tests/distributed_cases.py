@@ -108,6 +108,7 @@ def one_run(case: dict) -> tuple[dict, list[str]]:
     from rich.console import Console
 
     from autoregembed import train
+    from autoregembed.config import Config
 
     written: list[str] = []
     parent = Path(case["output_dir"]).parent
@@ -120,7 +121,7 @@ def one_run(case: dict) -> tuple[dict, list[str]]:
                 written.append(str(path.relative_to(parent)))
 
     sys.addaudithook(audit)
-    return train.train(train.Config(**case), Console(quiet=True)), written
+    return train.train(Config(**case), Console(quiet=True)), written
 
 
 def sharded_decoder() -> None:
@@ -177,9 +178,10 @@ def gathered_rows() -> None:
 def shared_embeddings(case: dict) -> None:
     """Seven texts of which three processes embed a share each; the last round has work for one of them."""
     from autoregembed import train
+    from autoregembed.config import Config
     from autoregembed.evaluate import embed
 
-    encoder, _, tokenizer, _ = train.build(train.Config(**case))
+    encoder, _, tokenizer, _ = train.build(Config(**case))
     texts = ["the cat sat", "on a mat", "while rain", "fell", "over old stone bridges", "and boats", "drifted past"]
     alone = embed(encoder, tokenizer, texts, token_budget=1)
     torch.testing.assert_close(embed(encoder, tokenizer, texts, token_budget=1, shared=True), alone, rtol=0, atol=1e-6)
@@ -190,8 +192,10 @@ def dying(case: dict, victim: int) -> None:
     from rich.console import Console
 
     from autoregembed import train
+    from autoregembed.config import Config
+    from autoregembed.objective import Objective
 
-    step = train.Objective.__call__
+    step = Objective.__call__
 
     def killed(self, rows):
         killed.calls += 1
@@ -200,8 +204,8 @@ def dying(case: dict, victim: int) -> None:
         return step(self, rows)
 
     killed.calls = 0
-    train.Objective.__call__ = killed
-    train.train(train.Config(**case), Console(quiet=True))
+    Objective.__call__ = killed
+    train.train(Config(**case), Console(quiet=True))
 
 
 def stopped(case: dict, receiver: int) -> str:
@@ -209,8 +213,10 @@ def stopped(case: dict, receiver: int) -> str:
     from rich.console import Console
 
     from autoregembed import train
+    from autoregembed.config import Config
+    from autoregembed.objective import Objective
 
-    step = train.Objective.__call__
+    step = Objective.__call__
 
     def signalled(self, rows):
         signalled.calls += 1
@@ -219,9 +225,9 @@ def stopped(case: dict, receiver: int) -> str:
         return step(self, rows)
 
     signalled.calls = 0
-    train.Objective.__call__ = signalled
+    Objective.__call__ = signalled
     try:
-        train.train(train.Config(**case), Console(quiet=True))
+        train.train(Config(**case), Console(quiet=True))
     except train.Interrupted as stop:
         return str(stop)
     return ""
@@ -232,9 +238,10 @@ def refused(case: dict) -> str:
     from rich.console import Console
 
     from autoregembed import train
+    from autoregembed.config import Config
 
     try:
-        train.train(train.Config(**case), Console(quiet=True))
+        train.train(Config(**case), Console(quiet=True))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -243,11 +250,13 @@ def refused(case: dict) -> str:
 def one_step(cases: list[dict]) -> list[dict]:
     """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
     from autoregembed import data, distributed, train
+    from autoregembed.config import Config
+    from autoregembed.objective import Objective, lengths, reference_scores
     from autoregembed.packing import cut
 
     found = []
     for case in cases:
-        config = train.Config(**case)
+        config = Config(**case)
         accelerator = train.processes(config, "fp32")
         assert accelerator.num_processes == distributed.world() == int(os.environ.get("WORLD_SIZE", "1"))
         encoder, decoder, tokenizer, _ = train.build(config)
@@ -261,9 +270,9 @@ def one_step(cases: list[dict]) -> list[dict]:
         wrapped, optimizer = accelerator.prepare(encoder, train.optimiser(encoder, config))
         if decoder is not None and accelerator.is_fsdp2:
             decoder.shard(accelerator.device)
-        reference = train.reference_scores(encoder.eval(), decoder, rows, 64) if config.needs_reference else None
+        reference = reference_scores(encoder.eval(), decoder, rows, 64) if config.needs_reference else None
         encoder.train()
-        objective = train.Objective(config, wrapped, decoder, accelerator, reference)
+        objective = Objective(config, wrapped, decoder, accelerator, reference)
         size = config.batch_size // distributed.world()
         first = distributed.rank() * size
         batch = [{**rows[i], "row": i} for i in range(first, first + size)]
@@ -277,7 +286,7 @@ def one_step(cases: list[dict]) -> list[dict]:
                 "gradients": gradients,
                 "norm": float(distributed.whole(norm)),
                 "parameters": _numpy(dict(encoder.named_parameters())),
-                "parts": len(cut(train.lengths(batch, encoder, config.hard_negatives), config.token_budget)),
+                "parts": len(cut(lengths(batch, encoder, config.hard_negatives), config.token_budget)),
                 "counts": train._counts(config, batch),
                 "reference": None if reference is None else [r.numpy() for r in reference],
             }

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from autoregembed import Encoder, checkpoint
 from autoregembed.cli import main, read_config
+from autoregembed.config import ConfigError
 from autoregembed.evaluate import embed, load_sts, sts
 from autoregembed.export import export
 from autoregembed.testing import tiny_model, tiny_tokenizer
-from autoregembed.train import ConfigError
 
 FIELDS = {"stage": 1, "model": "m", "train_data": "d.jsonl", "output_dir": "o"}
 

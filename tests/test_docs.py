@@ -13,8 +13,9 @@ from conftest import sentence, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from autoregembed import Decoder, Encoder, checkpoint, cli, data, generative_info_nce, linear_logprob
+from autoregembed.config import Config
 from autoregembed.testing import tiny_model, tiny_tokenizer
-from autoregembed.train import Config, train
+from autoregembed.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

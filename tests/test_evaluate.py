@@ -200,5 +200,5 @@ def test_token_mean_in_batches_is_that_of_each_text_alone():
     wanted = F.normalize(torch.cat(alone), dim=-1)
     for budget in (1, 20, 4096):
         torch.testing.assert_close(token_mean(model, TOKENIZER, texts, token_budget=budget), wanted, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="^texts: found an empty text in row 1"):
+    with pytest.raises(ValueError, match=r"^texts: found an empty text in row 1"):
         token_mean(model, lambda text: {"input_ids": [3] if text else []}, ["a", ""])

@@ -27,9 +27,10 @@ from safetensors.torch import load_file, save, save_file
 
 from autoregembed import Decoder, Encoder, checkpoint, data, evaluate, ops
 from autoregembed.cli import main, read_config
+from autoregembed.config import Config
 from autoregembed.export import export
 from autoregembed.testing import tiny_model, tiny_tokenizer
-from autoregembed.train import Config, train
+from autoregembed.train import train
 
 TYPED = (ValueError, TypeError, IndexError, OSError, checkpoint.CheckpointError, ops.ImplUnavailable)
 BIG = 2**63 - 1

@@ -144,7 +144,7 @@ def test_an_explicit_route_that_cannot_run_says_why():
     with pytest.raises(ValueError, match=r"^attention: found 'spda', allowed are 'auto', .*'sdpa'"):
         use_packed_attention(model, "spda")
     assert model.config._attn_implementation == "sdpa"
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="found cpu and torch.bfloat16"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"found cpu and torch\.bfloat16"):
         use_packed_attention(model, "varlen")
     routes = attention_routes(torch.device("cuda"), torch.float32)
     assert routes["sdpa"] == "ok"

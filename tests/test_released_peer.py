@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from autoregembed import Decoder, Encoder, alignment_loss, compression_loss
 from autoregembed.bench.peers.released import Released
+from autoregembed.objective import alignment_scores
 from autoregembed.testing import tiny_model
-from autoregembed.train import alignment_scores
 
 
 def golden(folder):

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from autoregembed import checkpoint, data
 from autoregembed import train as train_module
-from autoregembed.train import MAX_SKIPPED, ConfigError, train
+from autoregembed.config import ConfigError
+from autoregembed.train import MAX_SKIPPED, train
 
 
 def log(out: Path) -> list[dict]:

@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from transformers import PreTrainedModel
 
 from autoregembed import Decoder, Encoder, checkpoint, data
+from autoregembed.config import Config
 from autoregembed.export import export, stock_modules
 from autoregembed.integrations.sentence_transformers import (
     AutoRegEmbedLoss,
@@ -21,8 +22,8 @@ from autoregembed.integrations.sentence_transformers import (
     compress_token_ids,
     from_causal_lm,
 )
+from autoregembed.objective import Objective, reference_scores
 from autoregembed.testing import tiny_model, tiny_tokenizer
-from autoregembed.train import Config, Objective, reference_scores
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
 PAIRS = Dataset.from_dict(

@@ -10,12 +10,14 @@ from conftest import stage1, stage2
 from safetensors.torch import load_file
 
 from autoregembed import checkpoint, data
+from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import final_norm, scale_output, text_embedding
 from autoregembed.evaluate import embed
 from autoregembed.losses import info_nce
+from autoregembed.objective import Objective, reference_scores, texts_of
 from autoregembed.packing import cut
 from autoregembed.testing import tiny_model
-from autoregembed.train import Config, ConfigError, Interrupted, Objective, build, reference_scores, texts_of, train
+from autoregembed.train import Interrupted, build, train
 
 
 def objective_of(config: Config, file: str):

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from transformers import AutoModel, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from autoregembed import Decoder, Encoder, checkpoint, data
+from autoregembed.config import Config
 from autoregembed.integrations.transformers import (
     AutoRegEmbedTrainer,
     CompressionLossFunction,
     compression_inputs,
     with_reference,
 )
+from autoregembed.objective import Objective, reference_scores
 from autoregembed.testing import tiny_model, tiny_tokenizer
-from autoregembed.train import Config, Objective, reference_scores
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
 PROMPT = data.Prompt(TOKENIZER, 3, 1, "Again:", 256)

@@ -35,8 +35,8 @@ from autoregembed.encoder import Encoder
 from autoregembed.export import export, stock_modules
 from autoregembed.losses import alignment_loss, compression_loss, info_nce
 from autoregembed.model_card import CITATION
+from autoregembed.objective import alignment_scores
 from autoregembed.ops import NEGATIVES, REFERENCES
-from autoregembed.train import alignment_scores
 
 try:
     from sentence_transformers.base.losses.merged_forward import embed_columns

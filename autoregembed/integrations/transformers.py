@@ -26,9 +26,9 @@ from transformers import Trainer, TrainingArguments
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.losses import alignment_loss
+from autoregembed.objective import alignment_scores, contrastive, reference_scores, texts_of
 from autoregembed.ops import NEGATIVES, REFERENCES, take
 from autoregembed.packing import pack, run_packed
-from autoregembed.train import alignment_scores, contrastive, reference_scores, texts_of
 
 __all__ = ["AutoRegEmbedTrainer", "Collator", "CompressionLossFunction", "compression_inputs", "with_reference"]
 

@@ -33,8 +33,10 @@ from rich.console import Console
 
 from autoregembed import data
 from autoregembed.checkpoint import atomic_folder, load_causal_lm, write_json
+from autoregembed.config import Config
 from autoregembed.evaluate import embed, load_sts, spearman, sts, token_mean
-from autoregembed.train import Config, alignment_scores, build, train
+from autoregembed.objective import alignment_scores
+from autoregembed.train import build, train
 
 HERE = Path(__file__).parent
 QUANTILES = [0.1, 0.25, 0.5, 0.75, 0.9]

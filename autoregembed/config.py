@@ -1,0 +1,208 @@
+"""The one flat configuration of a run: every field is a line of the YAML and a flag of `autoregembed train`."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class ConfigError(ValueError):
+    """A field of the configuration, or a combination of fields, that cannot be meant."""
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type; an int is a float too, a bool is neither."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(type(value) is type(p) and value == p for p in parts)
+    if origin in (Union, UnionType):
+        return any(_is(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_is(v, parts[0]) for v in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+@dataclass
+class Config:
+    """One training run.
+
+    Args:
+        stage: 1, information compression; 2, conditional distribution alignment.
+        model: the encoder to start from: a folder or hub id of a causal LM; for stage 2 normally the model of stage 1.
+        train_data: a jsonl, json, csv, tsv or parquet file, or a hub id. Stage 1 rows: context, output, instruction?;
+            stage 2 rows: query, pos, neg, instruction? or anchor, positive, negative.
+        output_dir: receives model/, export/, checkpoints/, metrics.jsonl and summary.json.
+        decoder: the frozen decoder; default: the one that `model` was trained with, or else `model` itself.
+        gguf_file: the file inside `model` (and `decoder`) when it is a GGUF folder.
+        trust_remote_code: run model code that a hub repository brings along.
+        instruction: for rows without one of their own, for evaluation and for the export.
+        num_compress_tokens: K; default: that of `model` if it has compress tokens, else 5.
+        max_length: tokens the encoder reads of one text, instruction and compress tokens included; default: 512, or the
+            model's positions if they are fewer.
+        max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
+        train_split: the split of a hub data set.
+        streaming: stream the data; needs `steps`, and no reference scores.
+        eval_data: sentence1, sentence2, score rows; Spearman's correlation before, during and after training.
+        eval_split: its split.
+        eval_steps: evaluate every so many steps; 0: only before and after.
+        steps: optimiser steps; default: from `epochs`.
+        epochs: passes over the data when `steps` is not given.
+        batch_size: rows of a step on each process.
+        token_budget: tokens of one pass of the encoder or the decoder; default: the whole step at once.
+        learning_rate: the peak.
+        compress_learning_rate: that of the K compress-token embeddings; default: `learning_rate`.
+        scheduler: cosine, linear or constant, after the warm-up.
+        warmup_steps: linear warm-up.
+        weight_decay: of AdamW.
+        adam_beta2: of AdamW.
+        max_grad_norm: clipping; 0: none.
+        freeze: regular expressions of encoder parameters that are not trained; the compress tokens always are.
+        lora_rank: > 0 trains LoRA adapters and the compress tokens in place of all parameters.
+        lora_alpha: scale of the adapters.
+        lora_targets: module names, or all-linear.
+        z_scale: none, or match: scale z to the RMS of the decoder's input embeddings.
+        decoder_bos: the decoder reads bos before z; the released code has none there, and the decoder's attention sink
+            then falls on some vector of z, another one for each text.
+        calibrate: scale the encoder's final norm, once before its first training step, so that every dimension of z
+            has the RMS that the decoder's input embeddings have there.
+        alignment_weight: stage 2, factor of the alignment loss.
+        contrastive_weight: stage 2, factor of InfoNCE.
+        score: of the alignment: sum, log p of the whole target (the paper), or mean, per token, which does not favour
+            short targets; β then wants to be larger by the length of a text.
+        beta: β of the alignment.
+        temperature: τ of the alignment.
+        contrastive_temperature: of InfoNCE.
+        reference: add, subtract or none.
+        negatives: independent or joint.
+        hard_negatives: encode the negatives too and give them to InfoNCE.
+        reference_file: reference scores to use; default: kept beside the data, by fingerprint.
+        precision: auto (bf16 where the GPU or CPU multiplies it in hardware, else fp32), fp32, bf16, or fp16 with loss
+            scaling (CUDA only).
+        attention: auto, flash_attention_2, varlen or sdpa.
+        gradient_checkpointing: recompute the encoder's activations in backward.
+        compile: torch.compile the layers of encoder and decoder.
+        seed: of everything.
+        deterministic: torch's deterministic algorithms, so that two runs on the same machine are equal in every bit.
+        on_nonfinite: what happens to a step whose loss or gradient is not finite. It never updates anything, and its
+            rows are written to nonfinite.jsonl. stop: the run ends with FloatingPointError; skip: it goes on with the
+            next rows, the learning rate too (it depends on the step alone), and ends after 10 such steps in a row.
+        save_steps: keep a training state every so many steps and after the last; 0: only on interruption.
+        keep_states: how many, the newest; older ones go once the new one has been read back whole.
+        save_best: keep an export of the best evaluation (`eval_steps`) in best/.
+        resume: auto takes the newest whole training state of `output_dir`, if there is one, and goes on in the same
+            bits; none starts anew, and refuses a folder that holds training states.
+        log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
+        num_proc: processes that tokenise.
+        license: of the trained model, for its card: an SPDX id such as apache-2.0.
+    """
+
+    stage: Literal[1, 2]
+    model: str
+    train_data: str
+    output_dir: str
+    decoder: str | None = None
+    gguf_file: str | None = None
+    trust_remote_code: bool = False
+    instruction: str = "Represent the text."
+    num_compress_tokens: int | None = None
+    max_length: int | None = None
+    max_target_length: int | None = None
+    train_split: str | None = None
+    streaming: bool = False
+    eval_data: str | None = None
+    eval_split: str | None = None
+    eval_steps: int = 0
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 32
+    token_budget: int | None = None
+    learning_rate: float = 5e-5
+    compress_learning_rate: float | None = None
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    freeze: list[str] = field(default_factory=list)
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_targets: list[str] | str = "all-linear"
+    z_scale: Literal["none", "match"] = "none"
+    decoder_bos: bool = False
+    calibrate: bool = False
+    alignment_weight: float = 1.0
+    contrastive_weight: float = 0.0
+    score: Literal["sum", "mean"] = "sum"
+    beta: float = 0.1
+    temperature: float = 0.1
+    contrastive_temperature: float = 0.05
+    reference: Literal["add", "subtract", "none"] = "add"
+    negatives: Literal["independent", "joint"] = "independent"
+    hard_negatives: bool = False
+    reference_file: str | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    deterministic: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    save_steps: int = 0
+    keep_states: int = 2
+    save_best: bool = False
+    resume: Literal["auto", "none"] = "none"
+    log_with: list[str] = field(default_factory=list)
+    num_proc: int | None = None
+    license: str = "unknown"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            value = getattr(self, name)
+            if not _is(value, hint):
+                allowed = Config.__dataclass_fields__[name].type
+                raise ConfigError(f"{name}: found {str(value)[:200]!r}, allowed is {allowed}")
+            if isinstance(value, str) and "\0" in value:
+                raise ConfigError(f"{name}: found a null byte in {value!r}, allowed are texts without")
+        if self.seed >= 2**31:
+            raise ConfigError(f"seed: found {self.seed}, allowed is less than {2**31}")
+        at_least = {
+            "batch_size": 1, "max_length": 1, "max_target_length": 1, "steps": 1, "token_budget": 1,
+            "num_compress_tokens": 1, "keep_states": 1, "warmup_steps": 0, "eval_steps": 0, "save_steps": 0,
+            "lora_rank": 0,
+            "weight_decay": 0, "max_grad_norm": 0, "alignment_weight": 0, "contrastive_weight": 0, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ConfigError(f"{name}: found {value}, allowed is at least {least}")
+        positive = ("epochs", "learning_rate", "compress_learning_rate", "beta", "temperature")
+        for name in (*positive, "contrastive_temperature", "lora_alpha", "adam_beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: found {value}, allowed is a positive number")
+        if self.stage == 2 and not self.alignment_weight and not self.contrastive_weight:
+            raise ConfigError("alignment_weight: found 0 with contrastive_weight 0, allowed is one above 0")
+        if self.save_best and not (self.eval_data and self.eval_steps):
+            raise ConfigError("save_best: found True, allowed without eval_data and eval_steps is False")
+        if self.streaming and self.steps is None:
+            raise ConfigError("steps: found None with streaming, allowed is a number")
+        if self.streaming and self.needs_reference:
+            raise ConfigError(f"reference: found {self.reference!r} with streaming, allowed is 'none'")
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"freeze: found {pattern!r}, allowed are regular expressions ({error})") from error
+
+    @property
+    def needs_decoder(self) -> bool:
+        return self.stage == 1 or self.alignment_weight > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.stage == 2 and self.alignment_weight > 0 and self.reference != "none"
