@@ -53,7 +53,7 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
     """Everything that the cells read: the last 256 triplets are held out and read by `probe` alone."""
     folder = options.output / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("reconstruct", "continue", "tasks", "triplets", "four", "held-out", "development")
+    names = ("reconstruct", "continue", "tasks", "triplets", "four", "held-out", "development", "test")
     paths = {name: folder / f"{name}.jsonl" for name in names}
     triplets = data.load_rows(options.triplets).select_columns(["query", "pos", "neg"]).to_list()
     random.Random(0).shuffle(triplets)
@@ -67,7 +67,9 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
     write_rows(paths["triplets"], triplets)
     write_rows(paths["four"], four)
     write_rows(paths["held-out"], held_out)
-    write_rows(paths["development"], load_sts(options.development).select(range(pairs)).to_list())
+    for name, source in (("development", options.development), ("test", options.test)):
+        found = load_sts(source).shuffle(seed=0)
+        write_rows(paths[name], found.select(range(min(pairs, len(found)))).to_list())
     if options.tasks:
         tasks = data.load_rows(options.tasks).select_columns(["context", "instruction", "output"]).to_list()
         write_rows(paths["tasks"], [row for row in tasks if row["output"].strip() and row["context"].strip()])
@@ -102,7 +104,7 @@ class Study:
         self.plan = yaml.safe_load((HERE / "study.yaml").read_text("utf-8"))
         self.budget = self.plan["budgets"][options.budget]
         self.options, self.console = options, Console()
-        self.paths = prepare(options, self.budget["development_pairs"])
+        self.paths = prepare(options, self.budget["pairs"])
         self.base = options.model or self.restored()
 
     def restored(self) -> str:
@@ -169,7 +171,10 @@ class Study:
         kept = last / "probe.json"
         if not kept.is_file():
             with autocast(summaries[-1]):
-                write_json(kept, probe(configs[-1], self.paths["held-out"], self.options.test if test else None))
+                found = probe(configs[-1], self.paths["test"] if test else None)
+                if seed == self.budget["seeds"][0]:
+                    found |= decoder_probe(configs[-1], self.paths["held-out"])
+            write_json(kept, found)
         if configs[-1].stage == 2:
             shutil.rmtree(last / "model", ignore_errors=True)
         log = [
@@ -204,7 +209,9 @@ class Study:
         for seed in self.budget["seeds"]:
             for name in wanted:
                 if seed == self.budget["seeds"][0]:
-                    rates = self.budget["rates"] if "stage2" in cells[name] else [None]
+                    like = cells[name].get("rate_of")
+                    rates = [best[like]] if like in best else self.budget["rates"]
+                    rates = rates if "stage2" in cells[name] else [None]
                     tried = {r: self.chain(cells[name], seed, r)[1][-1]["spearman"] for r in rates}
                     best[name] = max(tried, key=lambda r: next(reversed(tried[r].values())))
                 found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
@@ -248,21 +255,34 @@ def similarities(encoder, tokenizer, pairs) -> dict[str, float]:
     return {name: spearman(F.cosine_similarity(x[a], x[b]), pairs["score"]) for name, x in spaces.items()}
 
 
-@torch.inference_mode()
-def probe(config: Config, held_out: Path, test: str | None) -> dict:
-    """Scores in three geometries, similarity as the decoder sees it, and how far the alignment's sigmoids are."""
-    trained = Path(config.output_dir) / "model"
-    config = replace(config, model=str(trained), num_compress_tokens=None, alignment_weight=1.0)
-    encoder, decoder, tokenizer, _ = build(config)
+def trained(config: Config):
+    """Encoder and decoder that a run has left, tokenizer and prompt."""
+    folder = str(Path(config.output_dir) / "model")
+    encoder, decoder, tokenizer, _ = build(
+        replace(config, model=folder, num_compress_tokens=None, alignment_weight=1.0)
+    )
     encoder.eval()
     prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
     encoder.suffix_ids = prompt.suffix()
-    pairs = load_sts(config.eval_data)
-    scores = similarities(encoder, tokenizer, pairs)
-    out: dict = {"development": scores["plain"], "centred": scores["centred"], "whitened": scores["whitened"]}
-    if test:
-        out["test"] = similarities(encoder, tokenizer, load_sts(test))["plain"]
+    return encoder, decoder, tokenizer, prompt
 
+
+@torch.inference_mode()
+def probe(config: Config, test: Path | None) -> dict[str, float]:
+    """Scores on the development pairs in three geometries, and on the test pairs."""
+    encoder, _, tokenizer, _ = trained(config)
+    scores = similarities(encoder, tokenizer, load_sts(config.eval_data))
+    out = {"development": scores["plain"], "centred": scores["centred"], "whitened": scores["whitened"]}
+    if test:
+        out["test"] = similarities(encoder, tokenizer, load_sts(str(test)))["plain"]
+    return out
+
+
+@torch.inference_mode()
+def decoder_probe(config: Config, held_out: Path) -> dict:
+    """Similarity as the decoder sees it, and how far the alignment's sigmoids are from their linear part."""
+    encoder, decoder, _, prompt = trained(config)
+    pairs = load_sts(config.eval_data)
     # How much is lost per token when a text is written from the other's z in place of its own, both ways.
     few = pairs.select(range(min(200, len(pairs))))
     first, second = ([prompt.ids(t) for t in few[c]] for c in ("sentence1", "sentence2"))
@@ -270,7 +290,7 @@ def probe(config: Config, held_out: Path, test: str | None) -> dict:
     length = torch.tensor([len(t) + 1 for t in first + second])
     own = decoder.logprob(z, first + second) / length
     crossed = decoder.logprob(z.roll(len(few), 0), first + second) / length
-    out["decoder"] = spearman((crossed - own).view(2, -1).sum(0), few["score"])
+    out: dict = {"decoder": spearman((crossed - own).view(2, -1).sum(0), few["score"])}
 
     rows = data.alignment_rows(data.load_rows(str(held_out)), prompt).to_list()
     z = encoder([r["query_ids"] for r in rows] + [r["positive_ids"] for r in rows])
@@ -297,7 +317,7 @@ def untrained(study: Study) -> dict:
         "compress_tokens": lambda texts: embed(encoder, tokenizer, texts),
         "all_tokens": lambda texts: token_mean(lm, tokenizer, texts),
     }
-    sets = {"development": load_sts(str(study.paths["development"])), "test": load_sts(study.options.test)}
+    sets = {"development": load_sts(str(study.paths["development"])), "test": load_sts(str(study.paths["test"]))}
     found = {way: {name: sts(f, pairs)["spearman"] for name, pairs in sets.items()} for way, f in ways.items()}
     write_json(kept, found)
     return found
