@@ -654,17 +654,42 @@ def _info_nce_backward(ctx, grad, *_):
 _info_nce.register_autograd(_info_nce_backward, setup_context=_info_nce_context)
 
 
-def _info_nce_masked(q: Tensor, p: Tensor, target: Tensor, temperature: float, passage_ids: Tensor) -> Tensor:
-    """The torch route with duplicates masked: chunks of rows, each recomputed in the backward."""
+class _Product(torch.autograd.Function):
+    """a @ b.T whose gradients too are taken without autocast."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a @ b.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            return grads[0] @ b, grads[0].T @ a
+
+
+def _info_nce_by_rows(q: Tensor, p: Tensor, target: Tensor, temperature: float, passage_ids: Tensor | None) -> Tensor:
+    """The torch route by chunks of rows, each recomputed in the backward unless it is the only one."""
     _require_target(target, p.shape[0], NOT_IGNORED)
+    q, p, y = F.normalize(q, dim=-1), F.normalize(p, dim=-1), target.long()
 
     def loss_of(q: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        return spec.info_nce(q, p, y, temperature=temperature, passage_ids=passage_ids) * q.shape[0]
+        logits = _Product.apply(q, p) / temperature
+        if passage_ids is not None:
+            duplicate = passage_ids[None, :] == passage_ids[y][:, None]
+            logits = logits.masked_fill(duplicate.scatter(1, y[:, None], False), -torch.inf)
+        return F.cross_entropy(logits, y, reduction="sum")
 
-    step = torch_linear_logprob.rows_per_chunk(q.device, p.shape[0], q.element_size())
-    chunks = zip(q.split(step), target.long().split(step), strict=True)
-    sums = [checkpoint(loss_of, rows, p, y, use_reentrant=False) for rows, y in chunks]
-    return torch.stack(sums).sum() / q.shape[0]
+    step = _rows_per_chunk(q, p)
+    if step >= len(q):
+        return loss_of(q, p, y) / len(q)
+    chunks = zip(q.split(step), y.split(step), strict=True)
+    return torch.stack([checkpoint(loss_of, rows, p, y, use_reentrant=False) for rows, y in chunks]).sum() / len(q)
+
+
+def _rows_per_chunk(q: Tensor, p: Tensor) -> int:
+    return torch_linear_logprob.rows_per_chunk(q.device, p.shape[0], q.element_size())
 
 
 def info_nce(
@@ -721,7 +746,7 @@ def info_nce(
             raise TypeError(f"passage_ids: found dtype {passage_ids.dtype}, allowed is torch.int64")
         _require_like("passage_ids", passage_ids, "query", query, dtype=False)
         _require_shape("passage_ids", passage_ids, (passages.shape[0],), "(P,)")
-    impl = _resolve(impl, query.device, query.dtype, (*_LINEAR_LOGPROB,))
+    requested, impl = impl, _resolve(impl, query.device, query.dtype, (*_LINEAR_LOGPROB,))
     if impl == "triton" and query.shape[0] > 0 and passages.shape[0] > 0:
         if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(query.device.type)
@@ -739,8 +764,11 @@ def info_nce(
         if impl == "reference":
             _require_target(target, passages.shape[0], NOT_IGNORED)
             return spec.info_nce(query, passages, target.long(), temperature=temperature, passage_ids=passage_ids)
-        if passage_ids is not None:
-            return _info_nce_masked(query, passages, target, temperature, passage_ids)
+        # A matrix of scores that is one chunk anyway costs least as it stands.
+        small = requested in ("auto", "torch") and not torch.compiler.is_compiling()
+        small = small and _rows_per_chunk(query, passages) >= len(query)
+        if small or passage_ids is not None:
+            return _info_nce_by_rows(query, passages, target, temperature, passage_ids)
         logprob = linear_logprob(
             F.normalize(query, dim=-1),
             F.normalize(passages, dim=-1),

@@ -168,6 +168,29 @@ def test_no_query(impl, dtype, p):
     assert not gradients[1].any()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_duplicates_of_the_positive_are_no_negatives_in_chunks_of_any_size(impl, rows, monkeypatch):
+    skip_unless(impl, torch.float32)
+    monkeypatch.setattr(torch_route, "CHUNK_BYTES", {"cpu": rows * 7 * 4, "cuda": rows * 7 * 4})
+    query, passages, target = inputs_of(5, 7, 6)
+    ids = torch.tensor([0, 1, 0, 2, 1, 3, 0], device=DEVICE)
+
+    def one_by_one(query, passages):
+        losses = []
+        for q, y in zip(query, target.tolist(), strict=True):
+            kept = [y] + [j for j in range(7) if int(ids[j]) != int(ids[y])]
+            losses.append(eager(q[None], passages[kept], torch.tensor([0], device=DEVICE), temperature=0.1))
+        return torch.stack(losses).mean()
+
+    exact, exact_gradients = run(one_by_one, query, passages)
+    found, gradients = run(
+        info_nce, query.float(), passages.float(), target, temperature=0.1, passage_ids=ids, impl=impl
+    )
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close([g.double() for g in gradients], list(exact_gradients), rtol=1e-4, atol=1e-5)
+
+
 def test_no_matrix_of_similarities(monkeypatch):
     """Neither forward nor backward makes a (B, P) tensor."""
     query, passages, _ = inputs_of(64, 1000, 8, dtype=torch.float32)
@@ -187,13 +210,14 @@ def test_no_matrix_of_similarities(monkeypatch):
 def test_autocast_does_not_touch_it(impl):
     """Cosines are always computed in fp32: bf16's eps over the temperature is a tenth of a nat."""
     query, passages, _ = inputs_of(4, 6, 32, dtype=torch.float32)
-    wanted, wanted_gradients = run(info_nce, query, passages, impl=impl)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found, gradients = run(info_nce, query, passages, impl=impl)
-    assert torch.equal(found, wanted)
-    if impl != "reference":  # a plain autograd graph is autocast where its backward runs under autocast
-        for x, y in zip(gradients, wanted_gradients, strict=True):
-            assert torch.equal(x, y)
+    for ids in (None, torch.tensor([0, 1, 2, 3, 0, 1], device=DEVICE)):
+        wanted, wanted_gradients = run(info_nce, query, passages, impl=impl, passage_ids=ids)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found, gradients = run(info_nce, query, passages, impl=impl, passage_ids=ids)
+        assert torch.equal(found, wanted)
+        if impl != "reference":  # a plain autograd graph is autocast where its backward runs under autocast
+            for x, y in zip(gradients, wanted_gradients, strict=True):
+                assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
