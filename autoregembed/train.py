@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import functools
 import json
 import math
@@ -228,11 +229,11 @@ def train(config: Config, console: Console | None = None) -> dict:
         FloatingPointError: a loss or gradient is not finite; the rows of that step are named (see `on_nonfinite`).
         Interrupted: after a Ctrl-C, with the state saved.
     """
-    with _deterministic(config.deterministic):
-        return _train(config, console or Console())
+    with _deterministic(config.deterministic), contextlib.ExitStack() as held:
+        return _train(config, console or Console(), held)
 
 
-def _train(config: Config, console: Console) -> dict:
+def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict:
     out, state_folder = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
     torch.set_flush_denormal(True)
     precision = _precision(config)
@@ -243,6 +244,7 @@ def _train(config: Config, console: Console) -> dict:
 
     def begin() -> tuple[Path | None, list[str]]:
         out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_sole_run(out))
         checkpoint.sweep(out)
         checkpoint.sweep(state_folder)
         if config.resume == "none":
@@ -487,6 +489,19 @@ def _precision(config: Config) -> str:
     if config.precision == "auto":
         return "bf16" if _multiplies_bf16() else "fp32"
     return config.precision
+
+
+@contextlib.contextmanager
+def _sole_run(out: Path):
+    """No second run writes into this folder. A record lock goes with its process and is not inherited by a fork."""
+    with open(out / "lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"output_dir: found {str(out)!r}, into which another run is writing; allowed is a folder of its own"
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

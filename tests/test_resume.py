@@ -225,6 +225,24 @@ def test_places_and_what_is_written_when_may_change(stopped, tmp_path, quiet):
     assert len(list((tmp_path / "two" / "checkpoints").iterdir())) == 3
 
 
+def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(model_folder, compression_file, tmp_path, quiet):
+    config = stage1(model_folder, compression_file, tmp_path / "out", steps=1)
+    config.resume = "auto"
+    train(config, quiet)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path / "out" / "lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match=r"^output_dir: found .*another run is writing"):
+            train(config, quiet)
+    finally:
+        other.kill()
+        other.communicate()
+    train(config, quiet)
+
+
 def test_a_constant_schedule_can_be_made_longer(model_folder, compression_file, tmp_path, quiet):
     options = {"scheduler": "constant", "save_steps": 1}
     train(stage1(model_folder, compression_file, tmp_path / "whole", steps=4, **options), quiet)
