@@ -1,6 +1,5 @@
 """The native route: its kernel at every machine code level, its threads, and an installation without it."""
 
-import contextlib
 import math
 import multiprocessing
 import os
@@ -28,19 +27,11 @@ LEVELS = native.levels()
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@contextlib.contextmanager
-def at_level(level):
-    native.set_level(level)
-    try:
-        yield
-    finally:
-        native.set_level(LEVELS[0])
-
-
 @pytest.fixture(params=LEVELS)
 def level(request):
-    with at_level(request.param):
-        yield request.param
+    native.set_level(request.param)
+    yield request.param
+    native.set_level(LEVELS[0])
 
 
 @pytest.fixture
@@ -126,7 +117,6 @@ cases = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases)
 def test_epilogue_accurate(level, case):
@@ -143,9 +133,8 @@ def test_epilogue_accurate(level, case):
     if case["certain"] and r:
         logits[0, target[0]] += 40 if scale >= 0 else -40
     head = {"bias": bias, "softcap": case["softcap"], "scale": scale}
-    with at_level(level):
-        width = case["width"] if v < 300 or case["width"] != 1 else None
-        logprob, gradient = epilogue(logits, target, **head, store=case["store"], width=width)
+    width = case["width"] if v < 300 or case["width"] != 1 else None
+    logprob, gradient = epilogue(logits, target, **head, store=case["store"], width=width)
     wanted, wanted_gradient, max_logit = exact(logits, target, **head) if r else (torch.zeros(0).double(),) * 3
     eager, eager_gradient, _ = exact(logits, target, **head, dtype=torch.float32) if r else (torch.zeros(0),) * 3
     max_logit = float(max_logit) if r else 0.0
