@@ -147,12 +147,18 @@ def test_epilogue_accurate(level, case):
 
 def test_bf16_gradient_is_the_fp32_one_rounded_to_nearest(level):
     torch.manual_seed(0)
-    logits, target = torch.randn(3, 2111) * 4, torch.randint(2111, (3,))
-    e = {store: logits.clone() for store in ("fp32", "bf16")}
-    for store, z in e.items():
-        state = torch_route.State.start(3, z.device)
-        native.epilogue(z, target, None, 5.0, 1.0, store, *state, torch.empty_like(state.top), 1)
-    assert torch.equal(e["bf16"].view(torch.bfloat16)[:, :2111], e["fp32"].bfloat16())
+    x = torch.linspace(-10, 0, 1_000_003)
+    native.elementary("exp", x, y := torch.empty_like(x))
+    ties = x[y.view(torch.int32) & 0xFFFF == 0x8000]  # exp half-way between two bf16 numbers
+    assert len(ties) > 5
+    for logits, softcap in ((torch.randn(3, 2111) * 4, 5.0), (torch.cat([ties, x[-1:]])[None], None)):
+        v = logits.shape[1]
+        target = torch.full((len(logits),), v - 1)
+        e = {store: logits.clone() for store in ("fp32", "bf16")}
+        for store, z in e.items():
+            state = torch_route.State.start(len(z), z.device)
+            native.epilogue(z, target, None, softcap, 1.0, store, *state, torch.empty_like(state.top), 1)
+        assert torch.equal(e["bf16"].view(torch.bfloat16)[:, :v], e["fp32"].bfloat16())
 
 
 def test_a_bound_stays_until_a_logit_is_far_above_it(level):
