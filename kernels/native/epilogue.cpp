@@ -168,7 +168,7 @@ INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, 
             const int32_t hit = at <= y && y < at + LANES ? (int32_t)(y - at) : -1;
             const int32_t count = end - at < LANES ? (int32_t)(end - at) : LANES;
             const Int lane = lanes();
-            e = (lane == hit) | (lane >= count) ? Float{} : e;
+            e = ((lane == hit) | (lane >= count)) ? Float{} : e;
         }
         part += e;
         if constexpr (SOFTCAP && write) e = e * (1.0f - t * t);
