@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def test_the_wheel_holds_the_kernels_under_our_name_only(site):
     assert {f"autoregembed/{n}" for n in sources} <= names
     assert {p.relative_to(REPO).as_posix() for p in (REPO / "autoregembed").rglob("*.py")} <= names
     assert not any(n.endswith(".so") for n in names)
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tmp_path):
+    run("setup.py", "-q", "sdist", "-d", tmp_path, cwd=copy_sources(tmp_path))
+    (archive,) = tmp_path.glob("autoregembed-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    sources = [p for ending in ("py", "cpp", "h") for p in (REPO / "kernels").rglob(f"*.{ending}")]
+    assert len(sources) > 10
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", *(p.relative_to(REPO).as_posix() for p in sources)} <= names
 
 
 BLOCK = """
