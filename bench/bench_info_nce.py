@@ -27,6 +27,9 @@ def _eager(query: Tensor, passages: Tensor) -> Tensor:
 class _Embedded(torch.nn.Module):
     """What sentence-transformers' losses take for a model, when the embeddings are there already."""
 
+    def __getitem__(self, place: int) -> torch.nn.Module:
+        return self
+
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return features
 

@@ -214,6 +214,8 @@ class Study:
                     rates = rates if "stage2" in cells[name] else [None]
                     tried = {r: self.chain(cells[name], seed, r)[1][-1]["spearman"] for r in rates}
                     best[name] = max(tried, key=lambda r: next(reversed(tried[r].values())))
+                elif name in self.budget.get("first_seed_only", []):
+                    continue
                 found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
                 write_json(out, found)
         for name, change in self.plan["ablations"].items() if not self.options.only or self.options.ablations else []:
