@@ -112,7 +112,8 @@ def export(
         ]
         text = f"{tokenizer.eos_token or ''} The export reads what training read. " * max_length
         found = modules[0].tokenizer(text, truncation=True)["input_ids"]
-        expected = encoder.sequences([tokenizer(text, add_special_tokens=False)["input_ids"][: max_length - fixed]])[0]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        expected = encoder.sequences([ids[: max_length - fixed]])[0]
         if found != expected:
             raise CheckpointError(f"tokenizer: found ids {found[:8]}… once saved, allowed are {expected[:8]}…")
         SentenceTransformer(modules=modules, device="cpu").save(str(temporary / "whole"), create_model_card=False)
