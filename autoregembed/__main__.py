@@ -6,7 +6,7 @@ def main() -> int:
     try:
         from autoregembed import cli
     except ModuleNotFoundError as error:
-        print(f"autoregembed: {error}; the command needs `pip install 'autoregembed[train]'`", file=sys.stderr)
+        print(f"autoregembed: {error}; the command needs the extra 'train'", file=sys.stderr)
         return 2
     return cli.main()
 
