@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from autoregembed.checkpoint import CheckpointError, atomic_folder
-from autoregembed.encoder import Encoder
+from autoregembed.encoder import Encoder, plain
 from autoregembed.model_card import Card, model_card
 from autoregembed.packing import base_model
 
@@ -30,7 +30,17 @@ def stock_modules() -> Any:
 
 
 def merged(encoder: Encoder) -> Any:
-    """A copy of the encoder's model with adapters merged and compress rows in its embedding matrix."""
+    """A copy of the encoder's model with adapters merged and compress rows in its embedding matrix.
+
+    Raises:
+        ValueError: weights in 8 or 4 bits.
+    """
+    for name, parameter in encoder.model.named_parameters():
+        if not plain(parameter) or not parameter.is_floating_point():
+            raise ValueError(
+                f"model: found quantised weights in {name}, allowed are plain ones, as merging would round them: put "
+                "the adapter onto the model as it was before (get_peft_model_state_dict, set_peft_model_state_dict)"
+            )
     copied = copy.deepcopy(encoder)
     copied.fold_compress_rows()
     model = copied.model.merge_and_unload() if hasattr(copied.model, "merge_and_unload") else copied.model
@@ -112,7 +122,8 @@ def export(
         ]
         text = f"{tokenizer.eos_token or ''} The export reads what training read. " * max_length
         found = modules[0].tokenizer(text, truncation=True)["input_ids"]
-        expected = encoder.sequences([tokenizer(text, add_special_tokens=False)["input_ids"][: max_length - fixed]])[0]
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        expected = encoder.sequences([ids[: max_length - fixed]])[0]
         if found != expected:
             raise CheckpointError(f"tokenizer: found ids {found[:8]}… once saved, allowed are {expected[:8]}…")
         SentenceTransformer(modules=modules, device="cpu").save(str(temporary / "whole"), create_model_card=False)

@@ -142,17 +142,20 @@ def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decode
         )  # fmt: skip
     ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, k)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The older name is deprecated in Transformers 5.24.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if config.lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        name = _name_of(model, model.get_input_embeddings())
+        names = {module: name for name, module in model.named_modules()}
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             target_modules=config.lora_targets,
-            trainable_token_indices={name: ids},
-            modules_to_save=[_name_of(model, final_norm(model))] if config.calibrate else None,
+            trainable_token_indices={names[model.get_input_embeddings()]: ids},
+            # The whole name: PEFT compares ends, and "norm" is the end of every layer's norms.
+            modules_to_save=[names[final_norm(model)]] if config.calibrate else None,
         )
         model = get_peft_model(model, lora)
     bos = tokenizer.bos_token_id
@@ -186,10 +189,6 @@ def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decode
         "decoder_gguf_file": config.gguf_file if (config.decoder or not recipe) else recipe.get("decoder_gguf_file"),
     }
     return encoder, decoder, tokenizer, saved
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(n for n, m in model.named_modules() if m is module).rsplit(".", 1)[-1]
 
 
 def optimiser(encoder: Encoder, config: Config) -> torch.optim.Optimizer:
@@ -442,6 +441,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
         "export": str(out / "export"),
         **({"best": str(out / "best"), "best_step": int(_best(scores))} if config.save_best else {}),
         "device": str(accelerator.device),
+        "processes": world,
         "precision": precision,
         "skipped_steps": len(skipped),
         "attention": encoder.attention,
@@ -451,7 +451,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
     def finish() -> None:
         if config.lora_rank:
             with checkpoint.atomic_folder(out / "adapter", overwrite=True) as folder:
-                trained.model.save_pretrained(folder)
+                trained.model.save_pretrained(folder, save_embedding_layers=False)  # the K rows are in it
         checkpoint.save_model(out / "model", merged(trained), tokenizer, recipe)
         export(
             trained, tokenizer, out / "export", max_length=max_length, overwrite=True,

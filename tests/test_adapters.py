@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 from autoregembed import Decoder, Encoder, checkpoint
@@ -144,6 +150,15 @@ def test_adapters_and_compress_tokens_train_and_tied_embeddings_stay_tied(tied, 
     z = encoder([[5, 6, 7], [8, 9]])
     assert (text_embedding(z) - text_embedding(first)).abs().max() > 1e-3
     if quantise:
+        with pytest.raises(ValueError, match=r"^model: found quantised weights in"):
+            merged(encoder)
+        model = lm(vocab_size=len(tokenizer), tie_word_embeddings=tied)
+        checkpoint.add_compress_tokens(model, tokenizer, 2)
+        unquantised = get_peft_model(model, config)
+        set_peft_model_state_dict(unquantised, get_peft_model_state_dict(encoder.model, save_embedding_layers=False))
+        again = Encoder(unquantised, compress_token_ids=ids, bos_token_id=1)
+        found = Encoder(merged(again), compress_token_ids=ids, bos_token_id=1)([[5, 6, 7], [8, 9]])
+        assert (found - z).norm() < 0.3 * (first - z).norm(), "int8 rounds less than training moves"
         return
     whole = merged(encoder)
     assert (whole.lm_head.weight is whole.get_input_embeddings().weight) is tied

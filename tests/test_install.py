@@ -102,6 +102,13 @@ def test_the_wheel_works_with_torch_alone(site, tmp_path):
         shutil.rmtree(beside)
 
 
+def test_the_command_says_what_it_needs(site, tmp_path):
+    code = f"{BLOCK}\nfrom autoregembed.__main__ import main\nassert main() == 2"
+    result = run("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert "the command needs the extra 'train'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_checkout_works_with_torch_alone_and_does_not_shadow_hugging_faces_kernels(tmp_path):
     """In the repository's root `kernels/` is a namespace package at best, which a regular one beats anywhere."""
     package = tmp_path / "kernels"

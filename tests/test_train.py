@@ -157,7 +157,9 @@ def test_lora_trains_compress_tokens_and_merges(model_folder, compression_file, 
     rest = torch.ones(len(embedding), dtype=torch.bool)
     rest[ids] = False
     assert torch.equal(embedding[rest], original[: len(embedding)][rest])
-    assert (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").is_file()
+    adapter = load_file(tmp_path / "lora" / "adapter" / "adapter_model.safetensors")
+    assert all("lora_" in name or "trainable_tokens" in name for name in adapter), "no whole embedding matrix"
+    assert sum("trainable_tokens" in name for name in adapter) == 1
     again = build(stage1(result["model"], compression_file, "unused", decoder=model_folder))[0]
     assert again.compress_token_ids == ids
 
@@ -280,6 +282,13 @@ def test_calibrate_gives_z_the_decoders_rms_once(model_folder, compression_file,
             z = encoder(*texts_of(rows, False))
         found, wanted = z.square().mean((0, 1)).sqrt(), decoder.input_rms_per_dimension()
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_lora_and_calibrate_train_no_norm_but_the_final_one(model_folder, compression_file):
+    encoder = build(stage1(model_folder, compression_file, "unused", lora_rank=2, calibrate=True))[0]
+    norms = [n for n, p in encoder.named_parameters() if p.requires_grad and "norm" in n]
+    assert len(norms) == 1
+    assert ".model.norm." in norms[0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])

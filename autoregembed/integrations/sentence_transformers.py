@@ -75,7 +75,7 @@ def from_causal_lm(
         options: `gguf_file` and `trust_remote_code`, as in `checkpoint.load_causal_lm`.
 
     Raises:
-        CheckpointError, and the errors of `Encoder` and `export`.
+        CheckpointError: `source` cannot be loaded. And the errors of `Encoder` and `export`.
     """
     model, tokenizer, recipe = checkpoint.load_causal_lm(source, **options)
     ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, num_compress_tokens)
