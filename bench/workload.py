@@ -132,7 +132,7 @@ def _upstream(n: int) -> Tensor:
     return (0.01 * torch.randn(n // 24 + 1, generator=generator)).repeat_interleave(24)[:n].contiguous()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would leave tensors that no backward may save
 def record(n: int) -> HeadInputs:
     """Last hidden states of SmolLM2-135M over news articles, with the tokens that follow as targets."""
     model, tokenizer = smollm2()
