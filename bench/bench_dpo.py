@@ -141,7 +141,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
         elif gpu:
             yield partial(dpo_case, 16, 1024, 4096, 128256, trainable, device, dtype, rounds=11)
         else:
-            yield partial(dpo_case, 4, 192, 576, 49152, trainable, device, dtype, rounds=5)
+            yield partial(dpo_case, 2, 192, 576, 49152, trainable, device, dtype, rounds=7)
 
 
 def test_dpo(variant, benchmark):

@@ -127,8 +127,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
                     yield partial(head_case, n, d, v, job, rounds=11, **options)
     else:
         for job in GEMMS:
-            yield partial(head_case, 768, 576, 49152, job, rounds=5, **options)
-        yield partial(head_case, 256, 896, 151936, rounds=5, **lean)
+            yield partial(head_case, 512, 576, 49152, job, rounds=5, **options)
+        yield partial(head_case, 256, 896, 151936, rounds=3, **lean)
     d, v = (2048, 65536) if gpu else (256, 16384)
     for n in [1024, 2048, 4096, 8192] if gpu else [256, 512, 1024, 2048]:
         yield partial(head_case, n, d, v, curve="N", **lean)

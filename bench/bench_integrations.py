@@ -155,9 +155,10 @@ def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
         yield partial(ranking_case, 16, 32, 1, device, rounds=3)
         yield partial(compression_case, 4, 512, device, rounds=3)
         return
-    for b, negatives in ((128, 0), (512, 1), (2048, 1)):
-        yield partial(ranking_case, b, 576, negatives, device)
-    for b in (8, 32):
+    gpu = device.startswith("cuda")
+    for b, negatives in ((128, 0), (512, 1), *([(4096, 1)] if gpu else [])):
+        yield partial(ranking_case, b, 576, negatives, device, rounds=15)
+    for b in (8, *([64] if gpu else [])):
         yield partial(compression_case, b, 49152, device)
 
 

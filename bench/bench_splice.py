@@ -84,7 +84,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
     dtype = torch.bfloat16 if gpu else torch.float32
     shape = {"S": 8, "L": 12, "D": 32} if quick else {"S": 768, "L": 32, "D": 4096 if gpu else 576}
     for op in ("take", "splice"):
-        yield partial(_case, op, shape, device, dtype, 3 if quick else 11)
+        yield partial(_case, op, shape, device, dtype, 3 if quick else 21)
 
 
 def test_splice(variant, benchmark):
