@@ -39,7 +39,7 @@ def merged(encoder: Encoder) -> Any:
         if not plain(parameter) or not parameter.is_floating_point():
             raise ValueError(
                 f"model: found quantised weights in {name}, allowed are plain ones, as merging would round them: put "
-                "the adapter onto the dequantised model (dequantize, get_peft_model_state_dict, set_peft_model_state_dict)"
+                "the adapter onto model.dequantize() (get_peft_model_state_dict, set_peft_model_state_dict)"
             )
     copied = copy.deepcopy(encoder)
     copied.fold_compress_rows()
