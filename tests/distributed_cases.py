@@ -251,7 +251,7 @@ def one_step(cases: list[dict]) -> list[dict]:
     """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
     from autoregembed import data, distributed, train
     from autoregembed.config import Config
-    from autoregembed.objective import Objective, lengths, reference_scores
+    from autoregembed.objective import Objective, _counts, lengths, reference_scores
     from autoregembed.packing import cut
 
     found = []
@@ -287,7 +287,7 @@ def one_step(cases: list[dict]) -> list[dict]:
                 "norm": float(distributed.whole(norm)),
                 "parameters": _numpy(dict(encoder.named_parameters())),
                 "parts": len(cut(lengths(batch, encoder, config.hard_negatives), config.token_budget)),
-                "counts": train._counts(config, batch),
+                "counts": _counts(config, batch),
                 "reference": None if reference is None else [r.numpy() for r in reference],
             }
         )
