@@ -61,7 +61,7 @@ $(BIN)/.peers: $(BIN)/.data
 	touch $@
 
 bench: $(BIN)/.peers
-	$(BIN)/autoregembed bench --limit 480 --json runs/bench/results.json --report runs/bench/report.html
+	$(BIN)/autoregembed bench --limit 540 --json runs/bench/results.json --report runs/bench/report.html
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
