@@ -663,14 +663,17 @@ class _Product(torch.autograd.Function):
         return a @ b.T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (a, b), (grad,) = ctx.saved_tensors, grads
+        for_a, for_b = ctx.needs_input_grad
         with torch.autocast(a.device.type, enabled=False):
-            return grads[0] @ b, grads[0].T @ a
+            return grad @ b if for_a else None, grad.T @ a if for_b else None
 
 
-def _info_nce_by_rows(q: Tensor, p: Tensor, target: Tensor, temperature: float, passage_ids: Tensor | None) -> Tensor:
-    """The torch route by chunks of rows, each recomputed in the backward unless it is the only one."""
+def _info_nce_by_rows(
+    q: Tensor, p: Tensor, target: Tensor, temperature: float, passage_ids: Tensor | None, step: int
+) -> Tensor:
+    """The torch route by chunks of `step` rows, each recomputed in the backward unless it is the only one."""
     _require_target(target, p.shape[0], NOT_IGNORED)
     q, p, y = F.normalize(q, dim=-1), F.normalize(p, dim=-1), target.long()
 
@@ -681,15 +684,10 @@ def _info_nce_by_rows(q: Tensor, p: Tensor, target: Tensor, temperature: float, 
             logits = logits.masked_fill(duplicate.scatter(1, y[:, None], False), -torch.inf)
         return F.cross_entropy(logits, y, reduction="sum")
 
-    step = _rows_per_chunk(q, p)
     if step >= len(q):
         return loss_of(q, p, y) / len(q)
     chunks = zip(q.split(step), y.split(step), strict=True)
     return torch.stack([checkpoint(loss_of, rows, p, y, use_reentrant=False) for rows, y in chunks]).sum() / len(q)
-
-
-def _rows_per_chunk(q: Tensor, p: Tensor) -> int:
-    return torch_linear_logprob.rows_per_chunk(q.device, p.shape[0], q.element_size())
 
 
 def info_nce(
@@ -764,11 +762,11 @@ def info_nce(
         if impl == "reference":
             _require_target(target, passages.shape[0], NOT_IGNORED)
             return spec.info_nce(query, passages, target.long(), temperature=temperature, passage_ids=passage_ids)
-        # A matrix of scores that is one chunk anyway costs least as it stands.
-        small = requested in ("auto", "torch") and not torch.compiler.is_compiling()
-        small = small and _rows_per_chunk(query, passages) >= len(query)
-        if small or passage_ids is not None:
-            return _info_nce_by_rows(query, passages, target, temperature, passage_ids)
+        # A matrix of scores that is one chunk anyway costs least as it stands; compiled code must serve any B and P.
+        step = torch_linear_logprob.rows_per_chunk(query.device, passages.shape[0], query.element_size())
+        whole = requested in ("auto", "torch") and not torch.compiler.is_compiling() and step >= len(query)
+        if whole or passage_ids is not None:
+            return _info_nce_by_rows(query, passages, target, temperature, passage_ids, step)
         logprob = linear_logprob(
             F.normalize(query, dim=-1),
             F.normalize(passages, dim=-1),

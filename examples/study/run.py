@@ -76,9 +76,8 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
     return paths
 
 
-def mean_lengths(config: Config) -> tuple[float, float]:
+def mean_lengths(config: Config, tokenizer) -> tuple[float, float]:
     """Mean tokens of a row that the encoder reads, and that the decoder reads, for the first 500 rows."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model, gguf_file=config.gguf_file)
     rows = data.load_rows(config.train_data).to_list()[:500]
 
     def count(text: str) -> int:
@@ -106,6 +105,7 @@ class Study:
         self.options, self.console = options, Console()
         self.paths = prepare(options, self.budget["pairs"])
         self.base = options.model or self.restored()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.base)
 
     def restored(self) -> str:
         """SmolLM2 as a plain folder, so that no run restores it again."""
@@ -135,7 +135,7 @@ class Study:
     def flops(self, config: Config) -> float:
         """Matrix FLOPs of a run: 6 per weight and encoded token, 4 where weights are frozen, the head 4·N·V·D."""
         layers, head = 106.2e6, 28.3e6  # SmolLM2-135M
-        encoded, decoded = mean_lengths(config)
+        encoded, decoded = mean_lengths(config, self.tokenizer)
         return config.steps * config.batch_size * (6 * layers * encoded + 4 * (layers + head) * decoded)
 
     def run(self, config: Config) -> dict:
@@ -147,33 +147,34 @@ class Study:
         shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
         return json.loads(done.read_text())
 
-    def chain(self, cell: dict, seed: int, rate: float | None) -> tuple[list[Config], list[dict]]:
-        """Runs a cell; `rate` is that of its stage 2."""
+    def chain(self, cell: dict, seed: int, rate: float | None) -> list[Config]:
+        """The runs of a cell; `rate` is that of its stage 2."""
         changes = {stage: dict(cell[f"stage{stage}"]) for stage in (1, 2) if f"stage{stage}" in cell}
         if rate is not None:
             changes[2]["learning_rate"] = rate
         if "compute_of" in cell:
-            whole, _ = self.chain(self.plan["cells"][cell["compute_of"]], seed, rate)
+            whole = self.chain(self.plan["cells"][cell["compute_of"]], seed, rate)
             changes[2]["steps_factor"] = sum(map(self.flops, whole)) / self.flops(
                 self.config(2, changes[2], seed, None)
             )
         configs: list[Config] = []
-        summaries = []
         for stage, change in changes.items():
             configs.append(self.config(stage, change, seed, configs[-1] if configs else None))
-            summaries.append(self.run(configs[-1]))
-        return configs, summaries
+        return configs
 
     def result(self, cell: dict, seed: int, rate: float | None, test: bool = True) -> dict:
         """What a cell has learned; `test`: the test pairs are read too. A stage-2 model is left as its export."""
-        configs, summaries = self.chain(cell, seed, rate)
+        configs = self.chain(cell, seed, rate)
+        summaries = [self.run(config) for config in configs]
         last = Path(configs[-1].output_dir)
         kept = last / "probe.json"
         if not kept.is_file():
-            with autocast(summaries[-1]):
-                found = probe(configs[-1], self.paths["test"] if test else None)
+            model = trained(configs[-1])
+            half = summaries[-1]["precision"] == "bf16"
+            with torch.autocast(summaries[-1]["device"].split(":")[0], torch.bfloat16, enabled=half):
+                found = probe(model, self.paths["development"], self.paths["test"] if test else None)
                 if seed == self.budget["seeds"][0]:
-                    found |= decoder_probe(configs[-1], self.paths["held-out"])
+                    found |= decoder_probe(model, configs[-1].beta, self.paths["development"], self.paths["held-out"])
             write_json(kept, found)
         if configs[-1].stage == 2:
             shutil.rmtree(last / "model", ignore_errors=True)
@@ -209,10 +210,9 @@ class Study:
         for seed in self.budget["seeds"]:
             for name in wanted:
                 if seed == self.budget["seeds"][0]:
-                    like = cells[name].get("rate_of")
-                    rates = [best[like]] if like in best else self.budget["rates"]
-                    rates = rates if "stage2" in cells[name] else [None]
-                    tried = {r: self.chain(cells[name], seed, r)[1][-1]["spearman"] for r in rates}
+                    rate = best.get(cells[name].get("rate_of"))
+                    rates = self.budget["rates"] if "stage2" in cells[name] and rate is None else [rate]
+                    tried = {r: [self.run(c) for c in self.chain(cells[name], seed, r)][-1]["spearman"] for r in rates}
                     best[name] = max(tried, key=lambda r: next(reversed(tried[r].values())))
                 elif name in self.budget.get("first_seed_only", []):
                     continue
@@ -236,12 +236,6 @@ class Study:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a model has learned
-
-
-def autocast(summary: dict) -> torch.autocast:
-    """The precision of the run that a summary is of."""
-    half = torch.float16 if summary["precision"] == "fp16" else torch.bfloat16
-    return torch.autocast(summary["device"].split(":")[0], half, enabled=summary["precision"] != "fp32")
 
 
 def similarities(encoder, tokenizer, pairs) -> dict[str, float]:
@@ -270,10 +264,10 @@ def trained(config: Config):
 
 
 @torch.inference_mode()
-def probe(config: Config, test: Path | None) -> dict[str, float]:
-    """Scores on the development pairs in three geometries, and on the test pairs."""
-    encoder, _, tokenizer, _ = trained(config)
-    scores = similarities(encoder, tokenizer, load_sts(config.eval_data))
+def probe(model: tuple, development: Path, test: Path | None) -> dict[str, float]:
+    """Scores on the development pairs in three geometries, and on the test pairs; `model` is what `trained` gives."""
+    encoder, _, tokenizer, _ = model
+    scores = similarities(encoder, tokenizer, load_sts(str(development)))
     out = {"development": scores["plain"], "centred": scores["centred"], "whitened": scores["whitened"]}
     if test:
         out["test"] = similarities(encoder, tokenizer, load_sts(str(test)))["plain"]
@@ -281,10 +275,10 @@ def probe(config: Config, test: Path | None) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def decoder_probe(config: Config, held_out: Path) -> dict:
+def decoder_probe(model: tuple, beta: float, development: Path, held_out: Path) -> dict:
     """Similarity as the decoder sees it, and how far the alignment's sigmoids are from their linear part."""
-    encoder, decoder, _, prompt = trained(config)
-    pairs = load_sts(config.eval_data)
+    encoder, decoder, _, prompt = model
+    pairs = load_sts(str(development))
     # How much is lost per token when a text is written from the other's z in place of its own, both ways.
     few = pairs.select(range(min(200, len(pairs))))
     first, second = ([prompt.ids(t) for t in few[c]] for c in ("sentence1", "sentence2"))
@@ -298,8 +292,8 @@ def decoder_probe(config: Config, held_out: Path) -> dict:
     z = encoder([r["query_ids"] for r in rows] + [r["positive_ids"] for r in rows])
     a, b, c, _ = alignment_scores(decoder, z, rows)
     quantiles = torch.tensor(QUANTILES)
-    out["beta_gap"] = (config.beta * (a - b).abs()).quantile(quantiles).tolist()
-    out["beta_margin"] = (config.beta * (a - c[:, 0])).quantile(quantiles).tolist()
+    out["beta_gap"] = (beta * (a - b).abs()).quantile(quantiles).tolist()
+    out["beta_margin"] = (beta * (a - c[:, 0])).quantile(quantiles).tolist()
     out["accuracy"] = float((a > c[:, 0]).float().mean())
     return out
 
