@@ -137,8 +137,8 @@ def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
         for b, d in ((2048, 896), (4096, 4096), (16384, 4096)):
             yield partial(info_nce_case, b, d, device, dtype, rounds=11)
     else:
-        yield partial(info_nce_case, 1024, 576, device, dtype, rounds=15)
-        yield partial(info_nce_case, 256, 576, device, dtype, passages=2048, rounds=15)
+        yield partial(info_nce_case, 1024, 576, device, dtype)
+        yield partial(info_nce_case, 256, 576, device, dtype, passages=2048)
     b, d = (2048, 1024) if gpu else (256, 256)
     for negatives in (1, 3, 7, 15):
         yield partial(info_nce_case, b, d, device, dtype, passages=b * (1 + negatives), curve="P")

@@ -157,7 +157,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
         return
     gpu = device.startswith("cuda")
     for b, negatives in ((128, 0), (512, 1), *([(4096, 1)] if gpu else [])):
-        yield partial(ranking_case, b, 576, negatives, device, rounds=15)
+        yield partial(ranking_case, b, 576, negatives, device)
     for b in (8, *([64] if gpu else [])):
         yield partial(compression_case, b, 49152, device)
 

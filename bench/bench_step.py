@@ -272,7 +272,7 @@ def step_case(
     return Case(
         suite="step", op="step", job=f"stage{stage}", shape=shape, dtype=str(dtype)[6:], inputs="", variants=variants,
         flops=0.0, bytes=0.0, prepare=prepare, check=check, baseline="released", rounds=rounds, device=device,
-        warm_up=device != "cpu", curve=curve, details={} if curve else {OURS: lambda: breakdown(setup(), stage, micro)},
+        curve=curve, details={} if curve else {OURS: lambda: breakdown(setup(), stage, micro)},
     )  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def cases(device: str, quick: bool = False, rows: int | None = None, triplets: s
         yield partial(step_case, setup, stage, device, shape, rounds=3 if device == "cpu" else 11)
     if quick:
         return
-    b = 8
+    b = 4 if device == "cpu" else 8
     points = [("K", k, 1, 32) for k in (1, 4, 16)] + [("M", 4, m, 32) for m in (1, 3, 7)]
     points += [("L", 4, 1, length) for length in (32, 128, 512, *([2048] if device != "cpu" else []))]
     for letter, k, m, length in points:

@@ -62,7 +62,6 @@ class Case:
         baseline: what "speed-up" is relative to.
         curve: the letter that this case is a point of a scaling curve over, or None.
         tokens: of one call, for tokens per second.
-        warm_up: one more call of each variant between check and timing.
         details: by variant, milliseconds by place of one call.
     """
 
@@ -82,7 +81,6 @@ class Case:
     rounds: int = 5
     device: str = "cpu"
     tokens: int = 0
-    warm_up: bool = True
     details: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
 
     @property
@@ -234,8 +232,14 @@ class Machine:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def run(case: Case, machine: Machine, *, rounds: int | None = None, memory: bool = True) -> list[Row]:
-    """Checks, times and weighs every variant of a case."""
+def run(
+    case: Case, machine: Machine, *, rounds: int | None = None, seconds: float = 0.0, memory: bool = True
+) -> list[Row]:
+    """Checks, weighs and times every variant of a case.
+
+    `rounds` in place of the case's own number; after them further ones, up to 101, until `seconds` have passed, so that
+    short calls get the rounds that their scatter needs.
+    """
     rounds = rounds or case.rounds
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], Any]] = {}
@@ -255,7 +259,8 @@ def run(case: Case, machine: Machine, *, rounds: int | None = None, memory: bool
             if missing is not None:
                 raise missing
             call = variant.build()
-            with poisoned():
+            # Only ours: a compiled peer would be compiled for deterministic mode, and then again.
+            with poisoned() if is_ours(name) else contextlib.nullcontext():
                 outputs = call()
             synchronise(case.device)
             if case.check is not None and name != FLOOR:
@@ -273,19 +278,27 @@ def run(case: Case, machine: Machine, *, rounds: int | None = None, memory: bool
             rows[name].skipped = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
             calls[name] = call
-    for call in calls.values() if case.warm_up else ():
-        call()  # outside deterministic mode, for which torch.compile may have compiled something else
-    synchronise(case.device)
     names = list(calls)
+    for name in names:  # the warm-up too
+        if memory and name != FLOOR:
+            rows[name].peak_bytes, rows[name].reserved_bytes = peak_memory(calls[name], case.device)
+        else:
+            calls[name]()
+    synchronise(case.device)
     samples: dict[str, list[float]] = {name: [] for name in names}
     enabled = gc.isenabled()
     gc.disable()
+    gc.freeze()  # the collections between rounds look at what the calls left, not at torch's and the compiler's objects
+    begin = time.monotonic()
     try:
-        for i in range(rounds):
+        i = 0
+        while i < rounds or (i < 101 and time.monotonic() - begin < seconds):
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 samples[name].append(timed(calls[name], case.device))
             gc.collect()
+            i += 1
     finally:
+        gc.unfreeze()
         if enabled:
             gc.enable()
 
@@ -306,8 +319,6 @@ def run(case: Case, machine: Machine, *, rounds: int | None = None, memory: bool
             row.speedup = ratio(case.baseline, name)
         if case.tokens:
             row.tokens_per_second = 1e3 * case.tokens / row.median_ms
-        if memory and name != FLOOR:
-            row.peak_bytes, row.reserved_bytes = peak_memory(calls[name], case.device)
         if name in case.details:
             row.details = case.details[name]()
     return list(rows.values())

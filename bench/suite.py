@@ -59,7 +59,7 @@ def bench(
         quick: tiny sizes: whether everything runs, and no more than that.
         device: "cpu" or "cuda"; by default a GPU where there is one.
         json_file, report: where the results (JSON) and the report (HTML) go; None: not written.
-        rounds: of every case, in place of its own number.
+        rounds: of every case, in place of its own number and of further ones for short calls.
         rows: triplets of a training step.
         triplets: a jsonl file of {query, pos, neg} for the steps.
         limit: seconds after which no further case is begun; what was left out is named.
@@ -77,6 +77,7 @@ def bench(
         json_file.parent.mkdir(parents=True, exist_ok=True)
     # Curves last: they are what may be left out for want of time.
     todo = sorted(cases(suite, device, quick, rows, triplets), key=lambda make: bool(make().curve))
+    seconds = 0.0 if quick or rounds else 2.0 if device == "cpu" else 0.2
     begin = time.monotonic()
     left_out: list[str] = []
     found: dict[str, Any] = {"format": 1, "suite": suite, "quick": quick, "rows": []}
@@ -92,7 +93,7 @@ def bench(
                 left_out.append(case.name)
                 continue
             progress.update(task, description=case.name)
-            measured = [asdict(row) for row in harness.run(case, machine, rounds=rounds)]
+            measured = [asdict(row) for row in harness.run(case, machine, rounds=rounds, seconds=seconds)]
             found["rows"] += measured
             for line in table(measured):
                 progress.console.print(line)
