@@ -277,7 +277,7 @@ def step_case(
 
 
 def cases(device: str, quick: bool = False, rows: int | None = None, triplets: str | None = None) -> Iterator[Callable]:
-    b = rows or (4 if quick else 8 if device == "cpu" else 64)
+    b = rows or (4 if quick else 6 if device == "cpu" else 64)
     micro = min(b, 2 if quick else 16 if device == "cpu" else b)
     setup = functools.cache(partial(nli, device, quick, b, triplets))
     shape = {"B": b, "micro": micro, "K": COMPRESS, "M": 1}

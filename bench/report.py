@@ -17,7 +17,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem aut
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem } figure { margin: 1rem 0 }
 figcaption, .note { color: #5b6675; font-size: 0.9rem }
 table { border-collapse: collapse; font-size: 0.88rem; font-variant-numeric: tabular-nums }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #e5e8ec }
+th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #e5e8ec }
+td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left } tr.ours { font-weight: 600; color: #0b6e4f }
 svg { max-width: 100%; height: auto }
 """
@@ -79,20 +80,26 @@ def _bars(rows: list[dict]) -> str:
 
 def _curve(rows: list[dict], letter: str) -> str:
     """Time and peak memory against one letter of the shape, both axes logarithmic."""
+    from matplotlib.ticker import LogLocator
 
     def draw(axes: Any) -> None:
         variants = list(dict.fromkeys(r["variant"] for r in rows))
         for axis, key, scale, label in zip(
             axes, ("median_ms", "peak_bytes"), (1.0, 2.0**-20), ("ms", "MB"), strict=True
         ):
+            drawn: list[str] = []
             for v in variants:
                 points = sorted((r["shape"][letter], r[key] * scale) for r in rows if r["variant"] == v and r[key])
                 if points:
-                    axis.plot(*zip(*points, strict=True), "o-", color=_colour(v), label=v, markersize=4)
+                    style = ("o-", "s--", "^:")[drawn.count(_colour(v)) % 3]  # several share a colour
+                    axis.plot(*zip(*points, strict=True), style, color=_colour(v), label=v, markersize=4)
+                    drawn.append(_colour(v))
             ticks = sorted({r["shape"][letter] for r in rows})
             axis.set(xscale="log", yscale="log", xlabel=letter, ylabel=label)
             axis.set_xticks(ticks, [str(t) for t in ticks])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             axis.grid(True, color="#e5e8ec", linewidth=0.7)
         axes[0].set_title("time")
         axes[1].set_title("peak memory")
@@ -152,6 +159,23 @@ def _table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _overview(groups: dict[str, list[dict]]) -> str:
+    """One line a case: our default route beside the fastest other implementation."""
+    head = ["ours", "× floor", "× faster", "than the fastest peer", "memory, ours", "peer’s"]
+    lines = ["<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>"]
+    for name, rows in groups.items():
+        done = sorted((r for r in rows if r["median_ms"] is not None), key=lambda r: r["median_ms"])
+        ours = next((r for r in rows if r in done and harness.is_ours(r["variant"])), None)
+        peer = next((r for r in done if _colour(r["variant"]) == PEER), None)
+        if ours is None:
+            continue
+        cells = [html.escape(name), f"{ours['ratio_to_floor']:.2f}" if ours["ratio_to_floor"] is not None else ""]
+        cells += [f"{peer['median_ms'] / ours['median_ms']:.2f}", html.escape(peer["variant"])] if peer else ["", ""]
+        cells += [_size(r["peak_bytes"]) if r and r["peak_bytes"] is not None else "" for r in (ours, peer)]
+        lines.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    return "\n".join([*lines, "</table>"])
+
+
 def write_report(found: dict, path: Path) -> None:
     """Writes the report of `suite.bench`'s results."""
     groups: dict[str, list[dict]] = {}
@@ -174,6 +198,7 @@ def write_report(found: dict, path: Path) -> None:
         "float64. “Floor” is the bare matrix products of the job; roofline is the time that the least FLOPs and bytes "
         "of the job take at this machine’s measured rates, over the median; memory is what the call holds at its "
         "peak.</p>",
+        _overview(groups),
     ]
     for name, rows in groups.items():
         parts.append(f"<h2>{html.escape(name)}</h2><p class=note>{html.escape(rows[0]['inputs'])}</p>")

@@ -66,6 +66,7 @@ def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path)
     for case in by_case:
         if not next(iter(by_case[case].values()))["curve"]:
             assert case in text
+            assert case in text.split("<h2>")[0], "a case that the overview at the top leaves out"
 
 
 def test_compare_catches_a_kernel_that_does_its_work_twice(monkeypatch):
