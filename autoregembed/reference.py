@@ -56,31 +56,34 @@ def alignment_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns (loss, mean s1, mean s2, share of pairs with a > c), each ()."""
     a, b, c = query_positive, positive_positive, query_negatives
-    mask = torch.ones_like(c, dtype=torch.bool) if mask is None else mask
-    c = torch.where(mask, c, 0.0)
-    margin = a[:, None] - c
+    pairs: Tensor | int = max(c.numel(), 1)
+    rows: Tensor | int = max(a.shape[0], 1)
+    if mask is not None:
+        pairs, rows = mask.sum().clamp(min=1), mask.any(1).sum().clamp(min=1)
+
+    def kept(x: Tensor, fill: float = 0.0) -> Tensor:
+        return x if mask is None else torch.where(mask, x, fill)
+
+    margin = a[:, None] - kept(c)
+    signed: Tensor | float = 0.0
     if reference != "none":
         assert reference_positive is not None
         assert reference_negatives is not None
-        reference_margin = reference_positive[:, None] - torch.where(mask, reference_negatives, 0.0)
+        reference_margin = reference_positive[:, None] - kept(reference_negatives)
         signed = reference_margin if reference == "add" else -reference_margin
-    else:
-        signed = torch.zeros_like(margin)
     s1 = torch.sigmoid(beta * (a - b).abs())
     s2 = torch.sigmoid(beta * (margin + signed))
     x = (s1[:, None] - s2) / temperature
-    pairs = mask.sum()
     if negatives == "independent":
         softplus = torch.logaddexp(x, torch.zeros_like(x))  # F.softplus drops e^−x above x = 20
-        loss = torch.where(mask, softplus, 0.0).sum() / pairs.clamp(min=1)
+        loss = kept(softplus).sum() / pairs
     else:
-        x = torch.where(mask, x, -torch.inf)
-        joint = torch.cat([x.new_zeros(x.shape[0], 1), x], 1).logsumexp(1)
-        loss = joint.sum() / mask.any(1).sum().clamp(min=1)
+        joint = torch.cat([x.new_zeros(x.shape[0], 1), kept(x, -torch.inf)], 1).logsumexp(1)
+        loss = joint.sum() / rows
     with torch.no_grad():
-        mean_s2 = torch.where(mask, s2, 0.0).sum() / pairs.clamp(min=1)
-        accuracy = (mask & (margin > 0)).to(loss.dtype).sum() / pairs.clamp(min=1)
         mean_s1 = s1.sum() / max(a.shape[0], 1)
+        mean_s2 = kept(s2).sum() / pairs
+        accuracy = kept((margin > 0).to(loss.dtype)).sum() / pairs
     return loss, mean_s1, mean_s2, accuracy
 
 

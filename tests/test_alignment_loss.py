@@ -382,7 +382,7 @@ SEEDED_BUGS = {
     "s1 of a and c": ("beta * (a - b).abs()", "beta * margin.mean(1).abs()"),
     "no β in s2": ("beta * (margin + signed)", "(margin + signed)"),
     "no temperature": ("(s1[:, None] - s2) / temperature", "(s1[:, None] - s2)"),
-    "margin upside down": ("margin = a[:, None] - c", "margin = c - a[:, None]"),
+    "margin upside down": ("margin = a[:, None] - kept(c)", "margin = kept(c) - a[:, None]"),
     "signs of the reference swapped": ('if reference == "add" else', 'if reference != "add" else'),
     "one reference for all": ("reference_positive[:, None]", "reference_positive.mean()"),
     "softplus of the other side": (
@@ -391,19 +391,19 @@ SEEDED_BUGS = {
     ),
     "softplus with a threshold": ("torch.logaddexp(x, torch.zeros_like(x))", "F.softplus(x)"),
     "mean over all places": (
-        "torch.where(mask, softplus, 0.0).sum() / pairs.clamp(min=1)",
-        "torch.where(mask, softplus, 0.0).sum() / mask.numel()",
+        "kept(softplus).sum() / pairs",
+        "kept(softplus).sum() / c.numel()",
     ),
-    "masked places counted": ("torch.where(mask, softplus, 0.0)", "softplus"),
-    "masked places in the joint sum": ("torch.where(mask, x, -torch.inf)", "x"),
+    "masked places counted": ("kept(softplus)", "softplus"),
+    "masked places in the joint sum": ("kept(x, -torch.inf)", "x"),
     "no s1 in the denominator": ("x.new_zeros(x.shape[0], 1)", "x.new_zeros(x.shape[0], 1) - torch.inf"),
     "joint mean over all rows": ("mask.any(1).sum().clamp(min=1)", "len(mask)"),
-    "NaN from masked scores": ("c = torch.where(mask, c, 0.0)", "c = torch.where(mask, c, c * 0)"),
-    "NaN from masked references": ("torch.where(mask, reference_negatives, 0.0)", "reference_negatives"),
+    "NaN from masked scores": ("a[:, None] - kept(c)", "a[:, None] - kept(c, c.sum() * 0)"),
+    "NaN from masked references": ("kept(reference_negatives)", "reference_negatives"),
     "ties are wins": ("margin > 0", "margin >= 0"),
-    "s2 of masked places": ("torch.where(mask, s2, 0.0)", "s2"),
+    "s2 of masked places": ("kept(s2)", "s2"),
     "no gradient of b": ("(a - b).abs()", "(a - b.detach()).abs()"),
-    "half the gradient of a": ("margin = a[:, None] - c", "margin = a.detach()[:, None] - c"),
+    "half the gradient of a": ("margin = a[:, None] - kept(c)", "margin = a.detach()[:, None] - kept(c)"),
 }
 
 
