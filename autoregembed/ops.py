@@ -718,6 +718,7 @@ def info_nce(
     Raises:
         TypeError, ValueError, IndexError: wrong dtype, device, shape or target (a target out of range: NaN on the
             Triton route).
+        ImplUnavailable: the route cannot run here; "native" cannot with `passage_ids`.
 
     Source: van den Oord et al., arXiv 1807.03748; the control of arXiv 2502.11401.
     """
@@ -745,6 +746,8 @@ def info_nce(
         _require_like("passage_ids", passage_ids, "query", query, dtype=False)
         _require_shape("passage_ids", passage_ids, (passages.shape[0],), "(P,)")
     requested, impl = impl, _resolve(impl, query.device, query.dtype, (*_LINEAR_LOGPROB,))
+    if requested == "native" and passage_ids is not None:
+        raise ImplUnavailable("impl='native' has no passage_ids, allowed are 'auto', 'triton', 'torch', 'reference'")
     if impl == "triton" and query.shape[0] > 0 and passages.shape[0] > 0:
         if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(query.device.type)

@@ -4,7 +4,8 @@
 
 Triplets {query, pos, neg}; pairs {sentence1, sentence2, score}. A cell that is done is not run again, one that was cut
 short goes on from its last training state. Rates are chosen on the development pairs; the test pairs are read once, by
-the model of each finished cell. results.json, study.png and table.md lie in the output folder.
+the model of each finished cell. results.json, table.md, learning.md and study.svg lie in
+the output folder.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import BinaryIO
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -162,6 +164,10 @@ class Study:
             configs.append(self.config(stage, change, seed, configs[-1] if configs else None))
         return configs
 
+    def last(self, cell: dict, seed: int, rate: float | None) -> float:
+        """The last development score of a cell."""
+        return list([self.run(config) for config in self.chain(cell, seed, rate)][-1]["spearman"].values())[-1]
+
     def result(self, cell: dict, seed: int, rate: float | None, test: bool = True) -> dict:
         """What a cell has learned; `test`: the test pairs are read too. A stage-2 model is left as its export."""
         configs = self.chain(cell, seed, rate)
@@ -187,9 +193,19 @@ class Study:
             "seed": seed,
             "rate": rate,
             **json.loads(kept.read_text()),
-            "seconds": sum(s["train_seconds"] for s in summaries),
             "tflops": sum(map(self.flops, configs)) / 1e12,
-            "curve": [s["spearman"] for s in summaries],
+            "runs": [
+                {
+                    "stage": c.stage,
+                    "aligned": c.stage == 2 and c.alignment_weight > 0,
+                    "steps": c.steps,
+                    "seconds": s["train_seconds"],
+                    "tflops": self.flops(c) / 1e12,
+                    "tokens": c.steps * c.batch_size * sum(mean_lengths(c, self.tokenizer)),
+                    "curve": s["spearman"],
+                }
+                for c, s in zip(configs, summaries, strict=True)
+            ],
             "losses": [row["loss"] for row in log],
             "device": summaries[-1]["device"],
             "export": summaries[-1]["export"],
@@ -197,7 +213,8 @@ class Study:
 
     def all(self) -> dict:
         """Cells seed by seed, then ablations; what is done is written after each."""
-        out = self.options.output / "results.json"
+        part = "-".join(map(str, self.options.seeds))
+        out = self.options.output / f"results{part and '-of-seeds-' + part}.json"
         found: dict = {
             "budget": self.options.budget,
             "plan": self.budget,
@@ -207,17 +224,16 @@ class Study:
         found["untrained"] = untrained(self)
         cells, best = self.plan["cells"], {}
         wanted = [c for c in cells if not self.options.only or c in self.options.only]
-        for seed in self.budget["seeds"]:
+        first = self.budget["seeds"][0]
+        for seed in self.options.seeds or self.budget["seeds"]:
             for name in wanted:
-                if seed == self.budget["seeds"][0]:
+                if name not in best:
                     rate = best.get(cells[name].get("rate_of"))
                     rates = self.budget["rates"] if "stage2" in cells[name] and rate is None else [rate]
-                    tried = {r: [self.run(c) for c in self.chain(cells[name], seed, r)][-1]["spearman"] for r in rates}
-                    best[name] = max(tried, key=lambda r: next(reversed(tried[r].values())))
-                elif name in self.budget.get("first_seed_only", []):
-                    continue
-                found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
-                write_json(out, found)
+                    best[name] = max(rates, key=lambda r: self.last(cells[name], first, r)) if rates[1:] else rates[0]
+                if seed == first or name not in self.budget.get("first_seed_only", []):
+                    found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
+                    write_json(out, found)
         for name, change in self.plan["ablations"].items() if not self.options.only or self.options.ablations else []:
             if (self.options.ablations and name not in self.options.ablations) or change["of"] not in best:
                 continue
@@ -228,7 +244,7 @@ class Study:
             }
             if cell.get("stage1", {}).get("data") == "tasks" and not self.options.tasks:
                 continue
-            result = self.result(cell, self.budget["seeds"][0], best[change["of"]], test=False)
+            result = self.result(cell, first, best[change["of"]], test=False)
             found.setdefault("ablations", {})[name] = {"of": change["of"], **result}
             write_json(out, found)
         return found
@@ -346,7 +362,30 @@ def table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(found: dict, path: Path) -> None:
+def learning(found: dict, released: dict[int, float]) -> str:
+    """Markdown: development score against tokens and time, first seed; `released`: by stage, the time of the released
+    algorithm's step over ours. Both make the same update, so it has the same score after the same step."""
+    lines = ["| cell | stage | step | tokens | TFLOP | minutes | with the released step | development |"]
+    lines.append("|" + "---|" * 8)
+    for name, seeds in found["cells"].items():
+        tokens = tflops = ours = theirs = 0.0
+        for run in seeds[0]["runs"]:
+            # InfoNCE is no part of the released algorithm.
+            ratio = released.get(run["stage"]) if run["stage"] == 1 or run["aligned"] else None
+            theirs = theirs + run["seconds"] * ratio if ratio else float("nan")
+            tokens, tflops, ours = tokens + run["tokens"], tflops + run["tflops"], ours + run["seconds"]
+            for step, score in run["curve"].items():
+                left = 1 - int(step) / run["steps"]
+                minutes = [(ours - left * run["seconds"]) / 60]
+                minutes.append((theirs - left * run["seconds"] * ratio) / 60 if ratio else float("nan"))
+                columns = [name, run["stage"], step, f"{(tokens - left * run['tokens']) / 1e3:.0f}k"]
+                columns += [f"{tflops - left * run['tflops']:.0f}", *("" if m != m else f"{m:.1f}" for m in minutes)]
+                lines.append(f"| {' | '.join(map(str, columns))} | {score:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict, file: Path | BinaryIO) -> None:
+    """SVG: test scores with their standard deviation, and how the development score grows with compute."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -355,14 +394,13 @@ def plot(found: dict, path: Path) -> None:
         scores = [r["test"] for r in runs]
         left.barh(i, mean(scores), xerr=stdev(scores) if len(scores) > 1 else None, color=f"C{i}", height=0.7)
         left.plot(scores, [i] * len(scores), "k.", markersize=4)
-        steps, total = [], sum(len(c) and int(next(reversed(c))) for c in runs[0]["curve"])
-        offset = 0
-        for curve in runs[0]["curve"]:
-            steps += [(offset + int(s), v) for s, v in curve.items()]
-            offset += int(next(reversed(curve)))
-        right.plot(
-            [s / total * runs[0]["tflops"] for s, _ in steps], [v for _, v in steps], "o-", color=f"C{i}", label=name
-        )
+        points, before = [], 0.0
+        for run in runs[0]["runs"]:
+            points += [
+                (before + int(step) / run["steps"] * run["tflops"], score) for step, score in run["curve"].items()
+            ]
+            before += run["tflops"]
+        right.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=name)
     for way, style in (("all_tokens", "--"), ("compress_tokens", ":")):
         left.axvline(found["untrained"][way]["test"], color="0.5", linestyle=style)
     left.set(yticks=range(len(found["cells"])), yticklabels=list(found["cells"]), xlabel="Spearman, test pairs")
@@ -371,7 +409,7 @@ def plot(found: dict, path: Path) -> None:
     right.legend(frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
+    figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def main() -> None:
@@ -387,13 +425,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--only", nargs="+", default=[], help="cells; default: all, then the ablations")
     parser.add_argument("--ablations", nargs="+", default=[])
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[],
+        help="to share the work among processes; a run without it, at the end, collects what they have done",
+    )
+    parser.add_argument("--step-results", type=Path, help="JSON of `autoregembed bench --suite step`, for learning.md")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     study = Study(options)
     found = study.all()
+    ratios = {}
+    if options.step_results:
+        rows = [r for r in json.loads(options.step_results.read_text())["rows"] if r["variant"] == "autoregembed"]
+        ratios = {int(r["job"].removeprefix("stage")): r["speedup"] for r in rows}
     (options.output / "table.md").write_text(table(found))
-    plot(found, options.output / "study.png")
+    (options.output / "learning.md").write_text(learning(found, ratios))
+    plot(found, options.output / "study.svg")
     study.console.print(table(found), highlight=False)
 
 
