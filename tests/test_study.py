@@ -24,12 +24,18 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path
     command += ["--triplets", write_jsonl(tmp_path / "t.jsonl", triplets)]
     command += ["--development", write_jsonl(tmp_path / "d.jsonl", pairs), "--test", str(tmp_path / "d.jsonl")]
     command += ["--only", "stage1", "stage1-alignment", "infonce-compute", "--ablations", "token-mean", "four-joint"]
+    steps = [{"variant": "autoregembed", "job": f"stage{stage}", "speedup": 1.0 + stage} for stage in (1, 2)]
+    (tmp_path / "steps.json").write_text(json.dumps({"rows": steps}))
+    command += ["--step-results", str(tmp_path / "steps.json")]
 
-    def run() -> dict:
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        return json.loads((tmp_path / "out" / "results.json").read_text())
+    def run(*more: str) -> dict:
+        subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL)
+        file = f"results{'-of-seeds-' * bool(more)}{''.join(more[1:])}.json"
+        return json.loads((tmp_path / "out" / file).read_text())
 
+    second = run("--seeds", "1")
     first = run()
+    assert [r for r in first["cells"]["stage1-alignment"] if r["seed"] == 1] == second["cells"]["stage1-alignment"]
     runs = tmp_path / "out" / "runs"
     # Two seeds of stage 1, alignment and InfoNCE at equal compute (whose measure is counted, not run); two ablations.
     assert len(list(runs.glob("*/summary.json"))) == 8
@@ -39,3 +45,13 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path
     assert run() == first
     assert times == {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
     assert "| stage1-alignment | 2 |" in (tmp_path / "out" / "table.md").read_text()
+    assert (tmp_path / "out" / "study.svg").read_text().count("<svg") == 1
+    learning = [row.split(" | ") for row in (tmp_path / "out" / "learning.md").read_text().splitlines()[2:]]
+    stage1, stage2 = (
+        next(r for r in learning if r[:2] == ["| stage1-alignment", stage] and r[2] == step)
+        for stage, step in (("1", "4"), ("2", "2"))
+    )
+    runs = first["cells"]["stage1-alignment"][0]["runs"]
+    assert stage1[3] == f"{runs[0]['tokens'] / 1e3:.0f}k"
+    seconds = [run["seconds"] for run in runs]
+    assert stage2[5:7] == [f"{sum(seconds) / 60:.1f}", f"{(2 * seconds[0] + 3 * seconds[1]) / 60:.1f}"]
