@@ -33,15 +33,21 @@ def _train_parser() -> ArgumentParser:
 
 
 def read_config(arguments: list[str]):
-    """`[CONFIG.yaml] [--field value ...]` to a validated `Config`; flags win over the file.
+    """`[CONFIG.yaml] [--field value ...]`, in any order, to a validated `Config`; flags win over the file.
 
     Raises:
-        ConfigError: an unknown field, named with the nearest valid one, or a value of the wrong type or range.
+        ConfigError: several files, an unknown field, named with the nearest valid one, a value of the wrong type or
+            range.
     """
     from autoregembed.config import Config, ConfigError
 
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--config", *arguments]
+    takes_value = [a.startswith("-") and "=" not in a for a in arguments]
+    alone = [i for i, a in enumerate(arguments) if not a.startswith("-") and not (i and takes_value[i - 1])]
+    if len(alone) > 1:
+        found = ", ".join(repr(arguments[i]) for i in alone)
+        raise ConfigError(f"config: found {found}, allowed is one YAML file, and flags with one value each")
+    for i in alone:  # first, so that flags win wherever it stood
+        arguments = ["--config", arguments[i], *arguments[:i], *arguments[i + 1 :]]
     fields = list(Config.__dataclass_fields__)
     names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
     if "--config" in arguments:

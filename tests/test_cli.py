@@ -52,7 +52,11 @@ def config_file(tmp_path: Path, **fields) -> str:
 
 def test_flags_win_over_the_file(tmp_path):
     file = config_file(tmp_path, batch_size=4, learning_rate=1e-3, freeze=["embed"], z_scale="match")
-    config = read_config([file, "--batch_size", "16", "--output_dir=other", "--stage", "2"])
+    flags = ["--batch_size", "16", "--output_dir=other", "--stage", "2"]
+    config = read_config([file, *flags])
+    assert read_config([*flags, file]) == read_config([*flags[:3], file, *flags[3:]]) == config
+    with pytest.raises(ConfigError, match=r"config: found '.*', 'another.yaml', allowed is one YAML file"):
+        read_config([file, *flags, "another.yaml"])
     assert (config.stage, config.batch_size, config.output_dir) == (2, 16, "other")
     assert (config.learning_rate, config.freeze, config.z_scale, config.temperature) == (1e-3, ["embed"], "match", 0.1)
     alone = [x for name, value in FIELDS.items() for x in (f"--{name}", str(value))]
