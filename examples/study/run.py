@@ -18,8 +18,9 @@ import os
 import random
 import shutil
 from dataclasses import replace
+from math import isnan, nan
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import BinaryIO
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -88,10 +89,12 @@ def mean_lengths(config: Config, tokenizer) -> tuple[float, float]:
     around = count(config.instruction) + 2 + (config.num_compress_tokens or 5) + 1
     if config.stage == 1:
         return mean(count(r["context"]) + around for r in rows), mean(count(r["output"]) + 6 for r in rows)
+    negatives = [[r["neg"]] if isinstance(r["neg"], str) else r["neg"] for r in rows]
     encoded = mean(count(r["query"]) + count(r["pos"]) + 2 * around for r in rows)
+    if config.hard_negatives:
+        encoded += mean(sum(map(count, n)) + len(n) * around for n in negatives)
     if not config.alignment_weight:
         return encoded, 0.0
-    negatives = [[r["neg"]] if isinstance(r["neg"], str) else r["neg"] for r in rows]
     scored = mean(
         2 * count(r["pos"]) + sum(map(count, n)) + 6 * (2 + len(n)) for r, n in zip(rows, negatives, strict=True)
     )
@@ -338,13 +341,14 @@ def untrained(study: Study) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
 def table(found: dict) -> str:
     """Markdown: mean ± standard deviation over seeds."""
-
-    def spread(values: list[float]) -> str:
-        if not values:
-            return ""
-        return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
     lines = ["| cell | seeds | rate | test | development | centred | whitened | by the decoder | TFLOP |"]
     lines.append("|" + "---|" * 9)
@@ -363,24 +367,24 @@ def table(found: dict) -> str:
 
 
 def learning(found: dict, released: dict[int, float]) -> str:
-    """Markdown: development score against tokens and time, first seed; `released`: by stage, the time of the released
-    algorithm's step over ours. Both make the same update, so it has the same score after the same step."""
+    """Markdown: development score against tokens and time; `released`: by stage, the time of the released algorithm's
+    step over ours. Both make the same update, so it has the same score after the same step."""
     lines = ["| cell | stage | step | tokens | TFLOP | minutes | with the released step | development |"]
     lines.append("|" + "---|" * 8)
     for name, seeds in found["cells"].items():
         tokens = tflops = ours = theirs = 0.0
-        for run in seeds[0]["runs"]:
+        for runs in zip(*(s["runs"] for s in seeds), strict=True):
+            run, seconds = runs[0], median(r["seconds"] for r in runs)
             # InfoNCE is no part of the released algorithm.
-            ratio = released.get(run["stage"]) if run["stage"] == 1 or run["aligned"] else None
-            theirs = theirs + run["seconds"] * ratio if ratio else float("nan")
-            tokens, tflops, ours = tokens + run["tokens"], tflops + run["tflops"], ours + run["seconds"]
-            for step, score in run["curve"].items():
-                left = 1 - int(step) / run["steps"]
-                minutes = [(ours - left * run["seconds"]) / 60]
-                minutes.append((theirs - left * run["seconds"] * ratio) / 60 if ratio else float("nan"))
-                columns = [name, run["stage"], step, f"{(tokens - left * run['tokens']) / 1e3:.0f}k"]
-                columns += [f"{tflops - left * run['tflops']:.0f}", *("" if m != m else f"{m:.1f}" for m in minutes)]
-                lines.append(f"| {' | '.join(map(str, columns))} | {score:.3f} |")
+            ratio = released.get(run["stage"], nan) if run["stage"] == 1 or run["aligned"] else nan
+            for step in run["curve"]:
+                share = int(step) / run["steps"]
+                minutes = (ours + share * seconds) / 60, (theirs + share * seconds * ratio) / 60
+                columns = [name, run["stage"], step, f"{(tokens + share * run['tokens']) / 1e3:.0f}k"]
+                columns += [f"{tflops + share * run['tflops']:.0f}", *("" if isnan(m) else f"{m:.1f}" for m in minutes)]
+                lines.append(f"| {' | '.join(map(str, columns))} | {spread([r['curve'][step] for r in runs])} |")
+            tokens, tflops = tokens + run["tokens"], tflops + run["tflops"]
+            ours, theirs = ours + seconds, theirs + seconds * ratio
     return "\n".join(lines) + "\n"
 
 
