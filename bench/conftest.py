@@ -37,7 +37,7 @@ def variant(request):
     harness = sys.modules[request.module.replay.__module__]
     results = request.config.stash.setdefault(RESULTS, {})
     if "machine" not in results:
-        torch.set_flush_denormal(True)
+        harness.settle_process()
         dtypes = [torch.float32] if options.device == "cpu" else [torch.bfloat16, torch.float32]
         results["machine"] = harness.Machine.measure(options.device, dtypes, options.quick)
     if make not in results:

@@ -72,7 +72,7 @@ def bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
         raise ValueError(f"device: found {device!r}, allowed are 'cpu' and, where there is a GPU, 'cuda'")
-    torch.set_flush_denormal(True)
+    harness.settle_process()
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
     # Curves last: they are what may be left out for want of time.
