@@ -126,7 +126,8 @@ class Study:
     def config(self, stage: int, changes: dict, seed: int, parent: Config | None) -> Config:
         """The configuration of one run; `parent` is the run whose model it starts from."""
         fields = {**self.plan["common"], **self.plan[f"stage{stage}"], **self.budget[f"stage{stage}"], **changes}
-        fields["steps"] = round(fields["steps"] * fields.pop("steps_factor", 1))
+        factor = fields.pop("steps_factor", 1)
+        fields |= {name: round(fields[name] * factor) for name in ("steps", "eval_steps") if name in fields}
         source = fields.pop("data")
         identity = [stage, fields, source, seed, Path(parent.output_dir).name if parent else ""]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
