@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path
     command += ["--triplets", write_jsonl(tmp_path / "t.jsonl", triplets)]
     command += ["--development", write_jsonl(tmp_path / "d.jsonl", pairs), "--test", str(tmp_path / "d.jsonl")]
     command += ["--only", "stage1", "stage1-alignment", "infonce-compute", "--ablations", "token-mean", "four-joint"]
-    steps = [{"variant": "autoregembed", "job": f"stage{stage}", "speedup": 1.0 + stage} for stage in (1, 2)]
+    step = {"op": "step", "variant": "autoregembed", "curve": None}
+    steps = [{**step, "job": f"stage{stage}", "speedup": 1.0 + stage} for stage in (1, 2)]
+    steps += [{**steps[1], "curve": "K", "speedup": 9.0}, {**steps[1], "op": "head", "speedup": 9.0}]
     (tmp_path / "steps.json").write_text(json.dumps({"rows": steps}))
     command += ["--step-results", str(tmp_path / "steps.json")]
 
@@ -55,3 +58,14 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path
     assert stage1[3] == f"{runs[0][0]['tokens'] / 1e3:.0f}k"
     seconds = [(a["seconds"] + b["seconds"]) / 2 for a, b in zip(*runs, strict=True)]
     assert stage2[5:7] == [f"{sum(seconds) / 60:.1f}", f"{(2 * seconds[0] + 3 * seconds[1]) / 60:.1f}"]
+
+
+def test_the_page_shows_what_the_committed_results_say():
+    spec = importlib.util.spec_from_file_location("study", SCRIPT)
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    root = SCRIPT.parents[2]
+    found = json.loads((root / "bench" / "results" / "study-cpu.json").read_text())
+    page = (root / "docs" / "study.md").read_text(encoding="utf-8")
+    assert study.table(found) in page
+    assert study.learning(found, study.released_ratios(root / "bench" / "results" / "bench-cpu.json")) in page

@@ -212,7 +212,7 @@ class Study:
             ],
             "losses": [row["loss"] for row in log],
             "device": summaries[-1]["device"],
-            "export": summaries[-1]["export"],
+            "export": os.path.relpath(summaries[-1]["export"], self.options.output),
         }
 
     def all(self) -> dict:
@@ -367,6 +367,12 @@ def table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def released_ratios(file: Path) -> dict[int, float]:
+    """By stage, the time of the released algorithm's step over ours, from the results of `autoregembed bench`."""
+    rows = [r for r in json.loads(file.read_text())["rows"] if r["op"] == "step" and not r["curve"]]
+    return {int(r["job"].removeprefix("stage")): r["speedup"] for r in rows if r["variant"] == "autoregembed"}
+
+
 def learning(found: dict, released: dict[int, float]) -> str:
     """Markdown: development score against tokens and time; `released`: by stage, the time of the released algorithm's
     step over ours. Both make the same update, so it has the same score after the same step."""
@@ -437,16 +443,13 @@ def main() -> None:
         default=[],
         help="to share the work among processes; a run without it, at the end, collects what they have done",
     )
-    parser.add_argument("--step-results", type=Path, help="JSON of `autoregembed bench --suite step`, for learning.md")
+    parser.add_argument("--step-results", type=Path, help="JSON of `autoregembed bench`, for learning.md")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     study = Study(options)
     found = study.all()
-    ratios = {}
-    if options.step_results:
-        rows = [r for r in json.loads(options.step_results.read_text())["rows"] if r["variant"] == "autoregembed"]
-        ratios = {int(r["job"].removeprefix("stage")): r["speedup"] for r in rows}
+    ratios = released_ratios(options.step_results) if options.step_results else {}
     (options.output / "table.md").write_text(table(found))
     (options.output / "learning.md").write_text(learning(found, ratios))
     plot(found, options.output / "study.svg")
