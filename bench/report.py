@@ -164,9 +164,10 @@ def _overview(groups: dict[str, list[dict]]) -> str:
     head = ["ours", "× floor", "× faster", "than the fastest peer", "memory, ours", "peer’s"]
     lines = ["<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>"]
     for name, rows in groups.items():
-        done = sorted((r for r in rows if r["median_ms"] is not None), key=lambda r: r["median_ms"])
-        ours = next((r for r in rows if r in done and harness.is_ours(r["variant"])), None)
-        peer = next((r for r in done if _colour(r["variant"]) == PEER), None)
+        done = [r for r in rows if r["median_ms"] is not None]
+        ours = next((r for r in done if harness.is_ours(r["variant"])), None)
+        peers = (r for r in done if _colour(r["variant"]) == PEER)
+        peer = min(peers, key=lambda r: r["median_ms"], default=None)
         if ours is None:
             continue
         cells = [html.escape(name), f"{ours['ratio_to_floor']:.2f}" if ours["ratio_to_floor"] is not None else ""]

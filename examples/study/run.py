@@ -4,8 +4,8 @@
 
 Triplets {query, pos, neg}; pairs {sentence1, sentence2, score}. A cell that is done is not run again, one that was cut
 short goes on from its last training state. Rates are chosen on the development pairs; the test pairs are read once, by
-the model of each finished cell. results.json, table.md, learning.md and study.svg lie in
-the output folder.
+the model of each finished cell. results.json, table.md, learning.md and
+study.svg lie in the output folder.
 """
 
 from __future__ import annotations
@@ -219,12 +219,7 @@ class Study:
         """Cells seed by seed, then ablations; what is done is written after each."""
         part = "-".join(map(str, self.options.seeds))
         out = self.options.output / f"results{part and '-of-seeds-' + part}.json"
-        found: dict = {
-            "budget": self.options.budget,
-            "plan": self.budget,
-            "threads": torch.get_num_threads(),
-            "cells": {},
-        }
+        found: dict = {"budget": self.options.budget, "plan": self.budget, "cells": {}}
         found["untrained"] = untrained(self)
         cells, best = self.plan["cells"], {}
         wanted = [c for c in cells if not self.options.only or c in self.options.only]
@@ -374,10 +369,14 @@ def released_ratios(file: Path) -> dict[int, float]:
 
 
 def learning(found: dict, released: dict[int, float]) -> str:
-    """Markdown: development score against tokens and time; `released`: by stage, the time of the released algorithm's
-    step over ours. Both make the same update, so it has the same score after the same step."""
+    """Markdown: development score against tokens and time; a stage 1 that several cells share stands with the first.
+
+    `released`: by stage, the time of the released algorithm's step over ours. Both make the same update, so it has the
+    same score after the same step.
+    """
     lines = ["| cell | stage | step | tokens | TFLOP | minutes | with the released step | development |"]
     lines.append("|" + "---|" * 8)
+    shown = set()
     for name, seeds in found["cells"].items():
         tokens = tflops = ours = theirs = 0.0
         for runs in zip(*(s["runs"] for s in seeds), strict=True):
@@ -387,9 +386,12 @@ def learning(found: dict, released: dict[int, float]) -> str:
             for step in run["curve"]:
                 share = int(step) / run["steps"]
                 minutes = (ours + share * seconds) / 60, (theirs + share * seconds * ratio) / 60
-                columns = [name, run["stage"], step, f"{(tokens + share * run['tokens']) / 1e3:.0f}k"]
+                columns = [run["stage"], step, f"{(tokens + share * run['tokens']) / 1e3:.0f}k"]
                 columns += [f"{tflops + share * run['tflops']:.0f}", *("" if isnan(m) else f"{m:.1f}" for m in minutes)]
-                lines.append(f"| {' | '.join(map(str, columns))} | {spread([r['curve'][step] for r in runs])} |")
+                row = " | ".join(map(str, [*columns, spread([r["curve"][step] for r in runs])]))
+                if row not in shown and not (tokens and step == "0"):
+                    lines.append(f"| {name} | {row} |")
+                shown.add(row)
             tokens, tflops = tokens + run["tokens"], tflops + run["tflops"]
             ours, theirs = ours + seconds, theirs + seconds * ratio
     return "\n".join(lines) + "\n"
