@@ -49,6 +49,14 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path
     assert times == {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
     assert "| stage1-alignment | 2 |" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "study.svg").read_text().count("<svg") == 1
+    rows = [row.split(" | ") for row in (tmp_path / "out" / "ablations.md").read_text().splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        ["| **stage1-alignment**", ""],
+        ["| token-mean", "score: mean, beta: 1.0"],
+        ["| four-joint", "data: four, negatives: joint"],
+    ]
+    values = [first["cells"]["stage1-alignment"][0], *first["ablations"].values()]
+    assert [row[2] for row in rows] == [f"{v['development']:.3f}" for v in values]
     learning = [row.split(" | ") for row in (tmp_path / "out" / "learning.md").read_text().splitlines()[2:]]
     (stage1,) = (r for r in learning if r[1:3] == ["1", "4"])
     (stage2,) = (r for r in learning if r[:3] == ["| stage1-alignment", "2", "2"])
@@ -67,4 +75,5 @@ def test_the_page_shows_what_the_committed_results_say():
     found = json.loads((root / "bench" / "results" / "study-cpu.json").read_text())
     page = (root / "docs" / "study.md").read_text(encoding="utf-8")
     assert study.table(found) in page
+    assert study.ablations(found) in page
     assert study.learning(found, study.released_ratios(root / "bench" / "results" / "bench-cpu.json")) in page

@@ -4,8 +4,8 @@
 
 Triplets {query, pos, neg}; pairs {sentence1, sentence2, score}. A cell that is done is not run again, one that was cut
 short goes on from its last training state. Rates are chosen on the development pairs; the test pairs are read once, by
-the model of each finished cell. results.json, table.md, learning.md and
-study.svg lie in the output folder.
+the model of each finished cell. results.json, table.md, ablations.md, learning.md and study.svg lie in the output
+folder.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from autoregembed.objective import alignment_scores
 from autoregembed.train import build, train
 
 HERE = Path(__file__).parent
+SCORES = ("development", "centred", "whitened", "decoder")
 QUANTILES = [0.1, 0.25, 0.5, 0.75, 0.9]
 
 
@@ -227,12 +228,10 @@ class Study:
         for seed in self.options.seeds or self.budget["seeds"]:
             for name in wanted:
                 if name not in best:
-                    rate = best.get(cells[name].get("rate_of"))
-                    rates = self.budget["rates"] if "stage2" in cells[name] and rate is None else [rate]
+                    rates = self.budget["rates"] if "stage2" in cells[name] else [None]
                     best[name] = max(rates, key=lambda r: self.last(cells[name], first, r)) if rates[1:] else rates[0]
-                if seed == first or name not in self.budget.get("first_seed_only", []):
-                    found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
-                    write_json(out, found)
+                found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
+                write_json(out, found)
         for name, change in self.plan["ablations"].items() if not self.options.only or self.options.ablations else []:
             if (self.options.ablations and name not in self.options.ablations) or change["of"] not in best:
                 continue
@@ -244,7 +243,8 @@ class Study:
             if cell.get("stage1", {}).get("data") == "tasks" and not self.options.tasks:
                 continue
             result = self.result(cell, first, best[change["of"]], test=False)
-            found.setdefault("ablations", {})[name] = {"of": change["of"], **result}
+            changes = {stage: change[stage] for stage in cell if stage in change}
+            found.setdefault("ablations", {})[name] = {"of": change["of"], "change": changes, **result}
             write_json(out, found)
         return found
 
@@ -351,14 +351,26 @@ def table(found: dict) -> str:
     for way, scores in found["untrained"].items():
         both = f"{scores['test']:.3f} | {scores['development']:.3f}"
         lines.append(f"| untrained, mean of {way.replace('_', ' ')} | | | {both} | | | | 0 |")
-    cells = [*found["cells"].items(), *((n, [r]) for n, r in found.get("ablations", {}).items())]
-    for name, runs in cells:
-        names = ("test", "development", "centred", "whitened", "decoder")
-        columns = [spread([r[c] for r in runs if c in r]) for c in names]
+    for name, runs in found["cells"].items():
+        columns = [spread([r[c] for r in runs if c in r]) for c in ("test", *SCORES)]
         rate = "" if runs[0]["rate"] is None else f"{runs[0]['rate']:g}"
         lines.append(
             f"| {name} | {len(runs)} | {rate} | {' | '.join(columns)} | {mean(r['tflops'] for r in runs):.0f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def ablations(found: dict) -> str:
+    """Markdown: below the first seed of a cell what one change makes of it; loss: the mean of the last ten steps."""
+    lines = ["| first seed | change | development | centred | whitened | by the decoder | loss | TFLOP |"]
+    lines.append("|" + "---|" * 8)
+    done = found.get("ablations", {})
+    for cell in dict.fromkeys(a["of"] for a in done.values()):
+        rows = [(f"**{cell}**", found["cells"][cell][0])]
+        for name, run in [*rows, *((n, a) for n, a in done.items() if a["of"] == cell)]:
+            change = ", ".join(f"{k}: {v}" for fields in run.get("change", {}).values() for k, v in fields.items())
+            columns = [name, change, *(f"{run[c]:.3f}" for c in SCORES), f"{mean(run['losses'][-10:]):.2f}"]
+            lines.append(f"| {' | '.join(columns)} | {run['tflops']:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -453,9 +465,10 @@ def main() -> None:
     found = study.all()
     ratios = released_ratios(options.step_results) if options.step_results else {}
     (options.output / "table.md").write_text(table(found))
+    (options.output / "ablations.md").write_text(ablations(found))
     (options.output / "learning.md").write_text(learning(found, ratios))
     plot(found, options.output / "study.svg")
-    study.console.print(table(found), highlight=False)
+    study.console.print(table(found) + "\n" + ablations(found), highlight=False)
 
 
 if __name__ == "__main__":
