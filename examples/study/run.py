@@ -415,9 +415,10 @@ def plot(found: dict, file: Path | BinaryIO) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for i, (name, runs) in enumerate(found["cells"].items()):
+    for i, runs in enumerate(found["cells"].values()):
+        color = plt.get_cmap("tab20")(i % 20)
         scores = [r["test"] for r in runs]
-        left.barh(i, mean(scores), xerr=stdev(scores) if len(scores) > 1 else None, color=f"C{i}", height=0.7)
+        left.barh(i, mean(scores), xerr=stdev(scores) if len(scores) > 1 else None, color=color, height=0.7)
         left.plot(scores, [i] * len(scores), "k.", markersize=4)
         points, before = [], 0.0
         for run in runs[0]["runs"]:
@@ -425,13 +426,12 @@ def plot(found: dict, file: Path | BinaryIO) -> None:
                 (before + int(step) / run["steps"] * run["tflops"], score) for step, score in run["curve"].items()
             ]
             before += run["tflops"]
-        right.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=name)
+        right.plot(*zip(*points, strict=True), "o-", color=color)
     for way, style in (("all_tokens", "--"), ("compress_tokens", ":")):
         left.axvline(found["untrained"][way]["test"], color="0.5", linestyle=style)
     left.set(yticks=range(len(found["cells"])), yticklabels=list(found["cells"]), xlabel="Spearman, test pairs")
     left.invert_yaxis()
-    right.set(xlabel="matrix TFLOP", ylabel="Spearman, development pairs, first seed")
-    right.legend(frameon=False, fontsize=8)
+    right.set(xlabel="matrix TFLOP (colours as on the left)", ylabel="Spearman, development pairs, first seed")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, format="svg", metadata={"Date": None})
