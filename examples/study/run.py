@@ -366,7 +366,8 @@ def ablations(found: dict) -> str:
     lines.append("|" + "---|" * 8)
     done = found.get("ablations", {})
     for cell in dict.fromkeys(a["of"] for a in done.values()):
-        rows = [(f"**{cell}**", found["cells"][cell][0])]
+        # Absent from the results of a process that has other seeds.
+        rows = [(f"**{cell}**", run) for run in found["cells"][cell] if run["seed"] == found["plan"]["seeds"][0]]
         for name, run in [*rows, *((n, a) for n, a in done.items() if a["of"] == cell)]:
             change = ", ".join(f"{k}: {v}" for fields in run.get("change", {}).values() for k, v in fields.items())
             columns = [name, change, *(f"{run[c]:.3f}" for c in SCORES), f"{mean(run['losses'][-10:]):.2f}"]
