@@ -243,8 +243,7 @@ class Study:
             if cell.get("stage1", {}).get("data") == "tasks" and not self.options.tasks:
                 continue
             result = self.result(cell, first, best[change["of"]], test=False)
-            changes = {stage: change[stage] for stage in cell if stage in change}
-            found.setdefault("ablations", {})[name] = {"of": change["of"], "change": changes, **result}
+            found.setdefault("ablations", {})[name] = {**change, **result}
             write_json(out, found)
         return found
 
@@ -369,7 +368,8 @@ def ablations(found: dict) -> str:
         # Absent from the results of a process that has other seeds.
         rows = [(f"**{cell}**", run) for run in found["cells"][cell] if run["seed"] == found["plan"]["seeds"][0]]
         for name, run in [*rows, *((n, a) for n, a in done.items() if a["of"] == cell)]:
-            change = ", ".join(f"{k}: {v}" for fields in run.get("change", {}).values() for k, v in fields.items())
+            fields = {**run.get("stage1", {}), **run.get("stage2", {})}
+            change = ", ".join(f"{k}: {v}" for k, v in fields.items())
             columns = [name, change, *(f"{run[c]:.3f}" for c in SCORES), f"{mean(run['losses'][-10:]):.2f}"]
             lines.append(f"| {' | '.join(columns)} | {run['tflops']:.0f} |")
     return "\n".join(lines) + "\n"
