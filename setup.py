@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("AUTOREGEMBED_NATIVE", "auto")
 if MODE not in ("auto", "0", "1"):
-    raise SystemExit(f"AUTOREGEMBED_NATIVE: found {MODE!r}, allowed are 0, 1 and auto")
+    raise SystemExit(f"AUTOREGEMBED_NATIVE: got {MODE!r}, expected 0, 1 and auto")
 
 
 class BuildFailed(Exception):
@@ -66,7 +66,7 @@ setup(
     packages=[
         "autoregembed",
         "autoregembed.bench",
-        "autoregembed.bench.peers",
+        "autoregembed.bench.baselines",
         "autoregembed.integrations",
         "autoregembed.kernels",
         "autoregembed.kernels.native",
@@ -75,7 +75,7 @@ setup(
     ],
     package_dir={
         "autoregembed.bench": "bench",
-        "autoregembed.bench.peers": "bench/peers",
+        "autoregembed.bench.baselines": "bench/baselines",
         "autoregembed.kernels.native": "kernels/native",
         "autoregembed.kernels.torch": "kernels/torch",
         "autoregembed.kernels.triton": "kernels/triton",

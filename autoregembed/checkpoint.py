@@ -1,4 +1,4 @@
-"""Folders on disk: models that the next stage loads, and training states that a run resumes from.
+"""Folders on disk: models that the next stage loads, and checkpoints that a run resumes from.
 
 Safetensors and JSON only. A file or folder appears under its name when it is whole and on the disk, or not at all.
 """
@@ -32,7 +32,7 @@ class CheckpointError(RuntimeError):
     """A folder or file on disk is missing something, damaged, or of another model."""
 
 
-class ReferenceMismatch(CheckpointError):
+class RefLogpsMismatch(CheckpointError):
     """Reference scores on disk belong to other data, another model or another tokenizer."""
 
 
@@ -40,7 +40,7 @@ class ReferenceMismatch(CheckpointError):
 def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling that becomes `folder` when the block ends well, and is removed when it does not.
 
-    A process that is killed leaves the old folder or the new one, and perhaps a hidden sibling that `sweep` clears.
+    A process that is killed leaves the old folder or the new one, and perhaps a hidden sibling that `remove_stale_tmp` clears.
 
     Raises:
         FileExistsError: `folder` exists, is not empty, and `overwrite` is False.
@@ -48,7 +48,7 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """
     folder = Path(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"folder: found {str(folder)!r} in use, allowed is a new or empty folder")
+        raise FileExistsError(f"folder: got {str(folder)!r} in use, expected a new or empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     old = folder.with_name(f".{folder.name}.old")
@@ -80,7 +80,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         OSError: a write failed, or `path` is a folder or a device; what was there before is there still.
     """
     if path.exists() and not path.is_file():
-        raise FileExistsError(f"output: found {str(path)!r}, which is no plain file, allowed is a new or plain file")
+        raise FileExistsError(f"output: got {str(path)!r}, which is no plain file, expected a new or plain file")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with _typed_write_errors(path):
@@ -93,7 +93,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def sweep(parent: Path) -> None:
+def remove_stale_tmp(parent: Path) -> None:
     """Clears what killed writers left in `parent`: half a folder goes, an old one without its successor returns."""
     for path in sorted(parent.glob(".*")):
         if re.fullmatch(r"\..+\.[a-z0-9_]{8}\.tmp", path.name) and path.is_dir():
@@ -111,7 +111,7 @@ def _typed_write_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, SafetensorError) and type(error) is not Exception:
             raise
-        raise OSError(f"output: found {str(path)!r}, which cannot be written: {error}") from error
+        raise OSError(f"output: got {str(path)!r}, which cannot be written: {error}") from error
 
 
 def _fsync(path: Path) -> None:
@@ -143,7 +143,7 @@ def read_json(path: Path, name: str) -> dict:
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__} and no object")
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: found {str(path)!r}, which cannot be read: {error}") from error
+        raise CheckpointError(f"{name}: got {str(path)!r}, which cannot be read: {error}") from error
     return value
 
 
@@ -152,7 +152,7 @@ def read_json(path: Path, name: str) -> dict:
 
 
 @contextlib.contextmanager
-def loading(source: str) -> Iterator[None]:
+def wrap_load_errors(source: str) -> Iterator[None]:
     """What Transformers, tokenizers and safetensors raise over a folder that is damaged or hostile, as CheckpointError.
 
     They raise whatever they stumble over (KeyError, AttributeError, a bare Exception), hence all but a lack of memory.
@@ -164,7 +164,7 @@ def loading(source: str) -> Iterator[None]:
     except Exception as error:
         short = source if len(source) < 1000 else source[:1000] + "…"
         reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"model: found {short!r}, which cannot be loaded: {reason[:2000]}") from error
+        raise CheckpointError(f"model: got {short!r}, which cannot be loaded: {reason[:2000]}") from error
 
 
 def load_causal_lm(
@@ -181,7 +181,7 @@ def load_causal_lm(
     """
     options = {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})}
     weights: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}  # never a pickle
-    with loading(source):
+    with wrap_load_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **options, **weights
@@ -190,7 +190,7 @@ def load_causal_lm(
     missing = sorted(info["missing_keys"])
     if missing and not gguf_file:
         raise CheckpointError(
-            f"model: found {source!r}, which cannot be loaded: it has no {missing[0]} ({len(missing)} weights missing)"
+            f"model: got {source!r}, which cannot be loaded: it has no {missing[0]} ({len(missing)} weights missing)"
         )
     if gguf_file:
         # Transformers marks such a model as quantised and refuses to save it.
@@ -205,13 +205,16 @@ def load_causal_lm(
 
 def _read_recipe(path: Path) -> dict:
     recipe = read_json(path, "model")
-    ids, kinds = recipe.get("compress_token_ids", []), {"decoder": str, "decoder_gguf_file": str, "calibrated": bool}
+    ids, kinds = (
+        recipe.get("compress_token_ids", []),
+        {"decoder": str, "decoder_gguf_file": str, "output_rms_initialized": bool},
+    )
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise CheckpointError(f"model: found compress_token_ids {ids!r} in {str(path)!r}, allowed is a list of ids")
+        raise CheckpointError(f"model: got compress_token_ids {ids!r} in {str(path)!r}, expected a list of ids")
     for name, kind in kinds.items():
         if not isinstance(recipe.get(name), kind | None):
             raise CheckpointError(
-                f"model: found {name} {recipe[name]!r} in {str(path)!r}, allowed is a {kind.__name__} or nothing"
+                f"model: got {name} {recipe[name]!r} in {str(path)!r}, expected a {kind.__name__} or nothing"
             )
     return recipe
 
@@ -225,7 +228,7 @@ def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
     if not 1 <= k < limit:
-        raise ValueError(f"num_compress_tokens: found {k}, allowed are 1..{limit - 1}")
+        raise ValueError(f"num_compress_tokens: got {k}, expected 1..{limit - 1}")
     used = max(tokenizer.get_vocab().values()) + 1
     ids = list(range(used, used + k))
     if ids[-1] >= model.get_input_embeddings().weight.shape[0]:
@@ -266,7 +269,7 @@ def _tensor_hash(*tensors: dict[str, Tensor]) -> str:
 # Reference scores
 
 
-def save_reference(path: Path, positive: Tensor, negatives: Tensor, fingerprint: dict[str, str]) -> None:
+def save_ref_logps(path: Path, positive: Tensor, negatives: Tensor, fingerprint: dict[str, str]) -> None:
     """r_a (R,) and r_c (R, M), NaN where a row has fewer negatives, with the identity of what they belong to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scores = {"positive": positive.contiguous(), "negatives": negatives.contiguous()}
@@ -274,22 +277,22 @@ def save_reference(path: Path, positive: Tensor, negatives: Tensor, fingerprint:
         save_file(scores, temporary, metadata={**fingerprint, "checksum": _tensor_hash(scores)})
 
 
-def load_reference(path: Path, fingerprint: dict[str, str]) -> tuple[Tensor, Tensor]:
-    """Raises ReferenceMismatch showing both fingerprints, CheckpointError for a damaged file."""
+def load_ref_logps(path: Path, fingerprint: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """Raises RefLogpsMismatch showing both fingerprints, CheckpointError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}
             checksum = found.pop("checksum", None)
             if found != fingerprint:
-                raise ReferenceMismatch(
-                    f"reference: found scores of {found} in {str(path)!r}, allowed are those of {fingerprint}; remove "
+                raise RefLogpsMismatch(
+                    f"ref_logps: got scores of {found} in {str(path)!r}, expected those of {fingerprint}; remove "
                     "the file to have them computed anew"
                 )
             scores = {name: file.get_tensor(name) for name in ("positive", "negatives")}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"reference: found a damaged file {str(path)!r}: {error}") from error
+        raise CheckpointError(f"ref_logps: got a damaged file {str(path)!r}: {error}") from error
     if _tensor_hash(scores) != checksum:
-        raise CheckpointError(f"reference: found a damaged file {str(path)!r}: its scores have another checksum")
+        raise CheckpointError(f"ref_logps: got a damaged file {str(path)!r}: its scores have another checksum")
     return scores["positive"], scores["negatives"]
 
 
@@ -306,7 +309,7 @@ def rng_state() -> dict[str, Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def save_state(
+def save_checkpoint(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -319,22 +322,22 @@ def save_state(
     Where weights are sharded all processes call it; they are gathered, one by one, and process 0 writes.
 
     Args:
-        folder: appears when it is whole and on the disk; named step-… for `newest_state` to find it.
+        folder: appears when it is whole and on the disk; named step-… for `latest_checkpoint` to find it.
         step: the last one done.
-        extra: JSON that `load_state` returns.
+        extra: JSON that `load_checkpoint` returns.
         rng: `rng_state()` of every process, by rank; by default of this one.
 
     Raises:
         OSError: a write failed. CheckpointError: what is read back is not what was written.
     """
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    trainable = {n: distributed.whole(p).cpu().contiguous() for n, p in trained.items()}
+    trainable = {n: distributed.to_full_tensor(p).cpu().contiguous() for n, p in trained.items()}
     state = optimizer.state_dict()
     tensors, scalars = {}, {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{slot}"] = distributed.whole(value.detach()).cpu().contiguous()
+                tensors[f"{index}.{slot}"] = distributed.to_full_tensor(value.detach()).cpu().contiguous()
             else:
                 scalars[f"{index}.{slot}"] = value
     if distributed.rank() > 0:
@@ -349,7 +352,7 @@ def save_state(
         files = {name: [(temporary / name).stat().st_size, _hash(temporary / name)] for name in _STATE_FILES}
         (temporary / "manifest.json").write_text(_manifest(files), encoding="utf-8")
     if reason := verify(folder):
-        raise CheckpointError(f"output_dir: found {str(folder)!r} damaged right after it was written: {reason}")
+        raise CheckpointError(f"output_dir: got {str(folder)!r} damaged right after it was written: {reason}")
     return folder
 
 
@@ -368,7 +371,7 @@ def _hash(path: Path) -> str:
 
 
 def verify(folder: Path) -> str | None:
-    """Why a training state cannot be trusted, or None: every byte of it is covered, and nothing may be added."""
+    """Why a checkpoint cannot be trusted, or None: every byte of it is covered, and nothing may be added."""
     try:
         if folder.is_symlink():
             return "it is a symbolic link"
@@ -378,7 +381,7 @@ def verify(folder: Path) -> str | None:
             return "manifest.json is damaged"
         # Exact names, so none can lead out of the folder.
         if sorted(files) != sorted(_STATE_FILES):
-            return f"manifest.json names {sorted(files)}, allowed are {sorted(_STATE_FILES)}"
+            return f"manifest.json names {sorted(files)}, expected {sorted(_STATE_FILES)}"
         odd = sorted({p.name for p in folder.iterdir()} ^ {*_STATE_FILES, "manifest.json"})
         if odd:
             return f"{odd[0]} is missing or does not belong there"
@@ -400,8 +403,8 @@ def _states(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda p: p.name, reverse=True)
 
 
-def newest_state(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest training state under `folder` that verifies, and what was skipped with the reason."""
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint under `folder` that verifies, and what was skipped with the reason."""
     skipped: list[str] = []
     for state in _states(folder):
         reason = verify(state)
@@ -411,7 +414,7 @@ def newest_state(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def retain(newest: Path, keep: int) -> None:
+def prune_checkpoints(newest: Path, keep: int) -> None:
     """Removes all states beside `newest`, which has been verified, but the `keep` - 1 before it."""
     known = _states(newest.parent)
     place = known.index(newest)
@@ -422,10 +425,10 @@ def retain(newest: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def load_state(
+def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run: dict | None = None, rank: int = 0
 ) -> dict:
-    """Restores what `save_state` wrote; returns its JSON, with "step". Nothing is changed unless all of it fits.
+    """Restores what `save_checkpoint` wrote; returns its JSON, with "step". Nothing is changed unless all of it fits.
 
     Args:
         run: the settings of the run that resumes, compared with "run" of the state.
@@ -433,29 +436,29 @@ def load_state(
 
     Raises:
         CheckpointError: another run (the setting is named), parameters that differ in name or shape (another K, rank
-            or model), or contents that no `save_state` writes.
+            or model), or contents that no `save_checkpoint` writes.
     """
-    state = read_json(folder / "state.json", "resume")
+    state = read_json(folder / "state.json", "resume_from_checkpoint")
     known = state.get("run", {})
     if not isinstance(known, dict):
-        raise CheckpointError(f"resume: found settings {known!r} in {str(folder)!r}, allowed is an object")
+        raise CheckpointError(f"resume_from_checkpoint: got settings {known!r} in {str(folder)!r}, expected an object")
     for name, value in (run or {}).items():
         if known.get(name, value) != value:
             raise CheckpointError(
-                f"{name}: found {value!r}, allowed is {known[name]!r}, with which {str(folder)!r} was trained; "
+                f"{name}: got {value!r}, expected {known[name]!r}, with which {str(folder)!r} was trained; "
                 "another output_dir starts anew"
             )
     try:
         saved, tensors, generators = (load_file(folder / name) for name in _STATE_FILES[:3])
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"resume: found {str(folder)!r}, which cannot be read: {error}") from error
+        raise CheckpointError(f"resume_from_checkpoint: got {str(folder)!r}, which cannot be read: {error}") from error
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     shapes = {n: tuple(p.shape) for n, p in trainable.items()}
     found = {n: tuple(t.shape) for n, t in saved.items()}
     if shapes != found:
         odd = sorted(n for n in shapes.keys() | found.keys() if shapes.get(n) != found.get(n))
         raise CheckpointError(
-            f"resume: found {odd[0]} with shape {found.get(odd[0])} in {str(folder)!r}, allowed is "
+            f"resume_from_checkpoint: got {odd[0]} with shape {found.get(odd[0])} in {str(folder)!r}, expected "
             f"{shapes.get(odd[0])}; {len(odd)} parameters differ"
         )
     slots: dict[int, dict] = {}
@@ -478,17 +481,21 @@ def load_state(
             for n, t in wanted_rng.items()
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"resume: found {str(folder)!r} without what a state holds: {error!r}") from error
+        raise CheckpointError(
+            f"resume_from_checkpoint: got {str(folder)!r} without what a state holds: {error!r}"
+        ) from error
     if not good:
-        raise CheckpointError(f"resume: found {str(folder)!r} with a step, optimiser or RNG of another kind of run")
+        raise CheckpointError(
+            f"resume_from_checkpoint: got {str(folder)!r} with a step, optimiser or RNG of another kind of run"
+        )
     with torch.no_grad():
         for name, parameter in trainable.items():
-            parameter.copy_(distributed.part(saved[name], parameter))
+            parameter.copy_(distributed.shard_like(saved[name], parameter))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, held in slots.items():
         for slot, value in held.items():
             if isinstance(value, Tensor) and value.shape == parameters[index].shape:
-                held[slot] = distributed.part(value, parameters[index])
+                held[slot] = distributed.shard_like(value, parameters[index])
     groups = [{**old, **new} for old, new in zip(optimizer.param_groups, groups, strict=True)]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     torch.set_rng_state(generators[f"{rank}.cpu"])

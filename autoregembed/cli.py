@@ -45,14 +45,14 @@ def read_config(arguments: list[str]):
     alone = [i for i, a in enumerate(arguments) if not a.startswith("-") and not (i and takes_value[i - 1])]
     if len(alone) > 1:
         found = ", ".join(repr(arguments[i]) for i in alone)
-        raise ConfigError(f"config: found {found}, allowed is one YAML file, and flags with one value each")
+        raise ConfigError(f"config: got {found}, expected one YAML file, and flags with one value each")
     for i in alone:  # first, so that flags win wherever it stood
         arguments = ["--config", arguments[i], *arguments[:i], *arguments[i + 1 :]]
     fields = list(Config.__dataclass_fields__)
     names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
     if "--config" in arguments:
         if arguments[-1] == "--config":
-            raise ConfigError("config: found no value, allowed is a YAML file")
+            raise ConfigError("config: got no value, expected a YAML file")
         path = Path(arguments[arguments.index("--config") + 1])
         try:
             text = path.read_text(encoding="utf-8")
@@ -63,23 +63,23 @@ def read_config(arguments: list[str]):
                 raise ValueError("it holds a YAML alias")
             values = yaml.safe_load(text)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise ConfigError(f"config: found {str(path)!r}, which cannot be read: {error}") from error
+            raise ConfigError(f"config: got {str(path)!r}, which cannot be read: {error}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"config: found {type(values).__name__} in {str(path)!r}, allowed is a mapping of fields")
+            raise ConfigError(f"config: got {type(values).__name__} in {str(path)!r}, expected a mapping of fields")
         names += map(str, values)
     for name in names:
         if name not in (*fields, "config", "help", "print_config"):
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"{name}: found an unknown field{hint}, allowed are {', '.join(fields)}")
+            raise ConfigError(f"{name}: got an unknown field{hint}, expected {', '.join(fields)}")
     try:
         parsed: Namespace = _train_parser().parse_args(arguments)
     except ArgumentError as error:
         wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
         if wrong is None or wrong[1] not in fields:
-            raise ConfigError(f"config: found fields that do not fit: {error}") from error
+            raise ConfigError(f"config: got fields that do not fit: {error}") from error
         allowed = Config.__dataclass_fields__[wrong[1]].type
-        raise ConfigError(f"{wrong[1]}: found {wrong[2].strip()}, allowed is {allowed}") from error
+        raise ConfigError(f"{wrong[1]}: got {wrong[2].strip()}, expected {allowed}") from error
     return Config(**{name: parsed[name] for name in fields})
 
 
@@ -106,7 +106,7 @@ def _doctor() -> None:
         auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
         table.add_row("  impl=auto", auto)
         for route, state in routes.items():
-            detail = native_linear_logprob.describe() if (route, state) == ("native", "ok") else ""
+            detail = native_linear_logprob.describe() if (route, state) == ("cpp", "ok") else ""
             table.add_row(f"  impl={route}", state + detail)
         if importlib.util.find_spec("transformers") is None:
             continue
@@ -121,9 +121,9 @@ def _doctor() -> None:
 def _exported(model: str):
     from sentence_transformers import SentenceTransformer
 
-    from autoregembed.checkpoint import loading
+    from autoregembed.checkpoint import wrap_load_errors
 
-    with loading(model):
+    with wrap_load_errors(model):
         return SentenceTransformer(model, model_kwargs={"use_safetensors": True})  # never a pickle
 
 
@@ -143,15 +143,15 @@ def _encode(model: str, texts: str, output: str) -> None:
         with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
             lines = [line.rstrip("\n") for line in file]
     except UnicodeDecodeError as error:
-        raise ValueError(f"texts: found {texts!r}, which cannot be read as UTF-8: {error}") from error
+        raise ValueError(f"texts: got {texts!r}, which cannot be read as UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
-            raise ValueError(f"texts: found an empty text in line {number}, allowed is at least one token")
+            raise ValueError(f"texts: got an empty text in line {number}, expected at least one token")
     if not lines:
-        raise ValueError(f"texts: found no line in {texts!r}, allowed is at least one")
+        raise ValueError(f"texts: got no line in {texts!r}, expected at least one")
     target = Path(output)
     if not target.parent.is_dir() or target.is_dir():
-        raise FileNotFoundError(f"output: found {output!r}, allowed is a file in a folder that exists")
+        raise FileNotFoundError(f"output: got {output!r}, expected a file in a folder that exists")
     embeddings = _exported(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
     with atomic_file(target) as temporary:
         save_file({"embeddings": embeddings.cpu().contiguous()}, temporary)
@@ -184,9 +184,9 @@ def _evaluate(
     retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
     missing = [name for name, value in retrieval.items() if value is None]
     if len(missing) in (1, 2):
-        raise ValueError(f"{missing[0]}: found None, allowed is a file, since another part of retrieval was given")
+        raise ValueError(f"{missing[0]}: got None, expected a file, since another part of retrieval was given")
     if missing and sts is None:
-        raise ValueError("sts: found None, allowed is a file, unless corpus, queries and qrels are given")
+        raise ValueError("sts: got None, expected a file, unless corpus, queries and qrels are given")
     pairs = None if sts is None else evaluate.load_sts(sts, split)
     parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
     exported = _exported(model)

@@ -46,17 +46,17 @@ class Config:
             model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
         train_split: the split of a hub data set.
-        streaming: stream the data; needs `steps`, and no reference scores.
+        streaming: stream the data; needs `max_steps`, and no reference scores.
         eval_data: sentence1, sentence2, score rows; Spearman's correlation before, during and after training.
         eval_split: its split.
         eval_steps: evaluate every so many steps; 0: only before and after.
-        steps: optimiser steps; default: from `epochs`.
-        epochs: passes over the data when `steps` is not given.
+        max_steps: optimiser steps; default: from `num_train_epochs`.
+        num_train_epochs: passes over the data when `max_steps` is not given.
         batch_size: rows of a step on each process.
         token_budget: tokens of one pass of the encoder or the decoder; default: the whole step at once.
         learning_rate: the peak.
         compress_learning_rate: that of the K compress-token embeddings; default: `learning_rate`.
-        scheduler: cosine, linear or constant, after the warm-up.
+        lr_scheduler_type: cosine, linear or constant, after the warm-up.
         warmup_steps: linear warm-up.
         weight_decay: of AdamW.
         adam_beta2: of AdamW.
@@ -65,22 +65,22 @@ class Config:
         lora_rank: > 0 trains LoRA adapters and the compress tokens in place of all parameters.
         lora_alpha: scale of the adapters.
         lora_targets: module names, or all-linear.
-        z_scale: none, or match: scale z to the RMS of the decoder's input embeddings.
-        decoder_bos: the decoder reads bos before z; the released code has none there, and the decoder's attention sink
+        z_norm: none, or match_rms: scale z to the RMS of the decoder's input embeddings.
+        decoder_add_bos: the decoder reads bos before z; the released code has none there, and the decoder's attention sink
             then falls on some vector of z, another one for each text.
-        calibrate: scale the encoder's final norm, once before its first training step, so that every dimension of z
+        init_output_rms: scale the encoder's final norm, once before its first training step, so that every dimension of z
             has the RMS that the decoder's input embeddings have there.
         alignment_weight: stage 2, factor of the alignment loss.
         contrastive_weight: stage 2, factor of InfoNCE.
-        score: of the alignment: sum, log p of the whole target (the paper), or mean, per token, which does not favour
+        logprob_reduction: of the alignment: sum, log p of the whole target (the paper), or mean, per token, which does not favour
             short targets; β then wants to be larger by the length of a text.
         beta: β of the alignment.
         temperature: τ of the alignment.
         contrastive_temperature: of InfoNCE.
-        reference: add, subtract or none.
+        ref_margin: add, subtract or none.
         negatives: independent or joint.
         hard_negatives: encode the negatives too and give them to InfoNCE.
-        reference_file: reference scores to use; default: kept beside the data, by fingerprint.
+        ref_logps_file: reference scores to use; default: kept beside the data, by fingerprint.
         precision: auto (bf16 where the GPU or CPU multiplies it in hardware, else fp32), fp32, bf16, or fp16 with loss
             scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
@@ -91,11 +91,11 @@ class Config:
         on_nonfinite: what happens to a step whose loss or gradient is not finite. It never updates anything, and its
             rows are written to nonfinite.jsonl. stop: the run ends with FloatingPointError; skip: it goes on with the
             next rows, the learning rate too (it depends on the step alone), and ends after 10 such steps in a row.
-        save_steps: keep a training state every so many steps and after the last; 0: only on interruption.
-        keep_states: how many, the newest; older ones go once the new one has been read back whole.
+        save_steps: keep a checkpoint every so many steps and after the last; 0: only on interruption.
+        save_total_limit: how many, the newest; older ones go once the new one has been read back whole.
         save_best: keep an export of the best evaluation (`eval_steps`) in best/.
-        resume: auto takes the newest whole training state of `output_dir`, if there is one, and goes on in the same
-            bits; none starts anew, and refuses a folder that holds training states.
+        resume: auto takes the newest whole checkpoint of `output_dir`, if there is one, and goes on in the same
+            bits; none starts anew, and refuses a folder that holds checkpoints.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
         num_proc: processes that tokenise.
         license: of the trained model, for its card: an SPDX id such as apache-2.0.
@@ -117,13 +117,13 @@ class Config:
     eval_data: str | None = None
     eval_split: str | None = None
     eval_steps: int = 0
-    steps: int | None = None
-    epochs: float = 1.0
+    max_steps: int | None = None
+    num_train_epochs: float = 1.0
     batch_size: int = 32
     token_budget: int | None = None
     learning_rate: float = 5e-5
     compress_learning_rate: float | None = None
-    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
@@ -132,19 +132,19 @@ class Config:
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_targets: list[str] | str = "all-linear"
-    z_scale: Literal["none", "match"] = "none"
-    decoder_bos: bool = False
-    calibrate: bool = False
+    z_norm: Literal["none", "match_rms"] = "none"
+    decoder_add_bos: bool = False
+    init_output_rms: bool = False
     alignment_weight: float = 1.0
     contrastive_weight: float = 0.0
-    score: Literal["sum", "mean"] = "sum"
+    logprob_reduction: Literal["sum", "mean"] = "sum"
     beta: float = 0.1
     temperature: float = 0.1
     contrastive_temperature: float = 0.05
-    reference: Literal["add", "subtract", "none"] = "add"
+    ref_margin: Literal["add", "subtract", "none"] = "add"
     negatives: Literal["independent", "joint"] = "independent"
     hard_negatives: bool = False
-    reference_file: str | None = None
+    ref_logps_file: str | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     gradient_checkpointing: bool = False
@@ -153,9 +153,9 @@ class Config:
     deterministic: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
     save_steps: int = 0
-    keep_states: int = 2
+    save_total_limit: int = 2
     save_best: bool = False
-    resume: Literal["auto", "none"] = "none"
+    resume_from_checkpoint: bool = False
     log_with: list[str] = field(default_factory=list)
     num_proc: int | None = None
     license: str = "unknown"
@@ -165,44 +165,44 @@ class Config:
             value = getattr(self, name)
             if not _is(value, hint):
                 allowed = Config.__dataclass_fields__[name].type
-                raise ConfigError(f"{name}: found {str(value)[:200]!r}, allowed is {allowed}")
+                raise ConfigError(f"{name}: got {str(value)[:200]!r}, expected {allowed}")
             if isinstance(value, str) and "\0" in value:
-                raise ConfigError(f"{name}: found a null byte in {value!r}, allowed are texts without")
+                raise ConfigError(f"{name}: got a null byte in {value!r}, expected texts without")
         if self.seed >= 2**31:
-            raise ConfigError(f"seed: found {self.seed}, allowed is less than {2**31}")
+            raise ConfigError(f"seed: got {self.seed}, expected less than {2**31}")
         at_least = {
-            "batch_size": 1, "max_length": 1, "max_target_length": 1, "steps": 1, "token_budget": 1,
-            "num_compress_tokens": 1, "keep_states": 1, "warmup_steps": 0, "eval_steps": 0, "save_steps": 0,
+            "batch_size": 1, "max_length": 1, "max_target_length": 1, "max_steps": 1, "token_budget": 1,
+            "num_compress_tokens": 1, "save_total_limit": 1, "warmup_steps": 0, "eval_steps": 0, "save_steps": 0,
             "lora_rank": 0,
             "weight_decay": 0, "max_grad_norm": 0, "alignment_weight": 0, "contrastive_weight": 0, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
-                raise ConfigError(f"{name}: found {value}, allowed is at least {least}")
-        positive = ("epochs", "learning_rate", "compress_learning_rate", "beta", "temperature")
+                raise ConfigError(f"{name}: got {value}, expected at least {least}")
+        positive = ("num_train_epochs", "learning_rate", "compress_learning_rate", "beta", "temperature")
         for name in (*positive, "contrastive_temperature", "lora_alpha", "adam_beta2"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name}: found {value}, allowed is a positive number")
+                raise ConfigError(f"{name}: got {value}, expected a positive number")
         if self.stage == 2 and not self.alignment_weight and not self.contrastive_weight:
-            raise ConfigError("alignment_weight: found 0 with contrastive_weight 0, allowed is one above 0")
+            raise ConfigError("alignment_weight: got 0 with contrastive_weight 0, expected one above 0")
         if self.save_best and not (self.eval_data and self.eval_steps):
-            raise ConfigError("save_best: found True, allowed without eval_data and eval_steps is False")
-        if self.streaming and self.steps is None:
-            raise ConfigError("steps: found None with streaming, allowed is a number")
-        if self.streaming and self.needs_reference:
-            raise ConfigError(f"reference: found {self.reference!r} with streaming, allowed is 'none'")
+            raise ConfigError("save_best: got True, expected eval_data and eval_steps to be set")
+        if self.streaming and self.max_steps is None:
+            raise ConfigError("max_steps: got None with streaming, expected a number")
+        if self.streaming and self.needs_ref_logps:
+            raise ConfigError(f"ref_margin: got {self.ref_margin!r} with streaming, expected 'none'")
         for pattern in self.freeze:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"freeze: found {pattern!r}, allowed are regular expressions ({error})") from error
+                raise ConfigError(f"freeze: got {pattern!r}, expected regular expressions ({error})") from error
 
     @property
     def needs_decoder(self) -> bool:
         return self.stage == 1 or self.alignment_weight > 0
 
     @property
-    def needs_reference(self) -> bool:
-        return self.stage == 2 and self.alignment_weight > 0 and self.reference != "none"
+    def needs_ref_logps(self) -> bool:
+        return self.stage == 2 and self.alignment_weight > 0 and self.ref_margin != "none"

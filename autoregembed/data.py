@@ -37,7 +37,7 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
     builder = _BUILDERS.get(suffixes[-1].lower()) if suffixes else None
     if path.is_file():
         if builder is None:
-            raise ValueError(f"data: found {source!r}, allowed are files ending in {', '.join(_BUILDERS)} (or .gz)")
+            raise ValueError(f"data: got {source!r}, expected files ending in {', '.join(_BUILDERS)} (or .gz)")
         # The words "NA", "null" and "None" are texts like any other.
         options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
         if suffixes[-1].lower() == ".tsv":
@@ -50,13 +50,13 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
             reason = error.__cause__ or error
             if isinstance(error, StopIteration) or "no data" in str(error):
                 reason = ValueError("it has no rows")
-            raise ValueError(f"data: found {source!r}, which cannot be read: {reason}") from error
+            raise ValueError(f"data: got {source!r}, which cannot be read: {reason}") from error
     elif builder is not None:
-        raise FileNotFoundError(f"data: found no file {source!r}")
+        raise FileNotFoundError(f"data: got no file {source!r}")
     else:
         rows = load_dataset(source, split=split or "train", streaming=streaming)
     if not streaming and len(rows) == 0:
-        raise ValueError(f"data: found no rows in {source!r}, allowed is at least one")
+        raise ValueError(f"data: got no rows in {source!r}, expected at least one")
     return rows
 
 
@@ -80,7 +80,7 @@ def _columns(rows: Dataset | IterableDataset) -> list[str]:
         return rows.column_names
     first = next(iter(rows), None)
     if first is None:
-        raise ValueError("data: found no rows in the stream, allowed is at least one")
+        raise ValueError("data: got no rows in the stream, expected at least one")
     return list(first)
 
 
@@ -92,7 +92,7 @@ def require_columns(rows: Dataset | IterableDataset, *alternatives: tuple[str, .
             return names
     wanted = " or ".join("{" + ", ".join(names) + "}" for names in alternatives)
     missing = sorted(set(alternatives[0]) - set(columns))
-    raise ValueError(f"data: found columns {sorted(columns)}, allowed are {wanted}; missing {missing}")
+    raise ValueError(f"data: got columns {sorted(columns)}, expected {wanted}; missing {missing}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Prompt:
         room = self.max_length - len(suffix) - self.num_compress_tokens - (self.bos_token_id is not None)
         if room < 1:
             raise ValueError(
-                f"max_length: found {self.max_length}, allowed is at least {self.max_length - room + 1} for this "
+                f"max_length: got {self.max_length}, expected at least {self.max_length - room + 1} for this "
                 f"instruction of {len(suffix)} tokens and {self.num_compress_tokens} compress tokens"
                 + ("" if row is None else f" in row {row}")
             )
@@ -145,20 +145,20 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 def _nonempty(ids: list, column: str, row: int) -> list:
     if not ids:
-        raise ValueError(f"data: found an empty {column!r} in row {row}, allowed is at least one token")
+        raise ValueError(f"data: got an empty {column!r} in row {row}, expected at least one token")
     return ids
 
 
 def _text(value, column: str, row: int) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"data: found {value!r} as {column!r} in row {row}, allowed is a string")
+        raise TypeError(f"data: got {value!r} as {column!r} in row {row}, expected a string")
     return value
 
 
 def _texts(value, column: str, row: int) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise TypeError(f"data: found {value!r} as {column!r} in row {row}, allowed is a string or a list of strings")
+        raise TypeError(f"data: got {value!r} as {column!r} in row {row}, expected a string or a list of strings")
     return values
 
 
@@ -177,7 +177,7 @@ def _map(rows, function, prompt: Prompt, version: str, num_proc: int | None):
     try:
         return rows.map(function, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenise")
     except UnicodeDecodeError as error:  # of a parquet file
-        raise ValueError(f"data: found a text that is no UTF-8, allowed are UTF-8 texts: {error}") from error
+        raise ValueError(f"data: got a text that is no UTF-8, expected UTF-8 texts: {error}") from error
 
 
 def compression_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
@@ -224,7 +224,7 @@ def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
                 for column, pair in ((names[0], query), (names[1], positives), (negative, negatives)):
                     if not isinstance(pair, list) or (len(pair) != 2 and (pair or column != negative)):
                         raise ValueError(
-                            f"data: found {pair!r} as {column!r} in row {row}, allowed is an [instruction, text] pair, "
+                            f"data: got {pair!r} as {column!r} in row {row}, expected an [instruction, text] pair, "
                             f"since {names[0]!r} is a list"
                         )
                 instruction, query = _texts(query, names[0], row)
@@ -312,5 +312,5 @@ def _streamed(rows, batch_size: int, *, seed: int, start: int, rank: int, world:
                     yield batch
                     batch = []
         if not found:
-            raise ValueError("data: found no rows in the stream, allowed is at least one")
+            raise ValueError("data: got no rows in the stream, expected at least one")
         epoch += 1

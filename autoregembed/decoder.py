@@ -9,13 +9,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from autoregembed.distributed import in_step, whole
+from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.encoder import fit_length, max_positions, plain, require_finite, require_gradients
 from autoregembed.ops import linear_logprob, splice
-from autoregembed.packing import Ids, Packed, base_model, check_ids, cut, pack, run_packed, use_packed_attention
+from autoregembed.packing import (
+    Ids,
+    Packed,
+    base_model,
+    check_ids,
+    make_microbatches,
+    pack,
+    run_packed,
+    use_packed_attention,
+)
 
-Z_SCALES = ("none", "match")
-REDUCTIONS = ("sum", "mean")
+Z_NORMS = ("none", "match_rms")
+LOGPROB_REDUCTIONS = ("sum", "mean")
 
 
 class _PairwiseScores(torch.autograd.Function):
@@ -59,9 +68,9 @@ class Decoder(nn.Module):
         model: a Hugging Face causal LM, not the encoder's own.
         eos_token_id: ends every target; by default the model config's (the first, where it lists several).
         bos_token_id: read before z. None: z comes first (the released code).
-        z_scale: "none" feeds z as it comes (the released code); "match" scales every compressed vector to the RMS of
+        z_norm: "none" feeds z as it comes (the released code); "match_rms" scales every compressed vector to the RMS of
             the model's input embeddings, since the last hidden states of an LM are an order of magnitude larger.
-        reduction: of a target's tokens and eos: "sum" (the paper), or "mean", which does not grow with the length.
+        logprob_reduction: of a target's tokens and eos: "sum" (the paper), or "mean", which does not grow with the length.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         impl: the route of `linear_logprob`.
 
@@ -77,19 +86,19 @@ class Decoder(nn.Module):
         *,
         eos_token_id: int | None = None,
         bos_token_id: int | None = None,
-        z_scale: str = "none",
-        reduction: str = "sum",
+        z_norm: str = "none",
+        logprob_reduction: str = "sum",
         attention: str = "auto",
         impl: str = "auto",
     ):
         super().__init__()
-        if z_scale not in Z_SCALES:
-            raise ValueError(f"z_scale: found {z_scale!r}, allowed are {Z_SCALES}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: found {reduction!r}, allowed are {REDUCTIONS}")
+        if z_norm not in Z_NORMS:
+            raise ValueError(f"z_norm: got {z_norm!r}, expected {Z_NORMS}")
+        if logprob_reduction not in LOGPROB_REDUCTIONS:
+            raise ValueError(f"logprob_reduction: got {logprob_reduction!r}, expected {LOGPROB_REDUCTIONS}")
         self.model = model.eval().requires_grad_(False)
-        self.z_scale = z_scale
-        self.reduction = reduction
+        self.z_norm = z_norm
+        self.logprob_reduction = logprob_reduction
         self.sharded = False
         self.impl = impl
         config = model.config.get_text_config()
@@ -98,7 +107,7 @@ class Decoder(nn.Module):
         if isinstance(eos_token_id, (list, tuple)):
             eos_token_id = eos_token_id[0]
         if eos_token_id is None:
-            raise ValueError("eos_token_id: found None here and in the model's config, allowed is a token id")
+            raise ValueError("eos_token_id: got None here and in the model's config, expected a token id")
         self.eos_token_id = int(eos_token_id)
         require_finite(model)
         require_gradients(model)
@@ -106,7 +115,7 @@ class Decoder(nn.Module):
         if type(head) is not nn.Linear or not plain(head.weight):
             kind = type(head).__name__ if type(head) is not nn.Linear else type(head.weight.data).__name__
             raise ValueError(
-                f"model: found an lm_head of type {kind}, allowed is a plain nn.Linear: merge adapters into it "
+                f"model: got an lm_head of type {kind}, expected a plain nn.Linear: merge adapters into it "
                 "(merge_and_unload), leave it out of quantisation (such as llm_int8_skip_modules)"
             )
         check_ids("eos_token_id", [[self.eos_token_id]], head.weight.shape[0])
@@ -121,7 +130,7 @@ class Decoder(nn.Module):
         self._verify_head()
         self.use_attention(attention)
         self.register_buffer("input_rms", None, persistent=False)
-        if z_scale == "match":
+        if z_norm == "match_rms":
             self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
 
     def use_attention(self, route: str) -> None:
@@ -179,8 +188,8 @@ class Decoder(nn.Module):
                 wanted = wanted * torch.tensor(self.embedding_scale, dtype=weight.dtype, device=weight.device)
             if wanted.shape != found.shape or not torch.equal(found, wanted):
                 raise ValueError(
-                    f"model: found input embeddings of type {type(embedding).__name__} that are not rows of its "
-                    "weight, allowed is a plain nn.Embedding: merge adapters into it (merge_and_unload)"
+                    f"model: got input embeddings of type {type(embedding).__name__} that are not rows of its "
+                    "weight, expected a plain nn.Embedding: merge adapters into it (merge_and_unload)"
                 )
 
     @torch.no_grad()
@@ -195,12 +204,12 @@ class Decoder(nn.Module):
         tolerance = 32 * torch.finfo(hidden.dtype).eps * (1 + wanted.abs().max())
         if not (found - wanted).abs().max() <= tolerance:
             raise ValueError(
-                f"model: found logits that are not softcap(scale · (hidden Wᵀ + bias)) with softcap={self.softcap}, "
+                f"model: got logits that are not softcap(scale · (hidden Wᵀ + bias)) with softcap={self.softcap}, "
                 f"scale={self.scale} (difference {float((found - wanted).abs().max()):.3g}); this head is not supported"
             )
 
     def rescale(self, z: Tensor) -> Tensor:
-        """z (B, K, D) as the decoder reads it, by `z_scale`."""
+        """z (B, K, D) as the decoder reads it, by `z_norm`."""
         if self.input_rms is None:
             return z
         work = torch.promote_types(z.dtype, torch.float32)
@@ -241,10 +250,10 @@ class Decoder(nn.Module):
         self,
         z: Tensor,
         targets: Sequence[Ids],
-        source: Tensor | Sequence[int] | None = None,
+        z_index: Tensor | Sequence[int] | None = None,
         token_budget: int | None = None,
     ) -> Tensor:
-        """log p(target | z) in nats, summed over target tokens and eos (or their mean, by `reduction`).
+        """log p(target | z) in nats, summed over target tokens and eos (or their mean, by `logprob_reduction`).
 
         With a `token_budget` that the pairs exceed, only one pass' activations are ever alive, and (S, K, D) gradients
         until the backward: each pass is followed at once by its own backward, whatever the loss does with the scores
@@ -253,7 +262,7 @@ class Decoder(nn.Module):
         Args:
             z: (B, K, D) compressed embeddings.
             targets: S targets as token ids, without eos.
-            source: (S,) the row of z that each target is scored under; by default target i under row i.
+            z_index: (S,) the row of z that each target is scored under; by default target i under row i.
             token_budget: tokens of one pass, with bos and K vectors; a longer pair makes a pass of its own. None: one
                 pass.
 
@@ -262,63 +271,62 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: wrong shapes, an empty target, one longer than the model's positions, or a budget below 1.
-            IndexError: an id outside the vocabulary, or a source outside z.
+            IndexError: an id outside the vocabulary, or a z_index outside z.
         """
         weight, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
         if not isinstance(z, Tensor):
-            raise TypeError(f"z: found {type(z).__name__}, allowed is torch.Tensor")
+            raise TypeError(f"z: got {type(z).__name__}, expected torch.Tensor")
         if z.ndim != 3 or z.shape[1] == 0 or z.shape[2] != embedding.shape[1]:
             raise ValueError(
-                f"z: found shape {tuple(z.shape)}, allowed is (B, K, D) with K > 0 and D = {embedding.shape[1]}"
+                f"z: got shape {tuple(z.shape)}, expected (B, K, D) with K > 0 and D = {embedding.shape[1]}"
             )
         if not z.is_floating_point():
-            raise TypeError(f"z: found dtype {z.dtype}, allowed are floating-point types")
+            raise TypeError(f"z: got dtype {z.dtype}, expected floating-point types")
         if z.device != embedding.device:
-            raise ValueError(f"z: found device {z.device}, allowed is the decoder's, {embedding.device}")
+            raise ValueError(f"z: got device {z.device}, expected the decoder's, {embedding.device}")
         check_ids("targets", targets, min(len(weight), len(embedding)))
-        if source is None:
+        if z_index is None:
             if len(targets) != len(z):
-                raise ValueError(f"targets: found {len(targets)}, allowed without source is one for each of {len(z)} z")
-            source = range(len(z))
-        if len(source) != len(targets):
-            raise ValueError(f"source: found {len(source)}, allowed is one for each of the {len(targets)} targets")
+                raise ValueError(f"targets: got {len(targets)}, expected one for each of {len(z)} z")
+            z_index = range(len(z))
+        if len(z_index) != len(targets):
+            raise ValueError(f"z_index: got {len(z_index)}, expected one for each of the {len(targets)} targets")
         if len(targets) == 0:
             return z.sum(dtype=torch.promote_types(z.dtype, torch.float32)) * 0 + z.new_zeros(0)
         try:
-            source = torch.as_tensor(source, dtype=torch.int64)
+            z_index = torch.as_tensor(z_index, dtype=torch.int64)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"source: found {source!r}, allowed are integers") from error
-        if not 0 <= int(source.min()) <= int(source.max()) < len(z):
-            raise IndexError(f"source: found {source.min()}..{source.max()}, allowed are 0..{len(z) - 1}")
+            raise TypeError(f"z_index: got {z_index!r}, expected integers") from error
+        if not 0 <= int(z_index.min()) <= int(z_index.max()) < len(z):
+            raise IndexError(f"z_index: got {z_index.min()}..{z_index.max()}, expected 0..{len(z) - 1}")
         around = len(self.prefix) + z.shape[1]
         limit, longest = max_positions(self.model), around + max(map(len, targets))
         if limit is not None and longest > limit:
             raise ValueError(
-                f"targets: found one of {longest} positions with z, allowed are {limit} (the model's); "
-                "truncate the target"
+                f"targets: got one of {longest} positions with z, expected {limit} (the model's); truncate the target"
             )
-        source = source.to(z.device)
-        parts = cut([around + len(target) for target in targets], token_budget)
+        z_index = z_index.to(z.device)
+        parts = make_microbatches([around + len(target) for target in targets], token_budget)
         if self.sharded and token_budget is not None:
-            parts = in_step(parts, z.device)
+            parts = equalize_microbatches(parts, z.device)
         if len(parts) == 1:
-            return self._score(z, targets, source)
+            return self._score(z, targets, z_index)
 
         def score(rows: Tensor, part: list[int]) -> Tensor:
             chosen = torch.arange(len(rows), device=rows.device)
             return self._score(rows, [targets[i] for i in part], chosen)
 
         if torch.is_grad_enabled() and z.requires_grad:
-            return _PairwiseScores.apply(z[source], score, parts)
-        return _in_order([score(z[source[part]], part) for part in parts], parts)
+            return _PairwiseScores.apply(z[z_index], score, parts)
+        return _in_order([score(z[z_index[part]], part) for part in parts], parts)
 
-    def _score(self, z: Tensor, targets: Sequence[Ids], source: Tensor) -> Tensor:
+    def _score(self, z: Tensor, targets: Sequence[Ids], z_index: Tensor) -> Tensor:
         """`logprob` in one pass, without checks."""
         packed, rows, labels, cu_seqlens = self._pack(z.shape[1], targets, z.device)
         embedding = self.model.get_input_embeddings().weight
-        table = whole(embedding)
+        table = to_full_tensor(embedding)
         inputs = splice(
-            self.rescale(z), table, packed.ids, packed.cu_seqlens, source[packed.order],
+            self.rescale(z), table, packed.ids, packed.cu_seqlens, z_index[packed.sort_index],
             offset=len(self.prefix),
             embedding_scale=float(torch.tensor(self.embedding_scale, dtype=table.dtype)),
         )  # fmt: skip
@@ -330,6 +338,6 @@ class Decoder(nn.Module):
             hidden, weight, labels, bias=head.bias, softcap=self.softcap, scale=self.scale,
             cu_seqlens=cu_seqlens, impl=self.impl,
         )  # fmt: skip
-        if self.reduction == "mean":
+        if self.logprob_reduction == "mean":
             scores = scores / cu_seqlens.diff()
-        return scores[packed.rank]
+        return scores[packed.unsort_index]

@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from autoregembed.distributed import in_step
-from autoregembed.ops import take
-from autoregembed.packing import Ids, Packed, base_model, check_ids, cut, pack, run_packed, use_packed_attention
+from autoregembed.distributed import equalize_microbatches
+from autoregembed.ops import pool_last_k
+from autoregembed.packing import (
+    Ids,
+    Packed,
+    base_model,
+    check_ids,
+    make_microbatches,
+    pack,
+    run_packed,
+    use_packed_attention,
+)
 
 
 def max_positions(model: Any) -> int | None:
@@ -29,7 +38,7 @@ def fit_length(name: str, length: int | None, positions: int | None, *, default:
     if length is None:
         return default if positions is None else min(default, positions)
     if positions is not None and length > positions:
-        raise ValueError(f"{name}: found {length}, allowed is at most {positions}, what the model has positions for")
+        raise ValueError(f"{name}: got {length}, expected at most {positions}, what the model has positions for")
     return length
 
 
@@ -46,7 +55,7 @@ def final_norm(model: Any) -> nn.Module:
         weight = getattr(module, "weight", None)
         if weight is not None and tuple(weight.shape) == (width,):
             return module
-    raise ValueError(f"model: found no norm behind the layers of {type(base).__name__}, allowed is one")
+    raise ValueError(f"model: got no norm behind the layers of {type(base).__name__}, expected one")
 
 
 @torch.no_grad()
@@ -70,7 +79,7 @@ def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
             return
     for name, value in old.items():
         parameters[name].copy_(value)
-    raise ValueError(f"model: found a final {type(norm).__name__}, allowed is one that scales with its weight")
+    raise ValueError(f"model: got a final {type(norm).__name__}, expected one that scales with its weight")
 
 
 def plain(parameter: Tensor) -> bool:
@@ -82,7 +91,7 @@ def require_finite(model: nn.Module) -> None:
     """Raises ValueError naming the first parameter that holds a NaN or an infinity; quantised ones cannot."""
     for name, parameter in model.named_parameters():
         if plain(parameter) and parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
-            raise ValueError(f"model: found a non-finite value in {name}, allowed are finite weights")
+            raise ValueError(f"model: got a non-finite value in {name}, expected finite weights")
 
 
 def require_gradients(model: nn.Module) -> None:
@@ -94,8 +103,8 @@ def require_gradients(model: nn.Module) -> None:
         four_bit = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)
         if four_bit and module.weight.device.type == "cpu":
             raise ValueError(
-                f"model: found a {type(module).__name__} on a CPU in {name}, whose gradient is wrong there after an "
-                "evaluation, allowed is a GPU, or 8 bits (torchao), or model.dequantize()"
+                f"model: got a {type(module).__name__} on a CPU in {name}, whose gradient is wrong there after an "
+                "evaluation, expected a GPU, or 8 bits (torchao), or model.dequantize()"
             )
 
 
@@ -144,7 +153,7 @@ class Encoder(nn.Module):
         self._vocabulary = vocabulary  # DeepSpeed's sharded weights have no shape outside of their module's forward
         check_ids("compress_token_ids", [self.compress_token_ids], vocabulary)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
-            raise ValueError(f"compress_token_ids: found {self.compress_token_ids}, allowed are distinct ids")
+            raise ValueError(f"compress_token_ids: got {self.compress_token_ids}, expected distinct ids")
         if self.suffix_ids:
             check_ids("suffix_ids", [self.suffix_ids], vocabulary)
         if bos_token_id is not None:
@@ -183,7 +192,7 @@ class Encoder(nn.Module):
             self.model.get_input_embeddings().weight[self.compress_token_ids] = self.compress_rows
 
     @torch.no_grad()
-    def calibrate(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
+    def init_output_rms(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
         """Scales the model's final norm so that each dimension of z has a given RMS over some texts.
 
         A few dimensions of an LM's last hidden states are ten times as large as the rest. A decoder reads such a z as
@@ -200,7 +209,7 @@ class Encoder(nn.Module):
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
         """The token ids that the model reads for each text."""
         if suffix_ids is not None and len(suffix_ids) != len(ids):
-            raise ValueError(f"suffix_ids: found {len(suffix_ids)}, allowed is one for each of the {len(ids)} texts")
+            raise ValueError(f"suffix_ids: got {len(suffix_ids)}, expected one for each of the {len(ids)} texts")
         head = [] if self.bos_token_id is None else [self.bos_token_id]
         return [
             [*head, *text, *(self.suffix_ids if suffix_ids is None else suffix_ids[i]), *self.compress_token_ids]
@@ -234,19 +243,19 @@ class Encoder(nn.Module):
         embedding = self.model.get_input_embeddings()
         check_ids("ids", ids, self._vocabulary)
         if len(ids) == 0:
-            raise ValueError("ids: found no text, allowed is at least one")
+            raise ValueError("ids: got no text, expected at least one")
         if suffix_ids is not None:  # each may be empty
             check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], self._vocabulary)
         sequences = self.sequences(ids, suffix_ids)
         limit, longest = max_positions(self.model), max(map(len, sequences))
         if limit is not None and longest > limit:
             raise ValueError(
-                f"ids: found a text of {longest} tokens with its suffix and compress tokens, allowed are "
+                f"ids: got a text of {longest} tokens with its suffix and compress tokens, expected "
                 f"{limit} (the model's positions); truncate the text"
             )
-        parts = cut([len(s) for s in sequences], token_budget)
+        parts = make_microbatches([len(s) for s in sequences], token_budget)
         if self.sharded and token_budget is not None:
-            parts = in_step(parts, embedding.weight.device)
+            parts = equalize_microbatches(parts, embedding.weight.device)
         if len(parts) == 1:
             packed = pack(sequences, embedding.weight.device)
             return self._run(packed.ids, packed)
@@ -270,4 +279,4 @@ class Encoder(nn.Module):
             rows = packed.cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
             x = x.index_copy(0, rows.flatten(), own.repeat(len(rows), 1))
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
-        return take(hidden, packed.cu_seqlens, k, packed.rank)
+        return pool_last_k(hidden, packed.cu_seqlens, k, packed.unsort_index)

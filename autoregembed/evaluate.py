@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from autoregembed import data, distributed
 from autoregembed.encoder import Encoder, text_embedding
-from autoregembed.packing import base_model, cut
+from autoregembed.packing import base_model, make_microbatches
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
@@ -38,26 +38,26 @@ def embed(
         ValueError: no text, one without a token (the row is named), or a `max_length` above the model's positions.
     """
     if len(texts) == 0:
-        raise ValueError("texts: found none, allowed is at least one")
+        raise ValueError("texts: got none, expected at least one")
     max_length = encoder.fit_max_length(max_length)
     prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, "", max_length)
     ids = [prompt.text(prompt.ids(text), encoder.suffix_ids) for text in texts]
     empty = [row for row, x in enumerate(ids) if not x]
     if empty:
-        raise ValueError(f"texts: found an empty text in row {empty[0]}, allowed is at least one token")
+        raise ValueError(f"texts: got an empty text in row {empty[0]}, expected at least one token")
     weight = encoder.model.get_input_embeddings().weight
     out = torch.zeros(len(texts), weight.shape[1])
     training = encoder.training
     encoder.eval()
     try:
-        parts = cut([len(s) for s in encoder.sequences(ids)], token_budget)
-        for part, counts in distributed.share(parts) if shared else ((part, True) for part in parts):
+        parts = make_microbatches([len(s) for s in encoder.sequences(ids)], token_budget)
+        for part, counts in distributed.shard_microbatches(parts) if shared else ((part, True) for part in parts):
             found = text_embedding(encoder([ids[i] for i in part]).float()).cpu()
             if counts:
                 out[part] = found
     finally:
         encoder.train(training)
-    return distributed.total(out.to(weight.device)).cpu() if shared else out
+    return distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
 
 
 @torch.inference_mode()
@@ -74,9 +74,9 @@ def token_mean(model, tokenizer, texts: Sequence[str], *, token_budget: int = 40
     ids = [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
     empty = [row for row, x in enumerate(ids) if not len(x)]
     if empty:
-        raise ValueError(f"texts: found an empty text in row {empty[0]}, allowed is at least one token")
+        raise ValueError(f"texts: got an empty text in row {empty[0]}, expected at least one token")
     out = torch.zeros(len(texts), base.get_input_embeddings().weight.shape[1])
-    for part in cut([len(x) for x in ids], token_budget):
+    for part in make_microbatches([len(x) for x in ids], token_budget):
         # Padded on the right, where causal attention does not look.
         mask = pad_sequence([torch.ones_like(ids[i]) for i in part], batch_first=True).to(base.device)
         padded = pad_sequence([ids[i] for i in part], batch_first=True).to(base.device)
@@ -95,7 +95,7 @@ def load_sts(source: str, split: str | None = None):
     data.require_columns(rows, ("sentence1", "sentence2", "score"))
     for row, score in enumerate(rows["score"]):
         if not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(f"data: found {score!r} as 'score' in row {row}, allowed is a number")
+            raise ValueError(f"data: got {score!r} as 'score' in row {row}, expected a number")
     return rows
 
 
@@ -121,7 +121,7 @@ def load_retrieval(corpus: str, queries: str, qrels: str, split: str | None = No
     data.require_columns(rows, ("query-id", "corpus-id", "score"))
     for row in rows:
         if not isinstance(row["score"], int | float):
-            raise ValueError(f"data: found {row['score']!r} as 'score' in {qrels!r}, allowed is a number")
+            raise ValueError(f"data: got {row['score']!r} as 'score' in {qrels!r}, expected a number")
         relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = row["score"]
     return texts[0], texts[1], relevance
 
@@ -157,10 +157,10 @@ def retrieval(
     """
     unknown = next((d for q in qrels.values() for d in q if d not in corpus), None)
     if unknown is not None:
-        raise ValueError(f"qrels: found document {unknown!r}, allowed are those of the corpus")
+        raise ValueError(f"qrels: got document {unknown!r}, expected those of the corpus")
     wanted = [q for q in queries if any(r > 0 for r in qrels.get(q, {}).values())]
     if not wanted:
-        raise ValueError("qrels: found no relevant document for any query, allowed is at least one")
+        raise ValueError("qrels: got no relevant document for any query, expected at least one")
     ids = list(corpus)
     documents, questions = embed(list(corpus.values())), embed([queries[q] for q in wanted])
     deepest = min(max(10, *ks), len(ids))

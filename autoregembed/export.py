@@ -38,7 +38,7 @@ def merged(encoder: Encoder) -> Any:
     for name, parameter in encoder.model.named_parameters():
         if not plain(parameter) or not parameter.is_floating_point():
             raise ValueError(
-                f"model: found quantised weights in {name}, allowed are plain ones, as merging would round them: put "
+                f"model: got quantised weights in {name}, expected plain ones, as merging would round them: put "
                 "the adapter onto model.dequantize() (get_peft_model_state_dict, set_peft_model_state_dict)"
             )
     copied = copy.deepcopy(encoder)
@@ -53,7 +53,7 @@ def _tokenizer(encoder: Encoder, tokenizer, max_length: int):
     It is of the generic class: some models' own classes write a post-processor anew when they are loaded.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer: found {type(tokenizer).__name__}, allowed is a fast tokenizer")
+        raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, expected a fast tokenizer")
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     head = [] if encoder.bos_token_id is None else [encoder.bos_token_id]
     tail = [*encoder.suffix_ids, *encoder.compress_token_ids]
@@ -106,7 +106,7 @@ def export(
     max_length = encoder.fit_max_length(max_length)
     fixed = len(encoder.sequences([[]])[0])
     if max_length <= fixed:
-        raise ValueError(f"max_length: found {max_length}, allowed is more than {fixed}, the tokens around a text")
+        raise ValueError(f"max_length: got {max_length}, expected more than {fixed}, the tokens around a text")
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         model = base_model(merged(encoder)).eval()
         source = temporary / "source"
@@ -125,7 +125,7 @@ def export(
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         expected = encoder.sequences([ids[: max_length - fixed]])[0]
         if found != expected:
-            raise CheckpointError(f"tokenizer: found ids {found[:8]}… once saved, allowed are {expected[:8]}…")
+            raise CheckpointError(f"tokenizer: got ids {found[:8]}… once saved, expected {expected[:8]}…")
         SentenceTransformer(modules=modules, device="cpu").save(str(temporary / "whole"), create_model_card=False)
         for path in source.iterdir():
             path.unlink()

@@ -84,7 +84,7 @@ def generative_info_nce(
     b, p = scores.shape
     if target is None:
         if p < b:
-            raise ValueError(f"scores: found P = {p}, allowed without a target is P ≥ B = {b}")
+            raise ValueError(f"scores: got P = {p}, expected P ≥ B = {b}")
         target = torch.arange(b, device=scores.device)
     given: dict[str, tuple[Tensor | None, tuple[torch.dtype, ...], tuple[int, ...], str]] = {
         "target": (target, (torch.int64, torch.int32), (b,), "(B,)"),
@@ -97,16 +97,16 @@ def generative_info_nce(
             continue
         ops._require_tensor(name, x)
         if x.dtype not in dtypes:
-            raise TypeError(f"{name}: found dtype {x.dtype}, allowed are {', '.join(map(str, dtypes))}")
+            raise TypeError(f"{name}: got dtype {x.dtype}, expected {', '.join(map(str, dtypes))}")
         ops._require_like(name, x, "scores", scores, dtype=False)
         ops._require_shape(name, x, shape, meaning)
     ops._require_target(target, p, ops.NOT_IGNORED)
     target = target.long()
     if num_tokens is not None and bool((num_tokens < 1).any()):
-        raise ValueError(f"num_tokens: found {int(num_tokens.min())}, allowed is at least 1, the eos")
+        raise ValueError(f"num_tokens: got {int(num_tokens.min())}, expected at least 1, the eos")
     if mask is not None and not bool(mask.gather(1, target[:, None]).all()):
         row = int((~mask.gather(1, target[:, None]).squeeze(1)).nonzero()[0])
-        raise ValueError(f"mask: found False for the positive of row {row}, allowed is True")
+        raise ValueError(f"mask: got False for the positive of row {row}, expected True")
     work = scores if scores.dtype == torch.float64 else scores.float()  # sums of hundreds of nats, never 16 bits
     return spec.generative_info_nce(
         work, target, temperature=temperature, num_tokens=num_tokens, mask=mask, passage_ids=passage_ids
@@ -129,10 +129,10 @@ class LinearLogprob(nn.Module):
         target: Tensor,  # (N,)
         bias: Tensor | None = None,  # (V,)
         cu_seqlens: Tensor | None = None,  # (S+1,)
-        gradient_rows: int | None = None,
+        num_grad_rows: int | None = None,
     ) -> Tensor:
         return ops.linear_logprob(
-            hidden, weight, target, bias=bias, cu_seqlens=cu_seqlens, gradient_rows=gradient_rows, **self.options
+            hidden, weight, target, bias=bias, cu_seqlens=cu_seqlens, num_grad_rows=num_grad_rows, **self.options
         )
 
 
@@ -151,7 +151,7 @@ class AlignmentLoss(nn.Module):
         *,
         beta: float = 0.1,
         temperature: float = 0.1,
-        reference: str = "add",
+        ref_margin: str = "add",
         negatives: str = "independent",
         impl: str = "auto",
     ):
@@ -159,7 +159,7 @@ class AlignmentLoss(nn.Module):
         self.options: dict[str, Any] = {
             "beta": beta,
             "temperature": temperature,
-            "reference": reference,
+            "ref_margin": ref_margin,
             "negatives": negatives,
             "impl": impl,
         }

@@ -22,7 +22,7 @@ from autoregembed.config import Config
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, text_embedding
 from autoregembed.losses import alignment_loss, info_nce
-from autoregembed.packing import cut
+from autoregembed.packing import make_microbatches
 
 
 def lengths(rows: list[dict], encoder: Encoder, hard_negatives: bool) -> list[int]:
@@ -103,9 +103,9 @@ class Objective:
         inner = self.accelerator.unwrap_model(self.encoder)
         # Every loss but InfoNCE is a sum over rows, and a sum needs no pass twice: it goes backward part by part.
         whole = config.stage == 2 and config.contrastive_weight > 0
-        parts = cut(lengths(rows, inner, config.hard_negatives), None if whole else config.token_budget)
+        parts = make_microbatches(lengths(rows, inner, config.hard_negatives), None if whole else config.token_budget)
         if config.token_budget:
-            parts = distributed.in_step(parts, self.accelerator.device)
+            parts = distributed.equalize_microbatches(parts, self.accelerator.device)
         micro = [[rows[i] for i in part] for part in parts]
         totals = self._totals(rows)
         log: dict[str, Tensor] = {}
@@ -123,7 +123,7 @@ class Objective:
                 self.accelerator.backward(share)
             for name, value in stats.items():
                 log[name] = log.get(name, 0) + value
-        mean = distributed.total(torch.stack([x.float() for x in log.values()])) / distributed.world()
+        mean = distributed.all_reduce(torch.stack([x.float() for x in log.values()])) / distributed.world_size()
         return dict(zip(log, mean.tolist(), strict=True))
 
     def _no_sync(self):
@@ -134,8 +134,8 @@ class Objective:
     def _totals(self, rows: list[dict]) -> dict[str, float]:
         """What the loss and the statistics are means over: counts of all processes, per process (DDP averages)."""
         counts = _counts(self.config, rows)
-        everywhere = distributed.total(torch.tensor([*counts.values()], device=self.accelerator.device))
-        return {name: max(n, 1) / distributed.world() for name, n in zip(counts, everywhere.tolist(), strict=True)}
+        everywhere = distributed.all_reduce(torch.tensor([*counts.values()], device=self.accelerator.device))
+        return {name: max(n, 1) / distributed.world_size() for name, n in zip(counts, everywhere.tolist(), strict=True)}
 
     def _share(self, z: Tensor, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config
@@ -150,7 +150,7 @@ class Objective:
             places = torch.tensor([r["row"] for r in rows])
             r_a, r_c = self.reference[0][places].to(a.device), self.reference[1][places, : c.shape[1]].to(a.device)
         out = alignment_loss(
-            a, b, c, r_a, r_c, beta=config.beta, temperature=config.temperature, reference=config.reference,
+            a, b, c, r_a, r_c, beta=config.beta, temperature=config.temperature, ref_margin=config.ref_margin,
             negatives=config.negatives, negative_mask=mask,
         )  # fmt: skip
         share = {name: n / totals[name] for name, n in _counts(config, rows).items()}
@@ -167,7 +167,7 @@ class Objective:
 
 
 @torch.no_grad()
-def reference_scores(
+def compute_ref_logps(
     encoder: nn.Module, decoder: Decoder, rows, token_budget: int = 8192, places: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """r_a (R,) and r_c (R, M) under the present model, NaN where a row has fewer negatives or is not in `places`.
@@ -178,7 +178,9 @@ def reference_scores(
     scores = torch.zeros(len(rows), 1 + max(negatives))
     places = list(range(len(rows))) if places is None else places
     sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows.select(places)]
-    for part, counts in distributed.share([[places[i] for i in part] for part in cut(sizes, token_budget)]):
+    for part, counts in distributed.shard_microbatches(
+        [[places[i] for i in part] for part in make_microbatches(sizes, token_budget)]
+    ):
         batch = rows.select(part).to_list()
         z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])
         owner = [i for i, r in enumerate(batch) for _ in r["target_ids"]]
@@ -186,7 +188,7 @@ def reference_scores(
         found = decoder.logprob(z, [t for r in batch for t in r["target_ids"]], owner).float().cpu()
         if counts:
             scores[[part[i] for i in owner], column] = found
-    scores = distributed.total(scores.to(_device(encoder))).cpu()
+    scores = distributed.all_reduce(scores.to(_device(encoder))).cpu()
     scored = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, torch.tensor(places, dtype=torch.int64), True)
     there = torch.arange(scores.shape[1]) <= torch.tensor(negatives)[:, None]
     scores.masked_fill_(~(there & scored[:, None]), torch.nan)
@@ -197,7 +199,7 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def cached_reference_scores(
+def cached_ref_logps(
     config: Config, encoder, decoder, model: str, rows, read: int, prompt: data.Prompt, console: Console
 ) -> tuple[Tensor, Tensor]:
     """Scores of the first `read` rows of the run, from the file beside the data; those that it lacks are added.
@@ -211,17 +213,17 @@ def cached_reference_scores(
             "model": model,
             "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
         }
-        if config.reference_file:
-            path = Path(config.reference_file)
+        if config.ref_logps_file:
+            path = Path(config.ref_logps_file)
         else:
             local = Path(config.train_data)
             short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
             parent = local.parent if local.is_file() else Path(config.output_dir)
             path = parent / f"{local.name}.reference-{short}.safetensors"
-        return fingerprint, path, checkpoint.load_reference(path, fingerprint) if path.is_file() else None
+        return fingerprint, path, checkpoint.load_ref_logps(path, fingerprint) if path.is_file() else None
 
     # Process 0 looks and tells: the others may not see its disk, and must not find what it is writing.
-    fingerprint, path, known = distributed.from_main(find)
+    fingerprint, path, known = distributed.broadcast_from_rank0(find)
     wanted = sorted(set(data.drawn(len(rows), 0, read, config.seed)))
     if known is not None:
         wanted = [i for i in wanted if bool(known[0][i].isnan())]
@@ -229,10 +231,10 @@ def cached_reference_scores(
         console.print(f"reference scores: {path}")
         return known
     start = time.perf_counter()
-    scores = reference_scores(encoder, decoder, rows, places=wanted)
+    scores = compute_ref_logps(encoder, decoder, rows, places=wanted)
     if known is not None:
         new = ~scores[0].isnan()
         scores = torch.where(new, scores[0], known[0]), torch.where(new[:, None], scores[1], known[1])
-    distributed.from_main(lambda: checkpoint.save_reference(path, *scores, fingerprint))
+    distributed.broadcast_from_rank0(lambda: checkpoint.save_ref_logps(path, *scores, fingerprint))
     console.print(f"reference scores: {len(wanted)} rows in {time.perf_counter() - start:.0f} s, kept in {path}")
     return scores

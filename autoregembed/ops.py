@@ -1,6 +1,6 @@
 """The ops: validated entry points, `torch.library` schemas, and the choice of an implementation.
 
-`impl` names a route: "triton" (GPU), "native" (C++, CPU), "torch" (any device), "reference" (the specification, with
+`impl` names a route: "triton" (GPU), "cpp" (C++, CPU), "torch" (any device), "reference" (the specification, with
 full logits), or "auto". A route that is asked for by name and cannot run raises `ImplUnavailable`; it is never replaced
 by another.
 
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from autoregembed import reference as spec
-from autoregembed.distributed import whole
+from autoregembed.distributed import to_full_tensor
 from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 from autoregembed.kernels.torch import linear_logprob as torch_linear_logprob
 
@@ -35,12 +35,12 @@ __all__ = [
     "available_impls",
     "info_nce",
     "linear_logprob",
+    "pool_last_k",
     "splice",
-    "take",
 ]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-REFERENCES = ("add", "subtract", "none")
+REF_MARGINS = ("add", "subtract", "none")
 NEGATIVES = ("independent", "joint")
 
 
@@ -63,7 +63,7 @@ def _triton_state(device: torch.device) -> str:
             return "needs compute capability 8.0 or newer"
         return "ok"
     if device.type != "cpu":
-        return f"runs on CUDA and HIP devices, found {device}"
+        return f"runs on CUDA and HIP devices, got {device}"
     if not _INTERPRETED:
         return "runs on CUDA and HIP devices; on a CPU in Triton's interpreter, with TRITON_INTERPRET=1 from the start"
     return "ok"
@@ -76,12 +76,12 @@ def available_impls(device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """
     native = native_linear_logprob.UNAVAILABLE or "ok"
     if torch.device(device).type != "cpu":
-        native = f"runs on a CPU, found {device}"
+        native = f"runs on a CPU, got {device}"
     elif native == "ok" and dtype == torch.float64:
         native = "has no float64"
     return {
         "triton": _triton_state(torch.device(device)),
-        "native": native,
+        "cpp": native,
         "torch": "ok",
         "reference": "ok",
     }
@@ -97,7 +97,7 @@ def _resolve(impl: str, device: torch.device, dtype: torch.dtype, has_kernel: tu
         interpreted = "triton" if device.type == "cpu" else ""
         return next(name for name, state in routes.items() if state == "ok" and name != interpreted)
     if impl not in routes:
-        raise ValueError(f"impl: found {impl!r}, allowed are 'auto', {', '.join(map(repr, routes))}")
+        raise ValueError(f"impl: got {impl!r}, expected 'auto', {', '.join(map(repr, routes))}")
     if routes[impl] != "ok":
         raise ImplUnavailable(f"impl={impl!r} cannot run on {device}: {routes[impl]}")
     return impl
@@ -105,20 +105,20 @@ def _resolve(impl: str, device: torch.device, dtype: torch.dtype, has_kernel: tu
 
 def _require_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: found {type(x).__name__}, allowed is torch.Tensor")
+        raise TypeError(f"{name}: got {type(x).__name__}, expected torch.Tensor")
 
 
 def _require_float(name: str, x: Tensor) -> None:
     _require_tensor(name, x)
     if x.dtype not in _FLOATS:
-        raise TypeError(f"{name}: found dtype {x.dtype}, allowed are {', '.join(map(str, _FLOATS))}")
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected {', '.join(map(str, _FLOATS))}")
 
 
 def _require_like(name: str, x: Tensor, other_name: str, other: Tensor, *, dtype: bool = True) -> None:
     if x.device != other.device:
-        raise ValueError(f"{name}: found on {x.device}, allowed is the device of {other_name}, {other.device}")
+        raise ValueError(f"{name}: got on {x.device}, expected the device of {other_name}, {other.device}")
     if dtype and x.dtype != other.dtype:
-        raise TypeError(f"{name}: found dtype {x.dtype}, allowed is the dtype of {other_name}, {other.dtype}")
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected the dtype of {other_name}, {other.dtype}")
 
 
 def _require_shape(name: str, x: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
@@ -130,18 +130,18 @@ def _require_shape(name: str, x: Tensor, shape: tuple[int | None, ...], meaning:
                 good = False
     if not good:
         wanted_text = ", ".join("*" if w is None else str(w) for w in shape)
-        raise ValueError(f"{name}: found shape {tuple(x.shape)}, allowed is {meaning} = ({wanted_text})")
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {meaning} = ({wanted_text})")
 
 
 def _require_number(name: str, x: float, kind: type | tuple[type, ...] = (int, float)) -> None:
     if not isinstance(x, kind):
-        raise TypeError(f"{name}: found {x!r}, allowed is {'an integer' if kind is int else 'a number'}")
+        raise TypeError(f"{name}: got {x!r}, expected {'an integer' if kind is int else 'a number'}")
 
 
 def _require_positive(name: str, x: float) -> None:
     _require_number(name, x)
     if not 0 < x < math.inf:
-        raise ValueError(f"{name}: found {x}, allowed is a positive finite number")
+        raise ValueError(f"{name}: got {x}, expected a positive finite number")
 
 
 # No id is ignored: an `ignore_index` that is no caller's id.
@@ -150,7 +150,7 @@ NOT_IGNORED = -(2**63)
 # Modules with `forward` and `backward` as in kernels/torch/linear_logprob.py; Triton's is loaded when first used.
 _LINEAR_LOGPROB: dict[str, Any] = {
     "triton": None,
-    "native": native_linear_logprob,
+    "cpp": native_linear_logprob,
     "torch": torch_linear_logprob,
 }
 
@@ -171,7 +171,7 @@ def _require_target(target: Tensor, size: int, ignore_index: int) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         ignored = "" if ignore_index == NOT_IGNORED else f" and {ignore_index=}"
-        raise IndexError(f"target: found id {int(target[row])} at row {row}, allowed are 0..{size - 1}{ignored}")
+        raise IndexError(f"target: got id {int(target[row])} at row {row}, expected 0..{size - 1}{ignored}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def _require_bounds(cu_seqlens: Tensor, length: int) -> None:
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] != length or any(i > j for i, j in itertools.pairwise(bounds)):
         raise ValueError(
-            f"cu_seqlens: found {bounds[:8]}{'…' if len(bounds) > 8 else ''}, allowed is a non-decreasing row "
+            f"cu_seqlens: got {bounds[:8]}{'…' if len(bounds) > 8 else ''}, expected a non-decreasing row "
             f"from 0 to N = {length}"
         )
 
@@ -343,7 +343,7 @@ def linear_logprob(
     scale: float = 1.0,
     ignore_index: int = -100,
     cu_seqlens: Tensor | None = None,
-    gradient_rows: int | None = None,
+    num_grad_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Log-probabilities of target tokens under a linear head, without the (N, V) logits.
@@ -363,9 +363,9 @@ def linear_logprob(
         scale: factor on the logits before the cap.
         ignore_index: the target value of rows that do not count.
         cu_seqlens: (S+1,) int32 or int64; rows cu_seqlens[i] to cu_seqlens[i+1] belong to sequence i.
-        gradient_rows: rows from this one on are scored only: they are constants, and cost one GEMM where the rows
+        num_grad_rows: rows from this one on are scored only: they are constants, and cost one GEMM where the rows
             before them cost two. None: all rows carry gradients.
-        impl: "auto", "triton", "native", "torch" or "reference".
+        impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         (N,) log-probabilities in nats, or (S,) sums per sequence with `cu_seqlens`; float32 (float64 for float64).
@@ -380,8 +380,8 @@ def linear_logprob(
     _require_float("hidden", hidden)
     _require_float("weight", weight)
     if weight.requires_grad and hasattr(weight, "full_tensor"):
-        raise TypeError("weight: found a DTensor that requires grad, allowed is one that is frozen, or a plain tensor")
-    weight = whole(weight)
+        raise TypeError("weight: got a DTensor that requires grad, expected one that is frozen, or a plain tensor")
+    weight = to_full_tensor(weight)
     _require_like("weight", weight, "hidden", hidden, dtype=False)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -389,13 +389,13 @@ def linear_logprob(
         bias = None if bias is None else bias.to(dtype)
     _require_like("weight", weight, "hidden", hidden)
     if hidden.ndim != 2:
-        raise ValueError(f"hidden: found shape {tuple(hidden.shape)}, allowed is (N, D)")
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (N, D)")
     _require_shape("weight", weight, (None, hidden.shape[1]), "(V, D)")
     if weight.shape[0] == 0:
-        raise ValueError("weight: found V = 0, allowed is at least one token")
+        raise ValueError("weight: got V = 0, expected at least one token")
     _require_tensor("target", target)
     if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target: found dtype {target.dtype}, allowed are torch.int64, torch.int32")
+        raise TypeError(f"target: got dtype {target.dtype}, expected torch.int64, torch.int32")
     _require_like("target", target, "hidden", hidden, dtype=False)
     _require_shape("target", target, (hidden.shape[0],), "(N,)")
     if bias is not None:
@@ -407,27 +407,27 @@ def linear_logprob(
     _require_number("scale", scale)
     _require_number("ignore_index", ignore_index, int)
     if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: found {scale}, allowed is a finite number")
+        raise ValueError(f"scale: got {scale}, expected a finite number")
     impl = _resolve(impl, hidden.device, hidden.dtype, (*_LINEAR_LOGPROB,))
     if cu_seqlens is not None:
         _require_tensor("cu_seqlens", cu_seqlens)
         if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"cu_seqlens: found dtype {cu_seqlens.dtype}, allowed are torch.int32, torch.int64")
+            raise TypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, expected torch.int32, torch.int64")
         if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-            raise ValueError(f"cu_seqlens: found shape {tuple(cu_seqlens.shape)}, allowed is (S+1,)")
+            raise ValueError(f"cu_seqlens: got shape {tuple(cu_seqlens.shape)}, expected (S+1,)")
         _require_like("cu_seqlens", cu_seqlens, "hidden", hidden, dtype=False)
     n = hidden.shape[0]
-    if gradient_rows is not None:
-        _require_number("gradient_rows", gradient_rows, int)
-        if not 0 <= gradient_rows <= n:
-            raise ValueError(f"gradient_rows: found {gradient_rows}, allowed are 0..{n} (N)")
+    if num_grad_rows is not None:
+        _require_number("num_grad_rows", num_grad_rows, int)
+        if not 0 <= num_grad_rows <= n:
+            raise ValueError(f"num_grad_rows: got {num_grad_rows}, expected 0..{n} (N)")
     target = target.long()
     if impl == "reference":
         _require_target(target, weight.shape[0], ignore_index)
         if cu_seqlens is not None:
             _require_bounds(cu_seqlens, hidden.shape[0])
-        if gradient_rows is not None:
-            hidden = torch.cat([hidden[:gradient_rows], hidden[gradient_rows:].detach()])
+        if num_grad_rows is not None:
+            hidden = torch.cat([hidden[:num_grad_rows], hidden[num_grad_rows:].detach()])
         with torch.autocast(hidden.device.type, enabled=False):
             return spec.linear_logprob(
                 hidden, weight, target, bias=bias, softcap=softcap, scale=scale,
@@ -439,13 +439,13 @@ def linear_logprob(
     def rows(h: Tensor, w: Tensor, y: Tensor, b: Tensor | None, gradient: bool) -> Tensor:
         return _linear_logprob(h, w, y, b, softcap, float(scale), ignore_index, gradient, impl)[0]
 
-    if gradient_rows is None or gradient_rows == n or not torch.is_grad_enabled():
+    if num_grad_rows is None or num_grad_rows == n or not torch.is_grad_enabled():
         logprob = rows(hidden, weight, target, bias, with_gradient)
     else:
-        scored = hidden[gradient_rows:].detach(), weight.detach(), target[gradient_rows:]
+        scored = hidden[num_grad_rows:].detach(), weight.detach(), target[num_grad_rows:]
         logprob = rows(*scored, None if bias is None else bias.detach(), False)
-        if gradient_rows > 0:
-            first = rows(hidden[:gradient_rows], weight, target[:gradient_rows], bias, with_gradient)
+        if num_grad_rows > 0:
+            first = rows(hidden[:num_grad_rows], weight, target[:num_grad_rows], bias, with_gradient)
             logprob = torch.cat([first, logprob])
         else:
             logprob = logprob + hidden[:0].sum(dtype=logprob.dtype)  # attached to the graph
@@ -477,13 +477,13 @@ def _alignment(
     negative_mask: Tensor | None,
     beta: float,
     temperature: float,
-    reference: str,
+    ref_margin: str,
     negatives: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, s1, s2, accuracy, each (), and the loss's gradients of the first three arguments."""
     return _triton("alignment").forward(
         query_positive, positive_positive, query_negatives, reference_positive, reference_negatives, negative_mask,
-        beta, temperature, reference, negatives,
+        beta, temperature, ref_margin, negatives,
     )  # fmt: skip
 
 
@@ -518,7 +518,7 @@ def alignment_loss(
     *,
     beta: float = 0.1,
     temperature: float = 0.1,
-    reference: str = "add",
+    ref_margin: str = "add",
     negatives: str = "independent",
     negative_mask: Tensor | None = None,
     impl: str = "auto",
@@ -537,7 +537,7 @@ def alignment_loss(
         reference_positive: r_a (B,), `query_positive` under the stage-1 model; a constant.
         reference_negatives: r_c (B, M), `query_negatives` under the stage-1 model; a constant.
         beta, temperature: β and τ, positive.
-        reference: "add" (the released code), "subtract" (the DPO form) or "none".
+        ref_margin: "add" (the released code), "subtract" (the DPO form) or "none".
         negatives: "independent" (the released code for M > 1) or "joint".
         negative_mask: (B, M) bool, False where row i has no j-th negative; the values there are never read.
             "independent" averages over the negatives that exist, "joint" over the rows that have one.
@@ -559,20 +559,20 @@ def alignment_loss(
         query_negatives = query_negatives[:, None]
     if isinstance(reference_negatives, Tensor) and reference_negatives.ndim == 1:
         reference_negatives = reference_negatives[:, None]
-    if reference not in REFERENCES:
-        raise ValueError(f"reference: found {reference!r}, allowed are {REFERENCES}")
+    if ref_margin not in REF_MARGINS:
+        raise ValueError(f"ref_margin: got {ref_margin!r}, expected {REF_MARGINS}")
     if negatives not in NEGATIVES:
-        raise ValueError(f"negatives: found {negatives!r}, allowed are {NEGATIVES}")
+        raise ValueError(f"negatives: got {negatives!r}, expected {NEGATIVES}")
     _require_positive("beta", beta)
     _require_positive("temperature", temperature)
     _require_shape("query_positive", query_positive, (None,), "(B,)")
     _require_shape("query_negatives", query_negatives, (None, None), "(B, M)")
     b, m = query_positive.shape[0], query_negatives.shape[1]
     given = {"reference_positive": reference_positive, "reference_negatives": reference_negatives}
-    if reference != "none":
+    if ref_margin != "none":
         missing = [name for name, x in given.items() if x is None]
         if missing:
-            raise ValueError(f"{missing[0]}: found None, allowed with reference={reference!r} is a tensor of scores")
+            raise ValueError(f"{missing[0]}: got None, expected a tensor of scores, since ref_margin={ref_margin!r}")
     scores = {"positive_positive": positive_positive, "query_negatives": query_negatives, **given}
     for name, x in scores.items():
         if x is None:
@@ -584,7 +584,7 @@ def alignment_loss(
     if negative_mask is not None:
         _require_tensor("negative_mask", negative_mask)
         if negative_mask.dtype != torch.bool:
-            raise TypeError(f"negative_mask: found dtype {negative_mask.dtype}, allowed is torch.bool")
+            raise TypeError(f"negative_mask: got dtype {negative_mask.dtype}, expected torch.bool")
         _require_like("negative_mask", negative_mask, "query_positive", query_positive, dtype=False)
         if negative_mask.ndim == 1:
             negative_mask = negative_mask[:, None]
@@ -600,11 +600,11 @@ def alignment_loss(
         None if reference_negatives is None else reference_negatives.detach().to(work),
     )
     if impl == "triton":
-        loss, s1, s2, accuracy, *_ = _alignment(*given_scores, negative_mask, beta, temperature, reference, negatives)
+        loss, s1, s2, accuracy, *_ = _alignment(*given_scores, negative_mask, beta, temperature, ref_margin, negatives)
         return AlignmentOutput(loss, s1.detach(), s2.detach(), accuracy.detach())
     loss, s1, s2, accuracy = spec.alignment_loss(
         *given_scores,
-        beta=beta, temperature=temperature, reference=reference, negatives=negatives, mask=negative_mask,
+        beta=beta, temperature=temperature, ref_margin=ref_margin, negatives=negatives, mask=negative_mask,
     )  # fmt: skip
     return AlignmentOutput(loss, s1, s2, accuracy)
 
@@ -710,7 +710,7 @@ def info_nce(
         temperature: positive.
         passage_ids: (P,) int64, equal for equal passages: a passage with the id of a query's positive that is not the
             positive itself is no negative of that query.
-        impl: "auto", "triton", "native", "torch" or "reference".
+        impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
         () float32 (float64 for float64 inputs); 0 attached to the graph for B = 0.
@@ -718,7 +718,7 @@ def info_nce(
     Raises:
         TypeError, ValueError, IndexError: wrong dtype, device, shape or target (a target out of range: NaN on the
             Triton route).
-        ImplUnavailable: the route cannot run here; "native" cannot with `passage_ids`.
+        ImplUnavailable: the route cannot run here; "cpp" cannot with `passage_ids`.
 
     Source: van den Oord et al., arXiv 1807.03748; the control of arXiv 2502.11401.
     """
@@ -726,28 +726,28 @@ def info_nce(
     _require_float("passages", passages)
     _require_like("passages", passages, "query", query)
     if query.ndim != 2:
-        raise ValueError(f"query: found shape {tuple(query.shape)}, allowed is (B, D)")
+        raise ValueError(f"query: got shape {tuple(query.shape)}, expected (B, D)")
     _require_shape("passages", passages, (None, query.shape[1]), "(P, D)")
     _require_positive("temperature", temperature)
     if target is None:
         if len(passages) < len(query):
-            raise ValueError(f"passages: found P = {len(passages)}, allowed without a target is P ≥ B = {len(query)}")
+            raise ValueError(f"passages: got P = {len(passages)}, expected P ≥ B = {len(query)}")
         target = torch.arange(len(query), device=query.device)
     else:
         _require_tensor("target", target)
         if target.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"target: found dtype {target.dtype}, allowed are torch.int64, torch.int32")
+            raise TypeError(f"target: got dtype {target.dtype}, expected torch.int64, torch.int32")
         _require_like("target", target, "query", query, dtype=False)
         _require_shape("target", target, (query.shape[0],), "(B,)")
     if passage_ids is not None:
         _require_tensor("passage_ids", passage_ids)
         if passage_ids.dtype != torch.int64:
-            raise TypeError(f"passage_ids: found dtype {passage_ids.dtype}, allowed is torch.int64")
+            raise TypeError(f"passage_ids: got dtype {passage_ids.dtype}, expected torch.int64")
         _require_like("passage_ids", passage_ids, "query", query, dtype=False)
         _require_shape("passage_ids", passage_ids, (passages.shape[0],), "(P,)")
     requested, impl = impl, _resolve(impl, query.device, query.dtype, (*_LINEAR_LOGPROB,))
-    if requested == "native" and passage_ids is not None:
-        raise ImplUnavailable("impl='native' has no passage_ids, allowed are 'auto', 'triton', 'torch', 'reference'")
+    if requested == "cpp" and passage_ids is not None:
+        raise ImplUnavailable("impl='cpp' has no passage_ids, expected 'auto', 'triton', 'torch', 'reference'")
     if impl == "triton" and query.shape[0] > 0 and passages.shape[0] > 0:
         if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(query.device.type)
@@ -760,7 +760,7 @@ def info_nce(
     if query.shape[0] == 0:
         return query.sum() + passages[:0].sum()
     if passages.shape[0] == 0:
-        raise ValueError("passages: found P = 0, allowed is at least one passage")
+        raise ValueError("passages: got P = 0, expected at least one passage")
     with torch.autocast(query.device.type, enabled=False):
         if impl == "reference":
             _require_target(target, passages.shape[0], NOT_IGNORED)
@@ -782,66 +782,66 @@ def info_nce(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# take and splice
+# pool_last_k and splice
 
 
-@torch.library.custom_op("autoregembed::take", mutates_args=())
-def _take(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | None) -> Tensor:
-    return _triton("splice").take(hidden, cu_seqlens, k, index)
+@torch.library.custom_op("autoregembed::pool_last_k", mutates_args=())
+def _pool_last_k(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | None) -> Tensor:
+    return _triton("splice").pool_last_k(hidden, cu_seqlens, k, index)
 
 
-@torch.library.custom_op("autoregembed::take_backward", mutates_args=())
-def _take_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length: int) -> Tensor:
-    return _triton("splice").take_backward(grad, cu_seqlens, index, length)
+@torch.library.custom_op("autoregembed::pool_last_k_backward", mutates_args=())
+def _pool_last_k_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length: int) -> Tensor:
+    return _triton("splice").pool_last_k_backward(grad, cu_seqlens, index, length)
 
 
 @torch.library.custom_op("autoregembed::splice", mutates_args=())
 def _splice(
-    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, scale: float
+    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, z_index: Tensor | None, offset: int, scale: float
 ) -> Tensor:
-    return _triton("splice").splice(z, embedding, ids, cu_seqlens, source, offset, scale)
+    return _triton("splice").splice(z, embedding, ids, cu_seqlens, z_index, offset, scale)
 
 
 @torch.library.custom_op("autoregembed::splice_backward", mutates_args=())
 def _splice_backward(
-    grad: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
+    grad: Tensor, cu_seqlens: Tensor, z_index: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
 ) -> Tensor:
-    return _triton("splice").splice_backward(grad, cu_seqlens, source, offset, b, k, dtype)
+    return _triton("splice").splice_backward(grad, cu_seqlens, z_index, offset, b, k, dtype)
 
 
-@_take.register_fake
+@_pool_last_k.register_fake
 def _(hidden, cu_seqlens, k, index):
     return hidden.new_empty(cu_seqlens.shape[0] - 1 if index is None else index.shape[0], k, hidden.shape[1])
 
 
-_take_backward.register_fake(lambda grad, cu_seqlens, index, length: grad.new_empty(length, grad.shape[2]))
+_pool_last_k_backward.register_fake(lambda grad, cu_seqlens, index, length: grad.new_empty(length, grad.shape[2]))
 
 
 @_splice.register_fake
-def _(z, embedding, ids, cu_seqlens, source, offset, scale):
+def _(z, embedding, ids, cu_seqlens, z_index, offset, scale):
     return embedding.new_empty(ids.shape[0], embedding.shape[1])
 
 
 @_splice_backward.register_fake
-def _(grad, cu_seqlens, source, offset, b, k, dtype):
+def _(grad, cu_seqlens, z_index, offset, b, k, dtype):
     return grad.new_empty(b, k, grad.shape[1], dtype=dtype)
 
 
-def _take_context(ctx, inputs, output):
+def _pool_last_k_context(ctx, inputs, output):
     hidden, cu_seqlens, _, index = inputs
     ctx.save_for_backward(cu_seqlens, index)
     ctx.length = hidden.shape[0]
 
 
 def _splice_context(ctx, inputs, output):
-    z, _, _, cu_seqlens, source, offset, _ = inputs
-    ctx.save_for_backward(cu_seqlens, source)
+    z, _, _, cu_seqlens, z_index, offset, _ = inputs
+    ctx.save_for_backward(cu_seqlens, z_index)
     ctx.place = offset, z.shape[0], z.shape[1], z.dtype
 
 
 @once_differentiable
-def _take_autograd(ctx, grad):
-    return _take_backward(grad, *ctx.saved_tensors, ctx.length), None, None, None
+def _pool_last_k_autograd(ctx, grad):
+    return _pool_last_k_backward(grad, *ctx.saved_tensors, ctx.length), None, None, None
 
 
 @once_differentiable
@@ -849,17 +849,17 @@ def _splice_autograd(ctx, grad):
     return _splice_backward(grad, *ctx.saved_tensors, *ctx.place), *(None,) * 6
 
 
-_take.register_autograd(_take_autograd, setup_context=_take_context)
+_pool_last_k.register_autograd(_pool_last_k_autograd, setup_context=_pool_last_k_context)
 _splice.register_autograd(_splice_autograd, setup_context=_splice_context)
 
 
 def _require_index(name: str, x: Tensor, size: int | None, other: Tensor) -> None:
     _require_tensor(name, x)
     if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: found dtype {x.dtype}, allowed are torch.int32, torch.int64")
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected torch.int32, torch.int64")
     _require_like(name, x, "the data", other, dtype=False)
     if x.ndim != 1 or (size is not None and x.shape[0] != size):
-        raise ValueError(f"{name}: found shape {tuple(x.shape)}, allowed is ({'*' if size is None else size},)")
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected ({'*' if size is None else size},)")
 
 
 def _require_range(name: str, x: Tensor, size: int) -> None:
@@ -867,7 +867,7 @@ def _require_range(name: str, x: Tensor, size: int) -> None:
     bad = (x < 0) | (x >= size)
     if bad.any():
         place = int(bad.nonzero()[0])
-        raise IndexError(f"{name}: found {int(x[place])} at {place}, allowed are 0..{size - 1}")
+        raise IndexError(f"{name}: got {int(x[place])} at {place}, expected 0..{size - 1}")
 
 
 def _require_sequences(cu_seqlens: Tensor, length: int, least: int) -> None:
@@ -876,12 +876,10 @@ def _require_sequences(cu_seqlens: Tensor, length: int, least: int) -> None:
     lengths = cu_seqlens.diff()
     if len(lengths) and int(lengths.min()) < least:
         place = int(lengths.argmin())
-        raise ValueError(
-            f"cu_seqlens: found {int(lengths[place])} rows in sequence {place}, allowed are {least} or more"
-        )
+        raise ValueError(f"cu_seqlens: got {int(lengths[place])} rows in sequence {place}, expected {least} or more")
 
 
-def take(
+def pool_last_k(
     hidden: Tensor,
     cu_seqlens: Tensor,
     k: int,
@@ -897,7 +895,7 @@ def take(
         hidden: (T, D), a pack of B sequences of at least K rows each.
         cu_seqlens: (B+1,) int32 or int64, from 0 to T.
         k: K, at least 1.
-        index: the sequence that each output reads, int32 or int64, (B,) or any other number; `Packed.rank` restores the
+        index: the sequence that each output reads, int32 or int64, (B,) or any other number; `Packed.unsort_index` restores the
             caller's order. None: all in the order of the pack.
         impl: "auto", "triton", "torch" or "reference".
 
@@ -912,17 +910,17 @@ def take(
     _require_index("cu_seqlens", cu_seqlens, None, hidden)
     _require_number("k", k, int)
     if k < 1:
-        raise ValueError(f"k: found {k}, allowed is at least 1")
+        raise ValueError(f"k: got {k}, expected at least 1")
     if index is not None:
         _require_index("index", index, None, hidden)
     impl = _resolve(impl, hidden.device, hidden.dtype, ("triton", "torch"))
     if impl == "triton":
-        return _take(hidden, cu_seqlens, k, index)
+        return _pool_last_k(hidden, cu_seqlens, k, index)
     _require_sequences(cu_seqlens, hidden.shape[0], k)
     if index is not None:
         _require_range("index", index, cu_seqlens.shape[0] - 1)
     if impl == "reference":
-        return spec.take(hidden, cu_seqlens, k, index)
+        return spec.pool_last_k(hidden, cu_seqlens, k, index)
     ends = cu_seqlens[1:].long()
     if index is not None:
         ends = ends[index]
@@ -934,7 +932,7 @@ def splice(
     embedding: Tensor,
     ids: Tensor,
     cu_seqlens: Tensor,
-    source: Tensor | None = None,
+    z_index: Tensor | None = None,
     *,
     offset: int = 0,
     embedding_scale: float = 1.0,
@@ -942,23 +940,23 @@ def splice(
 ) -> Tensor:
     """The decoder's packed input: per pair K rows of z among the frozen embedding rows of bos and the target.
 
-    At t = cu_seqlens[s] + offset + j: out[t] = z[source[s], j] for 0 ≤ j < K, else embedding_scale · embedding[ids[t]]
+    At t = cu_seqlens[s] + offset + j: out[t] = z[z_index[s], j] for 0 ≤ j < K, else embedding_scale · embedding[ids[t]]
 
     Args:
         z: (B, K, D) compressed embeddings; the only argument that gets a gradient.
         embedding: (V, D), frozen.
         ids: (T,) int64 or int32; those in the places of z are never read.
         cu_seqlens: (S+1,) int32 or int64, from 0 to T.
-        source: (S,) int64 or int32, the row of z that pair s reads; several may read the same. None: pair s reads s.
+        z_index: (S,) int64 or int32, the row of z that pair s reads; several may read the same. None: pair s reads s.
         offset: rows of a pair before z (1 where bos comes first).
         embedding_scale: Gemma's √D, as its embedding layer rounds it; 1 elsewhere.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
-        (T, D) in the embedding's dtype. On the Triton route an id or source out of range gives rows of NaN.
+        (T, D) in the embedding's dtype. On the Triton route an id or z_index out of range gives rows of NaN.
 
     Raises:
-        TypeError, ValueError, IndexError: wrong dtype, device, shape, id or source, or a trainable embedding.
+        TypeError, ValueError, IndexError: wrong dtype, device, shape, id or z_index, or a trainable embedding.
     """
     _require_float("z", z)
     _require_float("embedding", embedding)
@@ -966,34 +964,32 @@ def splice(
     _require_shape("z", z, (None, None, None), "(B, K, D)")
     _require_shape("embedding", embedding, (None, z.shape[2]), "(V, D)")
     if torch.is_grad_enabled() and embedding.requires_grad:
-        raise ValueError("embedding: found one that requires grad, allowed is a frozen one")
+        raise ValueError("embedding: got one that requires grad, expected a frozen one")
     _require_index("ids", ids, None, z)
     _require_index("cu_seqlens", cu_seqlens, None, z)
-    if source is not None:
-        _require_index("source", source, cu_seqlens.shape[0] - 1, z)
+    if z_index is not None:
+        _require_index("z_index", z_index, cu_seqlens.shape[0] - 1, z)
     _require_number("offset", offset, int)
     if offset < 0:
-        raise ValueError(f"offset: found {offset}, allowed is 0 or more")
+        raise ValueError(f"offset: got {offset}, expected 0 or more")
     _require_number("embedding_scale", embedding_scale)
     if not -math.inf < embedding_scale < math.inf:
-        raise ValueError(f"embedding_scale: found {embedding_scale}, allowed is a finite number")
+        raise ValueError(f"embedding_scale: got {embedding_scale}, expected a finite number")
     impl = _resolve(impl, z.device, z.dtype, ("triton", "torch"))
     if impl == "triton":
-        return _splice(z, embedding, ids, cu_seqlens, source, offset, float(embedding_scale))
+        return _splice(z, embedding, ids, cu_seqlens, z_index, offset, float(embedding_scale))
     _require_sequences(cu_seqlens, ids.shape[0], offset + z.shape[1])
     starts = cu_seqlens[:-1].long() + offset
     places = (starts[:, None] + torch.arange(z.shape[1], device=z.device)).flatten()
     ids = ids.index_fill(0, places, 0)
     _require_range("ids", ids, embedding.shape[0])
-    if source is not None:
-        _require_range("source", source, z.shape[0])
+    if z_index is not None:
+        _require_range("z_index", z_index, z.shape[0])
     elif cu_seqlens.shape[0] - 1 != z.shape[0]:
-        raise ValueError(
-            f"z: found {z.shape[0]}, allowed without source is one for each of {cu_seqlens.shape[0] - 1} pairs"
-        )
+        raise ValueError(f"z: got {z.shape[0]}, expected one for each of {cu_seqlens.shape[0] - 1} pairs")
     if impl == "reference":
-        return spec.splice(z, embedding, ids, cu_seqlens, source, offset=offset, embedding_scale=embedding_scale)
-    rows = (z if source is None else z[source]).flatten(0, 1).to(embedding.dtype)
+        return spec.splice(z, embedding, ids, cu_seqlens, z_index, offset=offset, embedding_scale=embedding_scale)
+    rows = (z if z_index is None else z[z_index]).flatten(0, 1).to(embedding.dtype)
     embedded = F.embedding(ids, embedding)
     if embedding_scale != 1.0:
         embedded = embedded * embedding_scale

@@ -27,8 +27,8 @@ class Packed:
     cu_seqlens: Tensor  # (B+1,) int32
     position_ids: Tensor  # (T,) int64, from 0 in every sequence
     max_length: int
-    order: Tensor  # (B,) int64: sequence order[i] of the caller lies at place i
-    rank: Tensor  # (B,) int64: the caller's sequence i lies at place rank[i]
+    sort_index: Tensor  # (B,) int64: sequence sort_index[i] of the caller lies at place i
+    unsort_index: Tensor  # (B,) int64: the caller's sequence i lies at place unsort_index[i]
 
     def kwargs(self) -> dict:
         """What a Transformers base model needs besides `input_ids` or `inputs_embeds`."""
@@ -49,10 +49,10 @@ def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed
         ValueError: no sequence, or an empty one.
     """
     if len(sequences) == 0:
-        raise ValueError("sequences: found none, allowed is at least one")
+        raise ValueError("sequences: got none, expected at least one")
     lengths = torch.tensor([len(s) for s in sequences])
     if int(lengths.min()) == 0:
-        raise ValueError(f"sequences: found an empty one at {int(lengths.argmin())}, allowed is at least one token")
+        raise ValueError(f"sequences: got an empty one at {int(lengths.argmin())}, expected at least one token")
     order = lengths.argsort(stable=True)
     lengths = lengths[order]
     cu = F.pad(lengths.cumsum(0), (1, 0))
@@ -63,12 +63,12 @@ def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed
         cu_seqlens=cu.int().to(device, non_blocking=True),
         position_ids=position_ids.to(device, non_blocking=True),
         max_length=int(lengths[-1]),
-        order=order.to(device, non_blocking=True),
-        rank=order.argsort().to(device, non_blocking=True),
+        sort_index=order.to(device, non_blocking=True),
+        unsort_index=order.argsort().to(device, non_blocking=True),
     )
 
 
-def cut(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
+def make_microbatches(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
     """Cuts a batch into micro-batches: the places of rows, longest first, at most `token_budget` tokens in each.
 
     A row that is longer than the budget makes a micro-batch of its own.
@@ -80,7 +80,7 @@ def cut(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
     if token_budget is None:
         return [places] if places else []
     if token_budget < 1:
-        raise ValueError(f"token_budget: found {token_budget}, allowed is at least 1")
+        raise ValueError(f"token_budget: got {token_budget}, expected at least 1")
     parts: list[list[int]] = []
     room = 0
     for place in places:
@@ -95,7 +95,7 @@ def cut(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
 def check_ids(name: str, sequences: Sequence[Ids], vocabulary: int) -> None:
     """Raises IndexError naming the first id outside [0, vocabulary), ValueError an empty sequence, TypeError others."""
     if not hasattr(sequences, "__len__"):
-        raise TypeError(f"{name}: found {sequences!r}, allowed is a list of sequences of ids")
+        raise TypeError(f"{name}: got {sequences!r}, expected a list of sequences of ids")
     for row, ids in enumerate(sequences):
         try:
             empty, low, high = len(ids) == 0, min(ids, default=0), max(ids, default=0)
@@ -103,12 +103,12 @@ def check_ids(name: str, sequences: Sequence[Ids], vocabulary: int) -> None:
         except (TypeError, ValueError, AttributeError, OverflowError):
             whole = False
         if not whole or isinstance(ids, str):
-            raise TypeError(f"{name}: found {str(ids)[:80]!r} at {row}, allowed is a sequence of ids")
+            raise TypeError(f"{name}: got {str(ids)[:80]!r} at {row}, expected a sequence of ids")
         if empty:
-            raise ValueError(f"{name}: found an empty sequence at {row}, allowed is at least one token")
+            raise ValueError(f"{name}: got an empty sequence at {row}, expected at least one token")
         if low < 0 or high >= vocabulary:
             raise IndexError(
-                f"{name}: found id {low if low < 0 else high} in sequence {row}, allowed are 0..{vocabulary - 1}"
+                f"{name}: got id {low if low < 0 else high} in sequence {row}, expected 0..{vocabulary - 1}"
             )
 
 
@@ -124,7 +124,7 @@ _packed_forward = contextvars.ContextVar("autoregembed_packed_forward", default=
 def attention_routes(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Every attention route with "ok" or the reason why it cannot run there; "auto" takes the first "ok"."""
     half = dtype in (torch.float16, torch.bfloat16)
-    gpu_only = "ok" if device.type == "cuda" and half else f"needs CUDA and 16 bits, found {device.type} and {dtype}"
+    gpu_only = "ok" if device.type == "cuda" and half else f"needs CUDA and 16 bits, got {device.type} and {dtype}"
     flash, varlen = gpu_only, gpu_only
     if gpu_only == "ok" and importlib.util.find_spec("flash_attn") is None:
         flash = "flash-attn is not installed"
@@ -163,13 +163,13 @@ def use_packed_attention(model: PreTrainedModel, route: str = "auto", *, embeds:
     if route == "auto":
         route = next(name for name, state in routes.items() if state == "ok")
     if route not in routes:
-        raise ValueError(f"attention: found {route!r}, allowed are 'auto', {', '.join(map(repr, routes))}")
+        raise ValueError(f"attention: got {route!r}, expected 'auto', {', '.join(map(repr, routes))}")
     if routes[route] != "ok":
-        raise ValueError(f"attention: found {route!r}, which cannot run here: {routes[route]}")
+        raise ValueError(f"attention: got {route!r}, which cannot run here: {routes[route]}")
     # Recurrent or convolutional layers would carry state from one packed text into the next.
     mixers = {t for t in getattr(config, "layer_types", None) or [] if "attention" not in t}
     if mixers:
-        raise ValueError(f"model: found layers of type {sorted(mixers)}, allowed are causal attention layers only")
+        raise ValueError(f"model: got layers of type {sorted(mixers)}, expected causal attention layers only")
     before = config._attn_implementation
     wanted = torch.cat([_hidden(model, [ids], alone=True) for ids in _PROBE])
     model.set_attn_implementation(_ROUTES[route])
@@ -180,8 +180,8 @@ def use_packed_attention(model: PreTrainedModel, route: str = "auto", *, embeds:
         error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
         if not error[len(_PROBE[0]) :].median() <= max(1e-3, 16 * torch.finfo(dtype).eps):
             raise ValueError(
-                f"model: found {type(model).__name__}, whose hidden states in a pack are not those of each text alone "
-                f"(relative difference {error.max():.2g}); allowed are models with causal attention through "
+                f"model: got {type(model).__name__}, whose hidden states in a pack are not those of each text alone "
+                f"(relative difference {error.max():.2g}); expected models with causal attention through "
                 "Transformers' AttentionInterface"
             )
     except BaseException:
@@ -221,7 +221,7 @@ def base_model(model: Any) -> Any:
         for config in model.peft_config.values():
             if config.is_prompt_learning:
                 raise ValueError(
-                    f"model: found an adapter of type {config.peft_type.value}, allowed are those inside the layers, "
+                    f"model: got an adapter of type {config.peft_type.value}, expected those inside the layers, "
                     "such as LoRA"
                 )
         model = model.get_base_model()
@@ -250,7 +250,7 @@ def _mask(*args, **kwargs):
 
 def _refuse(attention_mask, kwargs) -> None:
     if attention_mask is not None:
-        raise ValueError("attention_mask: found one in a packed forward, allowed is None")
+        raise ValueError("attention_mask: got one in a packed forward, expected None")
     for name in ("position_bias", "s_aux"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{name}: this model's attention needs it, packed attention has no such term")

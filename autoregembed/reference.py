@@ -50,7 +50,7 @@ def alignment_loss(
     *,
     beta: float = 0.1,
     temperature: float = 0.1,
-    reference: str = "add",
+    ref_margin: str = "add",
     negatives: str = "independent",
     mask: Tensor | None = None,  # (B, M) bool, False where there is no negative
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,11 +66,11 @@ def alignment_loss(
 
     margin = a[:, None] - kept(c)
     signed: Tensor | float = 0.0
-    if reference != "none":
+    if ref_margin != "none":
         assert reference_positive is not None
         assert reference_negatives is not None
         reference_margin = reference_positive[:, None] - kept(reference_negatives)
-        signed = reference_margin if reference == "add" else -reference_margin
+        signed = reference_margin if ref_margin == "add" else -reference_margin
     s1 = torch.sigmoid(beta * (a - b).abs())
     s2 = torch.sigmoid(beta * (margin + signed))
     x = (s1[:, None] - s2) / temperature
@@ -136,7 +136,7 @@ def generative_info_nce(
     return (torch.where(mask, logits, -torch.inf).logsumexp(1) - chosen).mean()
 
 
-def take(
+def pool_last_k(
     hidden: Tensor,  # (T, D)
     cu_seqlens: Tensor,  # (B+1,)
     k: int,
@@ -154,13 +154,13 @@ def splice(
     embedding: Tensor,  # (V, D)
     ids: Tensor,  # (T,)
     cu_seqlens: Tensor,  # (S+1,)
-    source: Tensor | None = None,  # (S,)
+    z_index: Tensor | None = None,  # (S,)
     *,
     offset: int = 0,
     embedding_scale: float = 1.0,
 ) -> Tensor:
-    """Per pair: embedding rows of `offset` ids, the K rows of z[source[s]], embedding rows of the other ids; (T, D)."""
-    chosen = range(len(cu_seqlens) - 1) if source is None else source.tolist()
+    """Per pair: embedding rows of `offset` ids, the K rows of z[z_index[s]], embedding rows of the other ids; (T, D)."""
+    chosen = range(len(cu_seqlens) - 1) if z_index is None else z_index.tolist()
     rows = []
     for (start, end), b in zip(itertools.pairwise(cu_seqlens.tolist()), chosen, strict=True):
         before, after = ids[start : start + offset], ids[start + offset + z.shape[1] : end]

@@ -42,10 +42,10 @@ from autoregembed.evaluate import embed, load_sts, sts
 from autoregembed.export import export, merged
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 from autoregembed.model_card import Card
-from autoregembed.objective import Objective, cached_reference_scores, lengths, texts_of
+from autoregembed.objective import Objective, cached_ref_logps, lengths, texts_of
 
 
-def processes(config: Config, precision: str) -> Accelerator:
+def make_accelerator(config: Config, precision: str) -> Accelerator:
     """The processes of this run, as the launcher (accelerate, torchrun, none) set them up.
 
     Raises:
@@ -66,32 +66,32 @@ def processes(config: Config, precision: str) -> Accelerator:
     )
     kind = accelerator.distributed_type
     if kind != DistributedType.FSDP and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ConfigError(f"use_fsdp: found true on {accelerator.device.type}, where accelerate has no FSDP")
+        raise ConfigError(f"use_fsdp: got true on {accelerator.device.type}, where accelerate has no FSDP")
     if kind == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
-            raise ConfigError(f"fsdp_version: found {plugin.fsdp_version}, allowed is 2")
+            raise ConfigError(f"fsdp_version: got {plugin.fsdp_version}, expected 2")
         if plugin.cpu_ram_efficient_loading:
             raise ConfigError(
-                "fsdp_cpu_ram_efficient_loading: found true, allowed is false: every process reads the weights, from "
+                "fsdp_cpu_ram_efficient_loading: got true, expected false: every process reads the weights, from "
                 "which compress tokens and frozen decoder are made before they are sharded"
             )
     if kind == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero3_init_flag:
             raise ConfigError(
-                "zero3_init_flag: found true, allowed is false: compress tokens and frozen decoder are made from "
+                "zero3_init_flag: got true, expected false: compress tokens and frozen decoder are made from "
                 "weights that are whole"
             )
-        if config.save_steps or config.resume != "none":
+        if config.save_steps or config.resume_from_checkpoint:
             raise ConfigError(
-                f"save_steps: found {config.save_steps} with resume {config.resume!r} under DeepSpeed, allowed are 0 "
+                f"save_steps: got {config.save_steps} with resume_from_checkpoint {config.resume_from_checkpoint} under DeepSpeed, expected 0 "
                 "and 'none': its optimiser state is not kept"
             )
         if plugin.deepspeed_config.get("train_micro_batch_size_per_gpu", "auto") == "auto":
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
     if kind not in (DistributedType.NO, DistributedType.FSDP, DistributedType.DEEPSPEED) and "MULTI" not in kind:
-        raise ConfigError(f"distributed_type: found {kind.value}, allowed are DDP, FSDP2 and DeepSpeed")
+        raise ConfigError(f"distributed_type: got {kind.value}, expected DDP, FSDP2 and DeepSpeed")
     return accelerator
 
 
@@ -103,13 +103,13 @@ def _whole(config: Config, accelerator: Accelerator, wrapped: nn.Module, encoder
     if not accelerator.is_main_process:
         return encoder
     # A sharded module cannot be copied; another one is made as it was, and filled.
-    other = build(config, with_decoder=False)[0]
+    other = build_models(config, with_decoder=False)[0]
     other.suffix_ids = encoder.suffix_ids
     other.load_state_dict(state)
     return other
 
 
-def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decoder | None, Any, dict]:
+def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decoder | None, Any, dict]:
     """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model.
 
     All on the CPU, where attention has one route; `config.attention` is for where they will run.
@@ -120,7 +120,7 @@ def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decode
     k = config.num_compress_tokens or known or 5
     if known and k != known:
         raise checkpoint.CheckpointError(
-            f"num_compress_tokens: found {k}, allowed with {config.model!r} is {known}, the number it was trained with"
+            f"num_compress_tokens: got {k}, expected {known}, the number {config.model!r} was trained with"
         )
     source = config.decoder or recipe.get("decoder") or config.model
     decoder = None
@@ -130,15 +130,13 @@ def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decode
             gguf = config.gguf_file if config.decoder else recipe.get("decoder_gguf_file")
             frozen, _, decoder_recipe = checkpoint.load_causal_lm(source, **{**options, "gguf_file": gguf})
             if decoder_recipe:
-                raise ConfigError(f"decoder: found {source!r}, a trained encoder; allowed is the original model")
-        bos_token_id = tokenizer.bos_token_id if config.decoder_bos else None
-        if config.decoder_bos and bos_token_id is None:
-            raise ConfigError(
-                f"decoder_bos: found True, allowed with the tokenizer of {source!r}, without bos, is False"
-            )
+                raise ConfigError(f"decoder: got {source!r}, a trained encoder; expected the original model")
+        bos_token_id = tokenizer.bos_token_id if config.decoder_add_bos else None
+        if config.decoder_add_bos and bos_token_id is None:
+            raise ConfigError(f"decoder_add_bos: got True, expected False: the tokenizer of {source!r} has no bos")
         decoder = Decoder(
-            frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_scale=config.z_scale,
-            reduction=config.score if config.stage == 2 else "sum", attention="sdpa",
+            frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_norm=config.z_norm,
+            logprob_reduction=config.logprob_reduction if config.stage == 2 else "sum", attention="sdpa",
         )  # fmt: skip
     ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, k)
     if config.gradient_checkpointing:
@@ -155,7 +153,7 @@ def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decode
             target_modules=config.lora_targets,
             trainable_token_indices={names[model.get_input_embeddings()]: ids},
             # The whole name: PEFT compares ends, and "norm" is the end of every layer's norms.
-            modules_to_save=[names[final_norm(model)]] if config.calibrate else None,
+            modules_to_save=[names[final_norm(model)]] if config.init_output_rms else None,
         )
         model = get_peft_model(model, lora)
     bos = tokenizer.bos_token_id
@@ -181,9 +179,9 @@ def build(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decode
         "version": 1,
         "compress_token_ids": ids,
         "instruction": config.instruction,
-        "z_scale": config.z_scale,
-        "decoder_bos": config.decoder_bos,
-        "calibrated": recipe.get("calibrated", False),
+        "z_norm": config.z_norm,
+        "decoder_add_bos": config.decoder_add_bos,
+        "output_rms_initialized": recipe.get("output_rms_initialized", False),
         "stage": config.stage,
         "decoder": str(Path(source).resolve()) if Path(source).exists() else source,
         "decoder_gguf_file": config.gguf_file if (config.decoder or not recipe) else recipe.get("decoder_gguf_file"),
@@ -209,9 +207,9 @@ def _is_compress(name: str) -> bool:
 # What a resumed run may have otherwise: places (the contents are compared), what is written when, and how the same
 # update is computed. All else must be as it was.
 _FREE = {
-    "model", "decoder", "gguf_file", "trust_remote_code", "train_data", "train_split", "output_dir", "reference_file",
-    "eval_data", "eval_split", "eval_steps", "epochs", "token_budget", "attention", "gradient_checkpointing", "compile",
-    "deterministic", "on_nonfinite", "save_steps", "keep_states", "save_best", "resume", "log_with", "num_proc",
+    "model", "decoder", "gguf_file", "trust_remote_code", "train_data", "train_split", "output_dir", "ref_logps_file",
+    "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing", "compile",
+    "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint", "log_with", "num_proc",
 }  # fmt: skip
 
 
@@ -223,7 +221,7 @@ def train(config: Config, console: Console | None = None) -> dict:
     """Runs one stage; returns and writes the summary (`summary.json`), with paths of model and export.
 
     Raises:
-        ConfigError, CheckpointError, ReferenceMismatch, OSError: what the message says, as do the errors of `data`,
+        ConfigError, CheckpointError, RefLogpsMismatch, OSError: what the message says, as do the errors of `data`,
             `Encoder` and `Decoder`.
         FloatingPointError: a loss or gradient is not finite; the rows of that step are named (see `on_nonfinite`).
         Interrupted: after a Ctrl-C, with the state saved.
@@ -233,10 +231,10 @@ def train(config: Config, console: Console | None = None) -> dict:
 
 
 def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict:
-    out, state_folder = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
+    out, checkpoint_folder = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
     torch.set_flush_denormal(True)
     precision = _precision(config)
-    accelerator = processes(config, precision)
+    accelerator = make_accelerator(config, precision)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     set_seed(config.seed)
     console.quiet = console.quiet or not accelerator.is_main_process
@@ -244,24 +242,24 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
     def begin() -> tuple[Path | None, list[str]]:
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(_sole_run(out))
-        checkpoint.sweep(out)
-        checkpoint.sweep(state_folder)
-        if config.resume == "none":
-            if next(state_folder.glob("step-*"), None):
+        checkpoint.remove_stale_tmp(out)
+        checkpoint.remove_stale_tmp(checkpoint_folder)
+        if not config.resume_from_checkpoint:
+            if next(checkpoint_folder.glob("step-*"), None):
                 raise FileExistsError(
-                    f"output_dir: found training states of an earlier run in {config.output_dir!r}, allowed with "
-                    "resume 'none' is a folder without; resume: auto goes on from the newest"
+                    f"output_dir: got checkpoints of an earlier run in {config.output_dir!r}, expected a folder "
+                    "without any, or resume_from_checkpoint: true to continue from the newest"
                 )
             return None, []
-        return checkpoint.newest_state(state_folder)
+        return checkpoint.latest_checkpoint(checkpoint_folder)
 
-    newest, damaged = distributed.from_main(begin)
+    newest, damaged = distributed.broadcast_from_rank0(begin)
     if config.log_with:
         accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
 
-    encoder, decoder, tokenizer, recipe = build(config)
+    encoder, decoder, tokenizer, recipe = build_models(config)
     models: list[Encoder | Decoder] = [encoder] if decoder is None else [encoder, decoder]
-    weights = distributed.from_main(lambda: checkpoint.weights_fingerprint(*models))
+    weights = distributed.broadcast_from_rank0(lambda: checkpoint.weights_fingerprint(*models))
     k, max_length = encoder.num_compress_tokens, encoder.fit_max_length(config.max_length)
     targets = decoder.fit_max_target_length(k, config.max_target_length) if decoder else 512
     prompt = data.Prompt(tokenizer, k, encoder.bos_token_id, config.instruction, max_length, targets)
@@ -272,7 +270,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
         rows = tokenise(rows, prompt, num_proc=config.num_proc)
     aligned = config.stage == 2 and config.alignment_weight > 0 and not config.streaming
     if aligned and all(len(t) < 2 for t in rows["target_ids"]):
-        raise ValueError("data: found no negative in any row, allowed with alignment_weight > 0 is at least one")
+        raise ValueError("data: got no negative in any row, expected at least one when alignment_weight > 0")
     pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
 
     # What will be sharded need not fit on a device whole.
@@ -285,7 +283,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
             for model in models:
                 model.use_attention(config.attention)
     elif config.attention not in ("auto", "sdpa"):
-        raise ConfigError(f"attention: found {config.attention!r}, allowed with FSDP are 'auto' and 'sdpa'")
+        raise ConfigError(f"attention: got {config.attention!r}, expected 'auto' or 'sdpa' with FSDP")
 
     def evaluate() -> float | None:
         if pairs is None:
@@ -299,47 +297,49 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
     skipped: list[int] = []
     if newest is None and not sharded:
         scores["0"] = evaluate()  # as the model comes, not calibrated
-    if config.calibrate and decoder is not None and not recipe["calibrated"]:
+    if config.init_output_rms and decoder is not None and not recipe["output_rms_initialized"]:
         few = rows.take(128) if config.streaming else rows.select(range(0, len(rows), -(-len(rows) // 128)))
-        encoder.calibrate(decoder.input_rms_per_dimension(), *texts_of(list(few), hard_negatives=False))
-        recipe["calibrated"] = True
+        encoder.init_output_rms(decoder.input_rms_per_dimension(), *texts_of(list(few), hard_negatives=False))
+        recipe["output_rms_initialized"] = True
     world = accelerator.num_processes
-    steps = config.steps or max(1, round(config.epochs * len(rows) / (config.batch_size * world)))
+    steps = config.max_steps or max(1, round(config.num_train_epochs * len(rows) / (config.batch_size * world)))
     fingerprint = ""
-    if config.needs_reference:
+    if config.needs_ref_logps:
         assert decoder is not None
-        fingerprint = distributed.from_main(lambda: checkpoint.weights_fingerprint(encoder, decoder))
-        fingerprint += f"-{decoder.z_scale}-{decoder.prefix}-{decoder.reduction}"
+        fingerprint = distributed.broadcast_from_rank0(lambda: checkpoint.weights_fingerprint(encoder, decoder))
+        fingerprint += f"-{decoder.z_norm}-{decoder.prefix}-{decoder.logprob_reduction}"
     wrapped, optimizer = accelerator.prepare(encoder, optimiser(encoder, config))
     if decoder is not None and sharded:
         decoder.shard(accelerator.device)
     reference = None
-    if config.needs_reference:
+    if config.needs_ref_logps:
         encoder.eval()
         with accelerator.autocast():
             read = steps * config.batch_size * world
-            reference = cached_reference_scores(config, encoder, decoder, fingerprint, rows, read, prompt, console)
+            reference = cached_ref_logps(config, encoder, decoder, fingerprint, rows, read, prompt, console)
     encoder.train()
-    scheduler = get_scheduler(config.scheduler, optimizer, config.warmup_steps, max(steps, config.warmup_steps + 1))
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, config.warmup_steps, max(steps, config.warmup_steps + 1)
+    )
     objective = Objective(config, wrapped, decoder, accelerator, reference)
 
     run = {
         **{name: value for name, value in asdict(config).items() if name not in _FREE},
         "model": weights,
         "train_data": config.train_data if config.streaming else data.content_fingerprint(rows),
-        "steps": steps,
+        "max_steps": steps,
         "precision": precision,
         "processes": world,
         "device": accelerator.device.type,
     }
-    if config.scheduler == "constant":
-        del run["steps"]  # a longer run begins like a shorter one
-    if config.resume == "auto":
+    if config.lr_scheduler_type == "constant":
+        del run["max_steps"]  # a longer run begins like a shorter one
+    if config.resume_from_checkpoint:
         for reason in damaged:
-            console.print(f"resume: skipped {reason}")
+            console.print(f"resume_from_checkpoint: skipped {reason}")
         if newest is not None:
             rank = accelerator.process_index
-            state = checkpoint.load_state(newest, encoder, optimizer.optimizer, run=run, rank=rank)
+            state = checkpoint.load_checkpoint(newest, encoder, optimizer.optimizer, run=run, rank=rank)
             first, scores, seconds, skipped = (state[name] for name in ("step", "scores", "seconds", "skipped"))
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(state["scaler"])
@@ -347,14 +347,14 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
                 warnings.simplefilter("ignore")  # the schedule runs ahead of its optimiser here
                 for _ in range(first):
                     scheduler.step()
-            console.print(f"resume: {newest.name}")
+            console.print(f"resume_from_checkpoint: {newest.name}")
             if accelerator.is_main_process:  # as `save` would have, if it was killed before
-                checkpoint.retain(newest, config.keep_states)
+                checkpoint.prune_checkpoints(newest, config.save_total_limit)
             if first == steps and (out / "summary.json").is_file():
-                console.print(f"resume: all {steps} steps were done and exported")
+                console.print(f"resume_from_checkpoint: all {steps} steps were done and exported")
                 return checkpoint.read_json(out / "summary.json", "output_dir")
             if first > steps:
-                raise ConfigError(f"steps: found {steps}, allowed is at least {first}, those of {str(newest)!r}")
+                raise ConfigError(f"max_steps: got {steps}, expected at least {first}, those of {str(newest)!r}")
     if not scores:
         scores["0"] = evaluate()
 
@@ -364,18 +364,18 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
         for name in ("metrics.jsonl", "nonfinite.jsonl"):
             _cut_log(out / name, first)
 
-    distributed.from_main(begin_logs)
+    distributed.broadcast_from_rank0(begin_logs)
 
     def save(step: int) -> Path:
-        folder = state_folder / f"step-{step:08d}"
+        folder = checkpoint_folder / f"step-{step:08d}"
         extra = {"scores": scores, "seconds": seconds, "skipped": skipped, "run": run}
         if accelerator.scaler is not None:
             extra["scaler"] = accelerator.scaler.state_dict()
         generators = gather_object([checkpoint.rng_state()])
         if accelerator.is_main_process or sharded:
-            checkpoint.save_state(folder, encoder, optimizer.optimizer, step, extra, generators)
+            checkpoint.save_checkpoint(folder, encoder, optimizer.optimizer, step, extra, generators)
         if accelerator.is_main_process:
-            checkpoint.retain(folder, config.keep_states)
+            checkpoint.prune_checkpoints(folder, config.save_total_limit)
         return folder
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -392,7 +392,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
             batch = next(batches)
             log = objective(batch)
             clipped = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm or math.inf)
-            norm = float(distributed.whole(clipped))
+            norm = float(distributed.to_full_tensor(clipped))
             rate = scheduler.get_last_lr()[0]
             healthy = math.isfinite(log["loss"]) and math.isfinite(norm)
             if accelerator.scaler is not None:
@@ -425,10 +425,12 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
                 if config.save_best and _best(scores) == str(step):
                     best = _whole(config, accelerator, wrapped, encoder)
                     keep = functools.partial(export, best, tokenizer, out / "best", overwrite=True)
-                    distributed.from_main(functools.partial(keep, max_length=max_length))
-            if distributed.anywhere(stop.signalled, accelerator.device):
+                    distributed.broadcast_from_rank0(functools.partial(keep, max_length=max_length))
+            if distributed.any_rank(stop.signalled, accelerator.device):
                 folder = save(step)
-                raise Interrupted(f"stopped at step {step}, state in {folder}; resume: auto goes on from there")
+                raise Interrupted(
+                    f"stopped at step {step}, state in {folder}; resume_from_checkpoint: true goes on from there"
+                )
             if config.save_steps and (step % config.save_steps == 0 or step == steps):
                 save(step)
 
@@ -459,7 +461,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
         )  # fmt: skip
         checkpoint.write_json(out / "summary.json", summary)
 
-    distributed.from_main(finish)
+    distributed.broadcast_from_rank0(finish)
     if config.log_with:
         accelerator.end_training()
     return summary
@@ -467,8 +469,8 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
 
 def _card(config: Config, base_model: str, scores: dict[str, float | None]) -> Card:
     """The model card's facts of this run: the options that are not the default, but not where its files lie."""
-    left_out = {"model", "decoder", "train_data", "eval_data", "reference_file", "output_dir"}
-    left_out |= {"resume", "log_with", "num_proc", "license"}
+    left_out = {"model", "decoder", "train_data", "eval_data", "ref_logps_file", "output_dir"}
+    left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license"}
     defaults = {f.name: [] if f.default is MISSING else f.default for f in fields(Config)}
     recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
     return Card(base_model, config.license, config.train_data, recipe, config.eval_data, scores)
@@ -485,7 +487,7 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def _precision(config: Config) -> str:
     if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("precision: found 'fp16', allowed without CUDA are 'auto', 'fp32', 'bf16'")
+        raise ConfigError("precision: got 'fp16', expected 'auto', 'fp32' or 'bf16' without CUDA")
     if config.precision == "auto":
         return "bf16" if _multiplies_bf16() else "fp32"
     return config.precision
@@ -499,7 +501,7 @@ def _sole_run(out: Path):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"output_dir: found {str(out)!r}, into which another run is writing; allowed is a folder of its own"
+                f"output_dir: got {str(out)!r}, into which another run is writing; expected a folder of its own"
             ) from None
         yield
 

@@ -41,7 +41,7 @@ def alignment_case(b: int, m: int, device: str, *, rounds: int = 11, curve: str 
         loss = reference.alignment_loss(*leaves, *(s.double() for s in scores[3:]))[0]
         exact = (loss.detach(), *torch.autograd.grad(loss, leaves))
         error = max(relative_error(x, y) for x, y in zip(outputs, exact, strict=True))
-        assert error <= 1e-4, f"relative error {error:.1e}, allowed is 1e-4"
+        assert error <= 1e-4, f"relative error {error:.1e}, expected 1e-4"
         return error
 
     variants = {

@@ -97,7 +97,7 @@ def dpo_case(
             exact[:] = [out.detach(), full, *gradients[1:]]
         error = max(relative_error(x, y) for x, y in zip(outputs, exact, strict=True))
         room = 1e-4 if dtype == torch.float32 else 2e-2
-        assert error <= room, f"relative error {error:.0e}, allowed is {room:.0e}"
+        assert error <= room, f"relative error {error:.0e}, expected {room:.0e}"
         return error
 
     def floor() -> Callable[[], Any]:

@@ -13,8 +13,8 @@ from autoregembed import linear_logprob, ops, reference
 from autoregembed.testing import assert_accurate
 
 from . import workload
+from .baselines import head as baselines
 from .harness import FLOOR, OURS, Case, Variant, is_ours, relative_error, replay
-from .peers import head as peers
 
 GEMMS = {"gradient": 2, "scalar": 2, "score": 1}
 # (D, V) of SmolLM2, Qwen2.5-0.5B, a 1B Llama 3, Llama-2-7B, Llama-3-8B; and the numbers of rows measured on a GPU.
@@ -71,7 +71,7 @@ def head_case(
             for found, eager, exact, factor in pairs:
                 assert_accurate(found, eager, exact, max_logit=top, gradient_factor=factor)
         room = 1e-4 if dtype == torch.float32 else 1e-2
-        assert max(errors, default=0.0) <= room, f"relative error {max(errors):.0e}, allowed is {room:.0e}"
+        assert max(errors, default=0.0) <= room, f"relative error {max(errors):.0e}, expected {room:.0e}"
         return max(errors, default=0.0)
 
     def floor() -> Callable[[], Any]:
@@ -90,14 +90,14 @@ def head_case(
 
     def route(impl: str) -> Variant:
         function = partial(linear_logprob, impl=impl)
-        return Variant(lambda: peers.job_call(function, job, *data()), note="auto" if impl == "auto" else "")
+        return Variant(lambda: baselines.job_call(function, job, *data()), note="auto" if impl == "auto" else "")
 
     # Not the specification, which is the eager row, and on a CPU not Triton's interpreter.
     apart = {"reference", "triton" if device == "cpu" else ""}
     able = [name for name, state in ops.available_impls(device, dtype).items() if state == "ok" and name not in apart]
     variants = {FLOOR: Variant(floor, note=f"{GEMMS[job]} bare GEMMs")}
     variants |= {f"{OURS} ({name})": route("auto" if name == able[0] else name) for name in able}
-    variants |= peers.variants(job, device.split(":")[0], data)
+    variants |= baselines.variants(job, device.split(":")[0], data)
     if only is not None:
         variants = {name: x for name, x in variants.items() if name in only or is_ours(name)}
     size = dtype.itemsize

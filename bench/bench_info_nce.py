@@ -86,7 +86,7 @@ def info_nce_case(
             exact.append((value.detach(), *torch.autograd.grad(value, leaves)))
         error = max(relative_error(x, y) for x, y in zip(outputs, exact[0], strict=True))
         room = 1e-3 if dtype == torch.float32 else 5e-2
-        assert error <= room, f"relative error {error:.1e}, allowed is {room:.0e}"
+        assert error <= room, f"relative error {error:.1e}, expected {room:.0e}"
         return error
 
     def floor() -> Callable[[], Any]:

@@ -23,7 +23,7 @@ from .workload import Unavailable
 
 
 def _close(error: float) -> float:
-    assert error <= 1e-4, f"relative error {error:.1e}, allowed is 1e-4"
+    assert error <= 1e-4, f"relative error {error:.1e}, expected 1e-4"
     return error
 
 

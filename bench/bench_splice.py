@@ -30,26 +30,26 @@ def _case(op: str, shape: dict[str, int], device: str, dtype: torch.dtype, round
         s, d = shape["S"], shape["D"]
         cu = _pack(s, shape["L"], device)
         t = int(cu[-1])
-        source = torch.arange(s, device=device) // 2
+        z_index = torch.arange(s, device=device) // 2
         ids = torch.arange(t, device=device) % 1000
-        x = torch.randn(*((t, d) if op == "take" else (s // 2 + 1, K, d)), device=device).to(dtype)
-        upstream = torch.randn(*((s, K, d) if op == "take" else (t, d)), device=device).to(dtype)
+        x = torch.randn(*((t, d) if op == "pool_last_k" else (s // 2 + 1, K, d)), device=device).to(dtype)
+        upstream = torch.randn(*((s, K, d) if op == "pool_last_k" else (t, d)), device=device).to(dtype)
         embedding = torch.randn(1000, d, device=device).to(dtype)
-        rows = cu[1:].long()[:, None] - K if op == "take" else cu[:-1].long()[:, None]
+        rows = cu[1:].long()[:, None] - K if op == "pool_last_k" else cu[:-1].long()[:, None]
         rows = rows + torch.arange(K, device=device)
-        made.update(cu=cu, source=source, ids=ids, x=x, upstream=upstream, embedding=embedding, rows=rows)
-        moved = 2 * s * K * d if op == "take" else 2 * t * d
+        made.update(cu=cu, z_index=z_index, ids=ids, x=x, upstream=upstream, embedding=embedding, rows=rows)
+        moved = 2 * s * K * d if op == "pool_last_k" else 2 * t * d
         case.bytes = float(dtype.itemsize * (moved + x.numel() + s * K * d))
 
     def ours(x: Tensor) -> Tensor:
-        if op == "take":
-            return ops.take(x, made["cu"], K)
-        return ops.splice(x, made["embedding"], made["ids"], made["cu"], made["source"])
+        if op == "pool_last_k":
+            return ops.pool_last_k(x, made["cu"], K)
+        return ops.splice(x, made["embedding"], made["ids"], made["cu"], made["z_index"])
 
     def eager(x: Tensor) -> Tensor:
-        if op == "take":
+        if op == "pool_last_k":
             return x[made["rows"]]
-        values = x[made["source"]].flatten(0, 1)
+        values = x[made["z_index"]].flatten(0, 1)
         return made["embedding"][made["ids"]].index_copy(0, made["rows"].flatten(), values)
 
     def call(function: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor | None]]:
@@ -83,7 +83,7 @@ def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
     gpu = device.startswith("cuda")
     dtype = torch.bfloat16 if gpu else torch.float32
     shape = {"S": 8, "L": 12, "D": 32} if quick else {"S": 768, "L": 32, "D": 4096 if gpu else 576}
-    for op in ("take", "splice"):
+    for op in ("pool_last_k", "splice"):
         yield partial(_case, op, shape, device, dtype, 3 if quick else 21)
 
 

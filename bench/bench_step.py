@@ -23,8 +23,8 @@ from autoregembed.encoder import base_model
 from autoregembed.objective import alignment_scores
 
 from . import workload
+from .baselines.released import Released
 from .harness import OURS, Case, Variant, replay, synchronise
-from .peers.released import Released
 
 BETA = TEMPERATURE = 0.1
 COMPRESS = 5

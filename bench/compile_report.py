@@ -83,8 +83,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (BF16, FP32, FP64):
         for chosen in (index, None):
             x, z, ids = meta(4096, 896, dtype=dtype), meta(64, 5, 896, dtype=dtype), meta(4096, dtype=torch.int64)
-            yield f"take {dtype}", lambda x=x, i=chosen: splice.take(x, cu, 5, i)
-            yield f"take backward {dtype}", lambda z=z, i=chosen: splice.take_backward(z, cu, i, 4096)
+            yield f"pool_last_k {dtype}", lambda x=x, i=chosen: splice.pool_last_k(x, cu, 5, i)
+            yield f"pool_last_k backward {dtype}", lambda z=z, i=chosen: splice.pool_last_k_backward(z, cu, i, 4096)
             yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.splice(z, x, d, cu, i, 1, 1.0)
             yield (
                 f"splice backward {dtype}",

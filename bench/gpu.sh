@@ -60,7 +60,7 @@ fi
 part "benchmarks" 95 "$PYTHON" -m autoregembed bench --suite all --device "$device" ${QUICK:+--quick} \
     --limit $(((LIMIT - SECONDS + begin) * 80 / 100)) \
     --json "$results/$name.json" --report "$results/$name.html"
-part "bars" 100 "$PYTHON" -m bench.bars "$results/$name.json" ${QUICK:+--any-device}
+part "bars" 100 "$PYTHON" -m bench.targets "$results/$name.json" ${QUICK:+--any-device}
 
 echo "== $((SECONDS - begin)) s; results in $results/$name.json"
 printf '== failed: %s\n' "${failed[@]:-nothing}"

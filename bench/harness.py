@@ -136,7 +136,7 @@ def synchronise(device: str) -> None:
 _flush: dict[str, Tensor] = {}
 
 
-def chill(device: str) -> None:
+def flush_cache(device: str) -> None:
     """Writes a buffer larger than the last-level cache, so that every timed call finds its inputs in main memory."""
     kind = device.split(":")[0]
     if kind not in _flush:
@@ -146,7 +146,7 @@ def chill(device: str) -> None:
 
 def timed(call: Callable[[], Any], device: str) -> float:
     """Milliseconds of one call with cold caches: CUDA events on a GPU, the monotonic clock elsewhere."""
-    chill(device)
+    flush_cache(device)
     if device.startswith("cuda"):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -25,7 +25,7 @@ def cases(
 ) -> Iterator[Callable[[], harness.Case]]:
     """One function per case of a suite; it makes the inputs when it is called."""
     if suite not in SUITES:
-        raise ValueError(f"suite: found {suite!r}, allowed are {', '.join(map(repr, SUITES))}")
+        raise ValueError(f"suite: got {suite!r}, expected {', '.join(map(repr, SUITES))}")
     if suite in ("head", "all"):
         for module in (bench_head, bench_alignment, bench_splice, bench_info_nce, bench_dpo):
             yield from module.cases(device, quick)
@@ -71,7 +71,7 @@ def bench(
     console = console or Console()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not torch.cuda.is_available()):
-        raise ValueError(f"device: found {device!r}, allowed are 'cpu' and, where there is a GPU, 'cuda'")
+        raise ValueError(f"device: got {device!r}, expected 'cpu' and, where there is a GPU, 'cuda'")
     harness.settle_process()
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -215,7 +215,7 @@ def compare(old: dict, new: dict, threshold: float = THRESHOLD, console: Console
             row["case"], row["variant"], f"{was:.2f}", f"{now:.2f}", f"{quotient:.2f}", f"{memory:.2f}", style=style
         )
     if not common:
-        raise ValueError("compare: found no case and variant in common, allowed are results of the same suite")
+        raise ValueError("compare: got no case and variant in common, expected results of the same suite")
     console.print(out)
     console.print("times are relative to the floor, or to the baseline where a case has no floor")
     for line in slower:
@@ -229,5 +229,5 @@ def load(file: Path) -> dict:
         found = json.loads(file.read_text(encoding="utf-8"))
         found["rows"][0]["case"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"compare: found {str(file)!r}, which is no result of this command: {error}") from error
+        raise ValueError(f"compare: got {str(file)!r}, which is no result of this command: {error}") from error
     return found

@@ -77,7 +77,7 @@ def triplets(count: int, file: str | Path | None = None, seed: int = 0) -> tuple
             rows = [json.loads(line) for line in lines]
         return generator.sample(rows, count), f"{path.name}, {count} rows of seed {seed}"
     if file:
-        raise FileNotFoundError(f"triplets: found no file {str(file)!r}")
+        raise FileNotFoundError(f"triplets: got no file {str(file)!r}")
     words = [a.split() for a in articles()]
 
     def stretch(kind: str) -> str:

@@ -40,7 +40,7 @@ def main(name: str = "tiny", steps: int = 24, learning_rate: float = 2e-3) -> li
             with accelerator.accumulate(encoder):
                 a, b, c = scores(encoder, decoder, [row[1:] for row in batch])
                 places = [row[0] for row in batch]
-                loss = alignment_loss(a, b, c, r_a[places], r_c[places], reference="subtract").loss
+                loss = alignment_loss(a, b, c, r_a[places], r_c[places], ref_margin="subtract").loss
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()

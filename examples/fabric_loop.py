@@ -33,7 +33,7 @@ def main(name: str = "tiny", steps: int = 20, learning_rate: float = 2e-3) -> li
         a, b, c = decoder.logprob(z, positives * 2 + negatives, [*range(2 * n), *range(n)]).split(n)
         embedding = text_embedding(z.float())
         nce = info_nce(embedding[:n], embedding[n:])
-        loss = 0.2 * alignment_loss(a, b, c, reference="none").loss + nce
+        loss = 0.2 * alignment_loss(a, b, c, ref_margin="none").loss + nce
         fabric.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

@@ -30,7 +30,7 @@ def load(name: str = "tiny"):
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    decoder = Decoder(copy.deepcopy(model), eos_token_id=tokenizer.eos_token_id, z_scale="match")
+    decoder = Decoder(copy.deepcopy(model), eos_token_id=tokenizer.eos_token_id, z_norm="match_rms")
     compress_token_ids = add_compress_tokens(model, tokenizer, 5)
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     head.requires_grad_(head is embedding)  # the encoder reads no head, and DDP waits for gradients of all that train

@@ -127,12 +127,12 @@ COMMON = {"batch_size": 8, "learning_rate": 1e-3, "instruction": "Again:", "prec
 def stage1(model_folder, compression_file, out, **options):
     from autoregembed.config import Config
 
-    fields = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(out), "steps": 4}
+    fields = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(out), "max_steps": 4}
     return Config(**{**fields, **COMMON, **options})
 
 
 def stage2(model, alignment_file, out, **options):
     from autoregembed.config import Config
 
-    fields = {"stage": 2, "model": model, "train_data": alignment_file, "output_dir": str(out), "steps": 3}
+    fields = {"stage": 2, "model": model, "train_data": alignment_file, "output_dir": str(out), "max_steps": 3}
     return Config(**{**fields, **COMMON, **options})

@@ -3,7 +3,7 @@
     python tests/crash.py                           # in full: 1,000 trials with kills, every fault, 1,000 damages
     python tests/crash.py --trials 8 --faults 12 --full-disks 3 --damages 200
 
-After every accident each training state in sight must verify, and the run that resumes must end in the bits of one that
+After every accident each checkpoint in sight must verify, and the run that resumes must end in the bits of one that
 nothing befell: parameters, optimiser, generators, log, exported model. Exits with 1 and keeps the folder otherwise.
 
 Trials are forked from a process that has imported everything and computed nothing, so none of them waits for imports
@@ -49,11 +49,11 @@ from autoregembed.train import train
 
 STEPS = 6
 COMMON = {
-    "steps": STEPS,
+    "max_steps": STEPS,
     "batch_size": 4,
     "precision": "fp32",
     "save_steps": 1,
-    "resume": "auto",
+    "resume_from_checkpoint": True,
     "learning_rate": 1e-3,
 }
 
@@ -225,7 +225,7 @@ def faults(folder: Path, limit: int | None, wanted: dict) -> collections.Counter
             status = end(start(run_with_fault, folder, stage, out, place, number))
             name = errno.errorcode[number]
             # 0: a call whose failure does no harm, such as making a folder that is there.
-            assert status in (0, 3), f"stage {stage}, {name} at call {place}: status {status}, allowed is an OSError"
+            assert status in (0, 3), f"stage {stage}, {name} at call {place}: status {status}, expected an OSError"
             if status == 0:
                 check_same(out, wanted[stage])
                 counts["harmless"] += 1
@@ -252,7 +252,7 @@ def full_disks(folder: Path, count: int, wanted: dict, draw: random.Random) -> c
     for _ in range(count):
         stage, out = draw.randint(1, 2), folder / "limited"
         status = end(start(limited, folder, stage, out, draw.randrange(1 << 14, largest // 2)))
-        assert status == 3, f"file size limit: status {status}, allowed is an OSError"
+        assert status == 3, f"file size limit: status {status}, expected an OSError"
         check_whole(out)
         assert end(start(run, folder, stage, out)) == 0
         check_same(out, wanted[stage])
@@ -272,7 +272,7 @@ def full_disks(folder: Path, count: int, wanted: dict, draw: random.Random) -> c
         resize = ["mount", "-o", f"remount,size={draw.randrange(1 << 14, int(0.6 * used))}", str(mount)]
         subprocess.run(resize, check=True)
         status = end(start(run, folder, stage, out))
-        assert status == 3, f"full disk: status {status}, allowed is an OSError"
+        assert status == 3, f"full disk: status {status}, expected an OSError"
         check_whole(out)
         subprocess.run(["mount", "-o", "remount,size=64M", str(mount)], check=True)
         assert end(start(run, folder, stage, out)) == 0
@@ -292,7 +292,7 @@ def damages(folder: Path, count: int, draw: random.Random) -> collections.Counte
     for step in (1, 2):
         model(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-        state = checkpoint.save_state(states / f"step-{step:08d}", model, optimizer, step, {})
+        state = checkpoint.save_checkpoint(states / f"step-{step:08d}", model, optimizer, step, {})
         content[step] = {p.name: p.read_bytes() for p in state.iterdir()}
     newest, before = states / "step-00000002", states / "step-00000001"
     names = sorted(content[2])
@@ -321,7 +321,7 @@ def damages(folder: Path, count: int, draw: random.Random) -> collections.Counte
         else:
             path.unlink()
             path.symlink_to(before / name)
-        found, skipped = checkpoint.newest_state(states)
+        found, skipped = checkpoint.latest_checkpoint(states)
         assert found == before, f"{kind} {name} {number}: accepted"
         assert len(skipped) == 1
         shutil.rmtree(newest)
@@ -329,7 +329,7 @@ def damages(folder: Path, count: int, draw: random.Random) -> collections.Counte
         for n, data in content[2].items():
             (newest / n).write_bytes(data)
         counts[kind] += 1
-    assert checkpoint.newest_state(states) == (newest, [])
+    assert checkpoint.latest_checkpoint(states) == (newest, [])
     return collections.Counter({"damages refused": counts.total(), **counts})
 
 

@@ -81,9 +81,9 @@ def run(function, world: int, folder: Path, *arguments) -> list:
 
 
 def _numpy(tensors: dict) -> dict:
-    from autoregembed.distributed import whole
+    from autoregembed.distributed import to_full_tensor
 
-    return {name: whole(x.detach()).clone().numpy() for name, x in tensors.items()}
+    return {name: to_full_tensor(x.detach()).clone().numpy() for name, x in tensors.items()}
 
 
 def fsdp(function, *arguments):
@@ -151,12 +151,12 @@ def sharded_decoder() -> None:
         gc.collect()
         kinds = (torch.Tensor, torch.nn.Parameter)
         tables = sum(type(x) in kinds and x.shape == (321, 32) for x in gc.get_objects())
-        assert tables == 2 - tied, f"{architecture}: found {tables} tables of V rows, allowed are those of `whole`"
+        assert tables == 2 - tied, f"{architecture}: got {tables} tables of V rows, expected those of `whole`"
     head = shared.model.get_output_embeddings().weight
     hidden, target = torch.randn(4, 32, dtype=torch.float64), torch.tensor([0, 320, 7, 7])
     expected = linear_logprob(hidden, whole.model.get_output_embeddings().weight, target)
     torch.testing.assert_close(linear_logprob(hidden, head, target), expected)
-    with pytest.raises(TypeError, match="weight: found a DTensor that requires grad"):
+    with pytest.raises(TypeError, match="weight: got a DTensor that requires grad"):
         linear_logprob(hidden, head.detach().requires_grad_(), target)
 
 
@@ -181,7 +181,7 @@ def shared_embeddings(case: dict) -> None:
     from autoregembed.config import Config
     from autoregembed.evaluate import embed
 
-    encoder, _, tokenizer, _ = train.build(Config(**case))
+    encoder, _, tokenizer, _ = train.build_models(Config(**case))
     texts = ["the cat sat", "on a mat", "while rain", "fell", "over old stone bridges", "and boats", "drifted past"]
     alone = embed(encoder, tokenizer, texts, token_budget=1)
     torch.testing.assert_close(embed(encoder, tokenizer, texts, token_budget=1, shared=True), alone, rtol=0, atol=1e-6)
@@ -251,15 +251,15 @@ def one_step(cases: list[dict]) -> list[dict]:
     """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
     from autoregembed import data, distributed, train
     from autoregembed.config import Config
-    from autoregembed.objective import Objective, _counts, lengths, reference_scores
-    from autoregembed.packing import cut
+    from autoregembed.objective import Objective, _counts, compute_ref_logps, lengths
+    from autoregembed.packing import make_microbatches
 
     found = []
     for case in cases:
         config = Config(**case)
-        accelerator = train.processes(config, "fp32")
-        assert accelerator.num_processes == distributed.world() == int(os.environ.get("WORLD_SIZE", "1"))
-        encoder, decoder, tokenizer, _ = train.build(config)
+        accelerator = train.make_accelerator(config, "fp32")
+        assert accelerator.num_processes == distributed.world_size() == int(os.environ.get("WORLD_SIZE", "1"))
+        encoder, decoder, tokenizer, _ = train.build_models(config)
         prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
         rows = (data.compression_rows if config.stage == 1 else data.alignment_rows)(
             data.load_rows(config.train_data), prompt
@@ -270,10 +270,10 @@ def one_step(cases: list[dict]) -> list[dict]:
         wrapped, optimizer = accelerator.prepare(encoder, train.optimiser(encoder, config))
         if decoder is not None and accelerator.is_fsdp2:
             decoder.shard(accelerator.device)
-        reference = reference_scores(encoder.eval(), decoder, rows, 64) if config.needs_reference else None
+        reference = compute_ref_logps(encoder.eval(), decoder, rows, 64) if config.needs_ref_logps else None
         encoder.train()
         objective = Objective(config, wrapped, decoder, accelerator, reference)
-        size = config.batch_size // distributed.world()
+        size = config.batch_size // distributed.world_size()
         first = distributed.rank() * size
         batch = [{**rows[i], "row": i} for i in range(first, first + size)]
         log = objective(batch)
@@ -284,9 +284,9 @@ def one_step(cases: list[dict]) -> list[dict]:
             {
                 "log": log,
                 "gradients": gradients,
-                "norm": float(distributed.whole(norm)),
+                "norm": float(distributed.to_full_tensor(norm)),
                 "parameters": _numpy(dict(encoder.named_parameters())),
-                "parts": len(cut(lengths(batch, encoder, config.hard_negatives), config.token_budget)),
+                "parts": len(make_microbatches(lengths(batch, encoder, config.hard_negatives), config.token_budget)),
                 "counts": _counts(config, batch),
                 "reference": None if reference is None else [r.numpy() for r in reference],
             }

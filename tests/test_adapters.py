@@ -96,21 +96,21 @@ def test_a_decoder_scores_with_what_it_was_given(make):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: adapted(lm(), target_modules=["lm_head"]), "found an lm_head of type Linear, .*merge_and_unload"),
+        (lambda: adapted(lm(), target_modules=["lm_head"]), "got an lm_head of type Linear, .*merge_and_unload"),
         (
             lambda: adapted(lm(), target_modules=["q_proj"], modules_to_save=["lm_head"]),
-            "found an lm_head of type ModulesToSaveWrapper",
+            "got an lm_head of type ModulesToSaveWrapper",
         ),
         (
             lambda: adapted(lm(tie_word_embeddings=True), target_modules=["q_proj"], trainable_token_indices=[5]),
-            "found an lm_head of type TrainableTokensWrapper",
+            "got an lm_head of type TrainableTokensWrapper",
         ),
-        (lambda: adapted(lm(), target_modules=["embed_tokens"]), "found input embeddings of type Embedding that are"),
-        (lambda: quantised(lm(), head=True), "found an lm_head of type Int8Tensor"),
-        (lambda: four_bits(lm()), "found a Linear4bit on a CPU in model.layers.1.self_attn.q_proj"),
+        (lambda: adapted(lm(), target_modules=["embed_tokens"]), "got input embeddings of type Embedding that are"),
+        (lambda: quantised(lm(), head=True), "got an lm_head of type Int8Tensor"),
+        (lambda: four_bits(lm()), "got a Linear4bit on a CPU in model.layers.1.self_attn.q_proj"),
         (
             lambda: virtual_tokens(lm()),
-            "found an adapter of type PROMPT_TUNING",
+            "got an adapter of type PROMPT_TUNING",
         ),
     ],
     ids=["lora head", "saved head", "tied tokens", "lora embeddings", "int8 head", "4 bits", "prompt tuning"],
@@ -122,7 +122,7 @@ def test_what_a_decoder_would_ignore_is_refused(make, message):
 
 @pytest.mark.parametrize("make", [four_bits, virtual_tokens])
 def test_what_an_encoder_would_ignore_is_refused(make):
-    with pytest.raises(ValueError, match=r"^model: found a(n adapter of type PROMPT_TUNING| Linear4bit on a CPU)"):
+    with pytest.raises(ValueError, match=r"^model: got a(n adapter of type PROMPT_TUNING| Linear4bit on a CPU)"):
         Encoder(make(lm()), compress_token_ids=[5, 6])
 
 
@@ -150,7 +150,7 @@ def test_adapters_and_compress_tokens_train_and_tied_embeddings_stay_tied(tied, 
     z = encoder([[5, 6, 7], [8, 9]])
     assert (text_embedding(z) - text_embedding(first)).abs().max() > 1e-3
     if quantise:
-        with pytest.raises(ValueError, match=r"^model: found quantised weights in"):
+        with pytest.raises(ValueError, match=r"^model: got quantised weights in"):
             merged(encoder)
         model = lm(vocab_size=len(tokenizer), tie_word_embeddings=tied)
         checkpoint.add_compress_tokens(model, tokenizer, 2)

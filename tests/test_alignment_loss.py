@@ -30,14 +30,14 @@ def runs(impl: str, dtype: torch.dtype = torch.float32) -> bool:
 
 # Triton's interpreter has tests of its own (test_triton_*.py): it takes a second where the others take a millisecond.
 IMPLS = [name for name in ops.available_impls(DEVICE) if runs(name) and (name, DEVICE) != ("triton", "cpu")]
-VARIANTS = list(itertools.product(ops.REFERENCES, ops.NEGATIVES))
+VARIANTS = list(itertools.product(ops.REF_MARGINS, ops.NEGATIVES))
 
 
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
-def by_hand(a, b, c, r_a, r_c, mask, *, beta, temperature, reference, negatives):
+def by_hand(a, b, c, r_a, r_c, mask, *, beta, temperature, ref_margin, negatives):
     """(loss, mean s1, mean s2, accuracy) from lists, one formula of DESIGN §2 after the other."""
     terms, s1s, s2s, wins = [], [], [], []
     for i in range(len(a)):
@@ -47,7 +47,7 @@ def by_hand(a, b, c, r_a, r_c, mask, *, beta, temperature, reference, negatives)
         for j in range(len(mask[i])):
             if not mask[i][j]:
                 continue
-            sign = {"add": 1, "subtract": -1, "none": 0}[reference]
+            sign = {"add": 1, "subtract": -1, "none": 0}[ref_margin]
             margin = a[i] - c[i][j] + (sign * (r_a[i] - r_c[i][j]) if sign else 0)
             row.append(sigmoid(beta * margin))
             wins.append(a[i] > c[i][j])
@@ -81,7 +81,7 @@ def lists(xs, mask):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("reference", "negatives"), VARIANTS)
+@pytest.mark.parametrize(("ref_margin", "negatives"), VARIANTS)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     b=st.integers(0, 5),
@@ -92,8 +92,8 @@ def lists(xs, mask):
     holes=st.sampled_from([0.0, 0.4, 1.1]),
     seed=st.integers(0, 2**31),
 )
-def test_formulas(impl, reference, negatives, b, m, beta, temperature, spread, holes, seed):
-    options = {"beta": beta, "temperature": temperature, "reference": reference, "negatives": negatives}
+def test_formulas(impl, ref_margin, negatives, b, m, beta, temperature, spread, holes, seed):
+    options = {"beta": beta, "temperature": temperature, "ref_margin": ref_margin, "negatives": negatives}
     xs, mask = scores(b, m, seed, spread, holes)
     found = alignment_loss(*xs, negative_mask=mask, impl=impl, **options)
     xs_list, mask_list = lists(xs, mask)
@@ -104,11 +104,11 @@ def test_formulas(impl, reference, negatives, b, m, beta, temperature, spread, h
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("reference", "negatives"), VARIANTS)
+@pytest.mark.parametrize(("ref_margin", "negatives"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_accurate(impl, reference, negatives, dtype):
+def test_accurate(impl, ref_margin, negatives, dtype):
     """The loss in fp32 whatever the scores' dtype; gradients in the scores' dtype."""
-    options = {"reference": reference, "negatives": negatives}
+    options = {"ref_margin": ref_margin, "negatives": negatives}
     for seed, (spread, temperature) in enumerate([(3.0, 0.1), (30.0, 0.1), (30.0, 0.01)]):
         xs, mask = scores(6, 3, seed, spread, dtype=dtype)
 
@@ -131,24 +131,24 @@ def test_accurate(impl, reference, negatives, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("reference", "negatives"), VARIANTS)
-def test_gradcheck(impl, reference, negatives):
+@pytest.mark.parametrize(("ref_margin", "negatives"), VARIANTS)
+def test_gradcheck(impl, ref_margin, negatives):
     xs, mask = scores(4, 3, 5, spread=4.0, holes=0.4)
     assert not mask.all()
     c = xs[2].nan_to_num(0)
 
     def function(a, b, c):
         return alignment_loss(
-            a, b, c, *xs[3:], beta=0.3, reference=reference, negatives=negatives, negative_mask=mask, impl=impl
+            a, b, c, *xs[3:], beta=0.3, ref_margin=ref_margin, negatives=negatives, negative_mask=mask, impl=impl
         ).loss
 
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in (xs[0], xs[1], c)])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("reference", "negatives"), VARIANTS)
+@pytest.mark.parametrize(("ref_margin", "negatives"), VARIANTS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_masked_places_are_never_read(impl, reference, negatives, poison):
+def test_masked_places_are_never_read(impl, ref_margin, negatives, poison):
     """Whatever lies there reaches neither a value nor a gradient, its own (exactly 0) included."""
     results = []
     for filler in (poison, 0.0):
@@ -157,7 +157,9 @@ def test_masked_places_are_never_read(impl, reference, negatives, poison):
         for x in (xs[2], xs[4]):
             x[~mask] = filler
         leaves = [x.requires_grad_() for x in xs[:3]]
-        out = alignment_loss(*leaves, *xs[3:], reference=reference, negatives=negatives, negative_mask=mask, impl=impl)
+        out = alignment_loss(
+            *leaves, *xs[3:], ref_margin=ref_margin, negatives=negatives, negative_mask=mask, impl=impl
+        )
         out.loss.backward()
         assert not leaves[2].grad[~mask].any()
         results.append([*out, *(x.grad for x in leaves)])
@@ -166,12 +168,12 @@ def test_masked_places_are_never_read(impl, reference, negatives, poison):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("reference", "negatives"), VARIANTS)
-def test_padding_with_masked_negatives_changes_nothing(impl, reference, negatives):
+@pytest.mark.parametrize(("ref_margin", "negatives"), VARIANTS)
+def test_padding_with_masked_negatives_changes_nothing(impl, ref_margin, negatives):
     xs, mask = scores(3, 2, 2, holes=0)
     wide = [torch.nn.functional.pad(x, (0, 3), value=math.nan) if x.ndim == 2 else x for x in xs]
     wide_mask = torch.nn.functional.pad(mask, (0, 3), value=False)
-    options = {"reference": reference, "negatives": negatives, "impl": impl}
+    options = {"ref_margin": ref_margin, "negatives": negatives, "impl": impl}
     for x, y in zip(
         alignment_loss(*xs, **options), alignment_loss(*wide, negative_mask=wide_mask, **options), strict=True
     ):
@@ -193,13 +195,13 @@ def test_one_negative_as_a_row(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("reference", "negatives"), VARIANTS)
+@pytest.mark.parametrize(("ref_margin", "negatives"), VARIANTS)
 @pytest.mark.parametrize(("b", "m", "holes"), [(3, 2, 1.1), (0, 2, 0.0), (3, 0, 0.0), (0, 0, 0.0)])
-def test_no_pairs(impl, reference, negatives, b, m, holes):
+def test_no_pairs(impl, ref_margin, negatives, b, m, holes):
     """0, attached to the graph."""
     xs, mask = scores(b, m, 0, holes=holes)
     leaves = [x.requires_grad_() for x in xs[:3]]
-    out = alignment_loss(*leaves, *xs[3:], reference=reference, negatives=negatives, negative_mask=mask, impl=impl)
+    out = alignment_loss(*leaves, *xs[3:], ref_margin=ref_margin, negatives=negatives, negative_mask=mask, impl=impl)
     assert out.loss.item() == out.s2.item() == out.accuracy.item() == 0
     out.loss.backward()
     for x in leaves:
@@ -208,15 +210,15 @@ def test_no_pairs(impl, reference, negatives, b, m, holes):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("reference", "negatives"), VARIANTS)
+@pytest.mark.parametrize(("ref_margin", "negatives"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_scores(impl, reference, negatives, dtype):
+def test_extreme_scores(impl, ref_margin, negatives, dtype):
     """|a − b| = 0 and margins of 1e4: finite everywhere, and the right side of each sigmoid."""
     a = torch.tensor([-40.0, -40.0, -1e4, -3.0], dtype=dtype, device=DEVICE, requires_grad=True)
     b = torch.tensor([-40.0, -1e4, -3.0, -3.0], dtype=dtype, device=DEVICE, requires_grad=True)
     c = torch.tensor([-40.0, -1e4, -3.0, -1e4], dtype=dtype, device=DEVICE, requires_grad=True)
     zero = torch.zeros(4, dtype=dtype, device=DEVICE)
-    out = alignment_loss(a, b, c, zero, zero, reference=reference, negatives=negatives, impl=impl)
+    out = alignment_loss(a, b, c, zero, zero, ref_margin=ref_margin, negatives=negatives, impl=impl)
     wanted = (math.log(2) * 2 + math.log1p(math.exp(10)) + math.log1p(math.exp(-5))) / 4
     assert out.loss.item() == pytest.approx(wanted, rel=1e-6)
     assert out.s1.item() == pytest.approx((0.5 + 1 + 1 + 0.5) / 4)
@@ -235,7 +237,7 @@ def test_extreme_scores(impl, reference, negatives, dtype):
 def test_tail_of_softplus(impl, negatives):
     """softplus(21) is 21 + 8e-10: what a softplus with a threshold leaves out."""
     xs = [torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in ([-30.0], [-30.0], [-10.0], [-5.0], [5.0])]
-    options = {"beta": 0.1, "temperature": 0.0215, "reference": "add", "negatives": negatives}
+    options = {"beta": 0.1, "temperature": 0.0215, "ref_margin": "add", "negatives": negatives}
     lists_of = [x.tolist() for x in xs]
     lists_of[2], lists_of[4] = [lists_of[2]], [lists_of[4]]
     wanted = by_hand(*lists_of, [[True]], **options)[0]
@@ -263,7 +265,7 @@ def test_the_reference_is_a_constant_and_statistics_carry_no_gradient(impl):
 def test_signs(impl):
     """Descent closes |a − b| and widens a − c."""
     a, b, c = (torch.tensor([x], device=DEVICE, requires_grad=True) for x in (-30.0, -25.0, -32.0))
-    alignment_loss(a, b, c, reference="none", impl=impl).loss.backward()
+    alignment_loss(a, b, c, ref_margin="none", impl=impl).loss.backward()
     assert a.grad < 0 < b.grad
     assert c.grad > 0
 
@@ -291,12 +293,12 @@ def test_dtype_is_that_of_query_positive(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("reference", "negatives"), [("add", "independent"), ("subtract", "joint")])
-def test_compiles_whole_with_dynamic_sizes(impl, reference, negatives):
+@pytest.mark.parametrize(("ref_margin", "negatives"), [("add", "independent"), ("subtract", "joint")])
+def test_compiles_whole_with_dynamic_sizes(impl, ref_margin, negatives):
     torch._dynamo.reset()
 
     def function(a, b, c, r_a, r_c, mask):
-        options = {"reference": reference, "negatives": negatives, "negative_mask": mask, "impl": impl}
+        options = {"ref_margin": ref_margin, "negatives": negatives, "negative_mask": mask, "impl": impl}
         return alignment_loss(a, b, c, r_a, r_c, **options)
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -316,43 +318,43 @@ def test_compiles_whole_with_dynamic_sizes(impl, reference, negatives):
 # bad input
 
 BAD = {
-    "scores are a list": (TypeError, "query_positive: found list", {"query_positive": [1.0]}),
-    "no scores": (TypeError, "positive_positive: found NoneType", {"positive_positive": None}),
-    "integer scores": (TypeError, "query_positive: found dtype torch.int64", {"query_positive": torch.ones(3).long()}),
-    "two axes": (ValueError, "query_positive: found shape", {"query_positive": torch.ones(3, 1)}),
-    "another B": (ValueError, r"positive_positive: found shape \(4,\)", {"positive_positive": torch.ones(4)}),
-    "another B of c": (ValueError, r"query_negatives: found shape \(4, 2\)", {"query_negatives": torch.ones(4, 2)}),
-    "three axes": (ValueError, "query_negatives: found shape", {"query_negatives": torch.ones(3, 2, 1)}),
-    "negatives are a list": (TypeError, "query_negatives: found list", {"query_negatives": [[1.0]]}),
-    "another M": (ValueError, r"reference_negatives: found shape \(3, 3\)", {"reference_negatives": torch.ones(3, 3)}),
-    "reference is a list": (TypeError, "reference_negatives: found list", {"reference_negatives": [1.0]}),
-    "elsewhere": (ValueError, "query_negatives: found on meta", {"query_negatives": torch.ones(3, 2, device="meta")}),
+    "scores are a list": (TypeError, "query_positive: got list", {"query_positive": [1.0]}),
+    "no scores": (TypeError, "positive_positive: got NoneType", {"positive_positive": None}),
+    "integer scores": (TypeError, "query_positive: got dtype torch.int64", {"query_positive": torch.ones(3).long()}),
+    "two axes": (ValueError, "query_positive: got shape", {"query_positive": torch.ones(3, 1)}),
+    "another B": (ValueError, r"positive_positive: got shape \(4,\)", {"positive_positive": torch.ones(4)}),
+    "another B of c": (ValueError, r"query_negatives: got shape \(4, 2\)", {"query_negatives": torch.ones(4, 2)}),
+    "three axes": (ValueError, "query_negatives: got shape", {"query_negatives": torch.ones(3, 2, 1)}),
+    "negatives are a list": (TypeError, "query_negatives: got list", {"query_negatives": [[1.0]]}),
+    "another M": (ValueError, r"reference_negatives: got shape \(3, 3\)", {"reference_negatives": torch.ones(3, 3)}),
+    "reference is a list": (TypeError, "reference_negatives: got list", {"reference_negatives": [1.0]}),
+    "elsewhere": (ValueError, "query_negatives: got on meta", {"query_negatives": torch.ones(3, 2, device="meta")}),
     "reference elsewhere": (
         ValueError,
-        "reference_positive: found on meta",
+        "reference_positive: got on meta",
         {"reference_positive": torch.ones(3, device="meta")},
     ),
-    "no reference_positive": (ValueError, "reference_positive: found None", {"reference_positive": None}),
-    "no reference_negatives": (ValueError, "reference_negatives: found None", {"reference_negatives": None}),
-    "mask of floats": (TypeError, "negative_mask: found dtype torch.float32", {"negative_mask": torch.ones(3, 2)}),
-    "mask is a list": (TypeError, "negative_mask: found list", {"negative_mask": [[True]]}),
+    "no reference_positive": (ValueError, "reference_positive: got None", {"reference_positive": None}),
+    "no reference_negatives": (ValueError, "reference_negatives: got None", {"reference_negatives": None}),
+    "mask of floats": (TypeError, "negative_mask: got dtype torch.float32", {"negative_mask": torch.ones(3, 2)}),
+    "mask is a list": (TypeError, "negative_mask: got list", {"negative_mask": [[True]]}),
     "mask of another M": (
         ValueError,
-        r"negative_mask: found shape \(3, 3\)",
+        r"negative_mask: got shape \(3, 3\)",
         {"negative_mask": torch.ones(3, 3, dtype=torch.bool)},
     ),
     "mask elsewhere": (
         ValueError,
-        "negative_mask: found on meta",
+        "negative_mask: got on meta",
         {"negative_mask": torch.ones(3, 2, dtype=torch.bool, device="meta")},
     ),
-    "beta 0": (ValueError, "beta: found 0", {"beta": 0}),
-    "beta NaN": (ValueError, "beta: found nan", {"beta": math.nan}),
-    "temperature negative": (ValueError, "temperature: found -0.1", {"temperature": -0.1}),
-    "temperature infinite": (ValueError, "temperature: found inf", {"temperature": math.inf}),
-    "unknown reference": (ValueError, "reference: found 'sum'", {"reference": "sum"}),
-    "unknown negatives": (ValueError, "negatives: found 'all'", {"negatives": "all"}),
-    "unknown route": (ValueError, "impl: found 'cuda'", {"impl": "cuda"}),
+    "beta 0": (ValueError, "beta: got 0", {"beta": 0}),
+    "beta NaN": (ValueError, "beta: got nan", {"beta": math.nan}),
+    "temperature negative": (ValueError, "temperature: got -0.1", {"temperature": -0.1}),
+    "temperature infinite": (ValueError, "temperature: got inf", {"temperature": math.inf}),
+    "unknown ref_margin": (ValueError, "ref_margin: got 'sum'", {"ref_margin": "sum"}),
+    "unknown negatives": (ValueError, "negatives: got 'all'", {"negatives": "all"}),
+    "unknown route": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
 }
 
 
@@ -371,7 +373,7 @@ def test_bad_input(name):
 
 def test_no_reference_needed_without_the_term():
     xs, mask = scores(3, 2, 0)
-    assert alignment_loss(*xs[:3], negative_mask=mask, reference="none").loss > 0
+    assert alignment_loss(*xs[:3], negative_mask=mask, ref_margin="none").loss > 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,7 +385,7 @@ SEEDED_BUGS = {
     "no β in s2": ("beta * (margin + signed)", "(margin + signed)"),
     "no temperature": ("(s1[:, None] - s2) / temperature", "(s1[:, None] - s2)"),
     "margin upside down": ("margin = a[:, None] - kept(c)", "margin = kept(c) - a[:, None]"),
-    "signs of the reference swapped": ('if reference == "add" else', 'if reference != "add" else'),
+    "signs of the reference swapped": ('if ref_margin == "add" else', 'if ref_margin != "add" else'),
     "one reference for all": ("reference_positive[:, None]", "reference_positive.mean()"),
     "softplus of the other side": (
         "torch.logaddexp(x, torch.zeros_like(x))",
@@ -409,16 +411,16 @@ SEEDED_BUGS = {
 
 def test_no_seeded_bug_no_alarm():
     test_tail_of_softplus("torch", "independent")
-    for seed, (reference, negatives) in enumerate(VARIANTS):
+    for seed, (ref_margin, negatives) in enumerate(VARIANTS):
         for temperature in (0.1, 0.02):
             xs, mask = scores(4, 3, seed, holes=0.4)
             mask[1] = False
             xs[2][1] = xs[4][1] = math.nan
-            options = {"beta": 0.2, "temperature": temperature, "reference": reference, "negatives": negatives}
+            options = {"beta": 0.2, "temperature": temperature, "ref_margin": ref_margin, "negatives": negatives}
             found = alignment_loss(*xs, negative_mask=mask, impl="torch", **options)
             for value, wanted in zip(found, by_hand(*lists(xs, mask)[0], mask.tolist(), **options), strict=True):
                 assert value.item() == pytest.approx(wanted, rel=1e-12, abs=2e-15 / temperature)
-            test_extreme_scores("torch", reference, negatives, torch.float64)
+            test_extreme_scores("torch", ref_margin, negatives, torch.float64)
             # Finite differences through the formulas in floats.
             a, b, c = (x.requires_grad_() for x in xs[:3])
             alignment_loss(a, b, c, *xs[3:], negative_mask=mask, impl="torch", **options).loss.backward()
@@ -431,7 +433,7 @@ def test_no_seeded_bug_no_alarm():
                             values.append(by_hand(*lists(xs, mask)[0], mask.tolist(), **options)[0])
                             leaf[i] -= step
                     assert leaf.grad[i].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-9)
-        test_masked_places_are_never_read("torch", reference, negatives, math.nan)
+        test_masked_places_are_never_read("torch", ref_margin, negatives, math.nan)
 
 
 @pytest.mark.parametrize("name", SEEDED_BUGS)

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from autoregembed import ops
-from autoregembed.bench import bars, bench_head, harness, suite, workload
+from autoregembed.bench import bench_head, harness, suite, targets, workload
 from autoregembed.cli import main
 from autoregembed.kernels.torch import linear_logprob as torch_route
 
@@ -119,7 +119,7 @@ def test_compare_decides_the_exit_status(tmp_path, monkeypatch):
 def test_an_unknown_suite_or_device_is_named(capsys):
     for option, value in (("--suite", "nonsense"), ("--device", "abacus")):
         assert main(["bench", option, value]) == 2
-        assert f"{option[2:]}: found '{value}'" in capsys.readouterr().err
+        assert f"{option[2:]}: got '{value}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bug", ["gradient", "logprob", "unwritten"])
@@ -238,6 +238,6 @@ def test_bars_read_a_result():
     ours = {**row, "variant": "autoregembed (triton)", "median_ms": 23.0, "ratio_to_floor": 1.1, "peak_bytes": 7e8}
     peers = [{**row, "variant": name, "median_ms": 31.0} for name in ("liger", "cut-cross-entropy", "compiled chunked")]
     found = {"device": "cuda", "rows": [ours, *peers]}
-    assert [state for state, _, _ in bars.bars(found)] == ["PASS", "OPEN", "MISS"]
+    assert [state for state, _, _ in targets.targets(found)] == ["PASS", "OPEN", "MISS"]
     found["rows"].append({**row, "variant": "torch linear_cross_entropy", "median_ms": 29.0})
-    assert [state for state, _, _ in bars.bars(found)] == ["PASS", "MISS", "MISS"]
+    assert [state for state, _, _ in targets.targets(found)] == ["PASS", "MISS", "MISS"]

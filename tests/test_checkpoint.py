@@ -33,7 +33,7 @@ def test_compress_tokens_lie_behind_the_vocabulary_and_change_nothing_else(tied,
 
 
 def test_no_compress_tokens_are_refused():
-    with pytest.raises(ValueError, match=r"^num_compress_tokens: found 0"):
+    with pytest.raises(ValueError, match=r"^num_compress_tokens: got 0"):
         checkpoint.add_compress_tokens(tiny_model(vocab_size=V), TOKENIZER, 0)
 
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_loaded_is_a_checkpoint_error_that_names_it(what, tmp_pat
     place = (
         f"{folder}/{checkpoint.RECIPE}', which cannot be read" if "recipe" in what else f"{folder}', which cannot be"
     )
-    with pytest.raises(checkpoint.CheckpointError, match=rf"^model: found '{place}"):
+    with pytest.raises(checkpoint.CheckpointError, match=rf"^model: got '{place}"):
         checkpoint.load_causal_lm(str(folder))
 
 
@@ -96,13 +96,13 @@ def test_the_fingerprint_of_weights_is_that_of_names_shapes_and_values():
 def test_reference_scores_come_back_and_only_for_what_they_belong_to(tmp_path):
     path, mine = tmp_path / "new" / "r.safetensors", {"data": "a", "model": "b", "tokenizer": "c"}
     positive, negatives = torch.tensor([-3.0, -4.5]), torch.tensor([[-1.0, torch.nan], [-2.0, -5.0]])
-    checkpoint.save_reference(path, positive, negatives, mine)
-    found = checkpoint.load_reference(path, mine)
+    checkpoint.save_ref_logps(path, positive, negatives, mine)
+    found = checkpoint.load_ref_logps(path, mine)
     torch.testing.assert_close(found, (positive, negatives), rtol=0, atol=0, equal_nan=True)
     for name in mine:
         other = {**mine, name: "x"}
-        with pytest.raises(checkpoint.ReferenceMismatch) as error:
-            checkpoint.load_reference(path, other)
+        with pytest.raises(checkpoint.RefLogpsMismatch) as error:
+            checkpoint.load_ref_logps(path, other)
         for key in mine:
             assert f"'{key}': '{mine[key]}'" in str(error.value)
             assert f"'{key}': '{other[key]}'" in str(error.value)
@@ -132,11 +132,11 @@ def step(model, optimizer):
 
 def test_a_state_goes_on_bit_for_bit(tmp_path):
     model, optimizer = trained()
-    checkpoint.save_state(tmp_path / "step-3", model, optimizer, 3, {"scores": {"0": 0.5}})
+    checkpoint.save_checkpoint(tmp_path / "step-3", model, optimizer, 3, {"scores": {"0": 0.5}})
     assert checkpoint.verify(tmp_path / "step-3") is None
     step(model, optimizer)
     other, fresh = trained(steps=0)
-    state = checkpoint.load_state(tmp_path / "step-3", other, fresh)
+    state = checkpoint.load_checkpoint(tmp_path / "step-3", other, fresh)
     assert (state["step"], state["scores"]) == (3, {"0": 0.5})
     step(other, fresh)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -147,18 +147,20 @@ def test_a_state_goes_on_bit_for_bit(tmp_path):
 
 
 def test_a_state_of_another_shape_is_refused_and_changes_nothing(tmp_path):
-    checkpoint.save_state(tmp_path / "s", *trained(), 3, {})
+    checkpoint.save_checkpoint(tmp_path / "s", *trained(), 3, {})
     model, optimizer = trained(width=5)
     before = checkpoint.weights_fingerprint(model)
-    with pytest.raises(checkpoint.CheckpointError, match=r"^resume: found 0\.weight with shape \(4, 3\).*\(5, 3\)"):
-        checkpoint.load_state(tmp_path / "s", model, optimizer)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"^resume_from_checkpoint: got 0\.weight with shape \(4, 3\).*\(5, 3\)"
+    ):
+        checkpoint.load_checkpoint(tmp_path / "s", model, optimizer)
     assert checkpoint.weights_fingerprint(model) == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "one byte", "no manifest", "manifest of rubbish"])
 def test_damaged_states_are_skipped_with_the_reason(damage, tmp_path):
     for n in (1, 2):
-        checkpoint.save_state(tmp_path / f"step-{n:08d}", *trained(), n, {})
+        checkpoint.save_checkpoint(tmp_path / f"step-{n:08d}", *trained(), n, {})
     newest = tmp_path / "step-00000002"
     file = newest / "optimizer.safetensors"
     content = file.read_bytes()
@@ -171,11 +173,11 @@ def test_damaged_states_are_skipped_with_the_reason(damage, tmp_path):
     else:
         manifest = newest / "manifest.json"
         manifest.unlink() if damage == "no manifest" else manifest.write_text("[1]")
-    found, skipped = checkpoint.newest_state(tmp_path)
+    found, skipped = checkpoint.latest_checkpoint(tmp_path)
     assert found == tmp_path / "step-00000001"
     assert len(skipped) == 1
     assert skipped[0].startswith("step-00000002: " + ("manifest" if "manifest" in damage else "optimizer.safetensors"))
-    assert checkpoint.newest_state(tmp_path / "none") == (None, [])
+    assert checkpoint.latest_checkpoint(tmp_path / "none") == (None, [])
 
 
 def test_an_interrupted_replacement_leaves_the_old_folder(tmp_path):

@@ -51,14 +51,14 @@ def config_file(tmp_path: Path, **fields) -> str:
 
 
 def test_flags_win_over_the_file(tmp_path):
-    file = config_file(tmp_path, batch_size=4, learning_rate=1e-3, freeze=["embed"], z_scale="match")
+    file = config_file(tmp_path, batch_size=4, learning_rate=1e-3, freeze=["embed"], z_norm="match_rms")
     flags = ["--batch_size", "16", "--output_dir=other", "--stage", "2"]
     config = read_config([file, *flags])
     assert read_config([*flags, file]) == read_config([*flags[:3], file, *flags[3:]]) == config
-    with pytest.raises(ConfigError, match=r"config: found '.*', 'another.yaml', allowed is one YAML file"):
+    with pytest.raises(ConfigError, match=r"config: got '.*', 'another.yaml', expected one YAML file"):
         read_config([file, *flags, "another.yaml"])
     assert (config.stage, config.batch_size, config.output_dir) == (2, 16, "other")
-    assert (config.learning_rate, config.freeze, config.z_scale, config.temperature) == (1e-3, ["embed"], "match", 0.1)
+    assert (config.learning_rate, config.freeze, config.z_norm, config.temperature) == (1e-3, ["embed"], "match_rms", 0.1)
     alone = [x for name, value in FIELDS.items() for x in (f"--{name}", str(value))]
     assert read_config(alone).model == "m"
 
@@ -74,17 +74,17 @@ def test_numbers_may_be_written_as_people_do(text, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"learning_rte": 0.1}, r"^learning_rte: found an unknown field \(did you mean 'learning_rate'\?\)"),
-        ({"batchsize": 1}, r"^batchsize: found an unknown field \(did you mean 'batch_size'\?\)"),
-        ({"qqq": 1}, "^qqq: found an unknown field, allowed are stage, model, "),
-        ({"batch_size": "many"}, "^batch_size: found many, allowed is int$"),
-        ({"batch_size": 2.5}, r"^batch_size: found 2\.5, allowed is int$"),
-        ({"steps": "all"}, r"^steps: found all, allowed is int \| None$"),
-        ({"stage": 3}, r"^stage: found 3, allowed is Literal\[1, 2\]$"),
-        ({"reference": "plus"}, r"^reference: found plus, allowed is Literal\['add', 'subtract', 'none'\]"),
-        ({"temperature": 0}, "^temperature: found 0"),
-        ({"freeze": "embed"}, r"^freeze: found embed, allowed is list\[str\]"),
-        ({"freeze": ["("]}, r"^freeze: found '\('"),
+        ({"learning_rte": 0.1}, r"^learning_rte: got an unknown field \(did you mean 'learning_rate'\?\)"),
+        ({"batchsize": 1}, r"^batchsize: got an unknown field \(did you mean 'batch_size'\?\)"),
+        ({"qqq": 1}, "^qqq: got an unknown field, expected stage, model, "),
+        ({"batch_size": "many"}, "^batch_size: got many, expected int$"),
+        ({"batch_size": 2.5}, r"^batch_size: got 2\.5, expected int$"),
+        ({"max_steps": "all"}, r"^max_steps: got all, expected int \| None$"),
+        ({"stage": 3}, r"^stage: got 3, expected Literal\[1, 2\]$"),
+        ({"ref_margin": "plus"}, r"^ref_margin: got plus, expected Literal\['add', 'subtract', 'none'\]"),
+        ({"temperature": 0}, "^temperature: got 0"),
+        ({"freeze": "embed"}, r"^freeze: got embed, expected list\[str\]"),
+        ({"freeze": ["("]}, r"^freeze: got '\('"),
         ({"model": None}, "required: model"),
     ],
 )
@@ -94,18 +94,18 @@ def test_a_wrong_field_is_named(fields, message, tmp_path):
 
 
 def test_a_wrong_flag_is_named_with_the_nearest(tmp_path):
-    with pytest.raises(ConfigError, match=r"^warmup_step: found an unknown field \(did you mean 'warmup_steps'\?\)"):
+    with pytest.raises(ConfigError, match=r"^warmup_step: got an unknown field \(did you mean 'warmup_steps'\?\)"):
         read_config([config_file(tmp_path), "--warmup_step", "3"])
-    with pytest.raises(ConfigError, match=r"^batch_size: found a few, allowed is int$"):
+    with pytest.raises(ConfigError, match=r"^batch_size: got a few, expected int$"):
         read_config([config_file(tmp_path), "--batch_size", "a few"])
 
 
-@pytest.mark.parametrize(("content", "message"), [("- 1\n", "allowed is a mapping"), ("a: [1\n", "cannot be read")])
+@pytest.mark.parametrize(("content", "message"), [("- 1\n", "expected a mapping"), ("a: [1\n", "cannot be read")])
 def test_files_that_hold_no_fields_are_refused(content, message, tmp_path):
     (tmp_path / "c.yaml").write_text(content)
-    with pytest.raises(ConfigError, match=rf"^config: found .*{message}"):
+    with pytest.raises(ConfigError, match=rf"^config: got .*{message}"):
         read_config([str(tmp_path / "c.yaml")])
-    with pytest.raises(ConfigError, match=r"^config: found .*cannot be read"):
+    with pytest.raises(ConfigError, match=r"^config: got .*cannot be read"):
         read_config([str(tmp_path / "none.yaml")])
 
 
@@ -117,16 +117,16 @@ def test_a_field_that_is_missing_is_named(tmp_path):
 
 def test_train_trains_and_bad_input_exits_with_2(model_folder, compression_file, tmp_path, capsys):
     fields = {"model": model_folder, "train_data": compression_file, "output_dir": str(tmp_path / "out")}
-    file = config_file(tmp_path, **fields, steps=1, batch_size=4, max_length=99)
+    file = config_file(tmp_path, **fields, max_steps=1, batch_size=4, max_length=99)
     assert main(["train", file, "--precision", "fp32"]) == 0
     printed = capsys.readouterr().out
     summary = json.loads(printed[printed.index("{") :])
     assert summary["steps"] == 1
     assert Path(summary["model"], "model.safetensors").is_file()
     for arguments, message in (
-        (["train", file, "--steps", "0"], "ConfigError: steps: found 0"),
-        (["train", file, "--train_data", str(tmp_path / "none.jsonl")], "FileNotFoundError: data: found no file"),
-        (["train", file, "--model", str(tmp_path)], "CheckpointError: model: found"),
+        (["train", file, "--max_steps", "0"], "ConfigError: max_steps: got 0"),
+        (["train", file, "--train_data", str(tmp_path / "none.jsonl")], "FileNotFoundError: data: got no file"),
+        (["train", file, "--model", str(tmp_path)], "CheckpointError: model: got"),
         (["train", file, "--bathc_size", "1"], "did you mean 'batch_size'?"),
     ):
         assert main(arguments) == 2
@@ -168,12 +168,12 @@ def test_encode_writes_the_embeddings_of_the_lines(source, exported, tmp_path, m
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
-        ("the\n\ncat\n", {}, "ValueError: texts: found an empty text in line 2"),
-        ("", {}, "ValueError: texts: found no line"),
+        ("the\n\ncat\n", {}, "ValueError: texts: got an empty text in line 2"),
+        ("", {}, "ValueError: texts: got no line"),
         (None, {}, "FileNotFoundError"),
-        ("the\n", {"output": "none/e.safetensors"}, "FileNotFoundError: output: found"),
-        ("the\n", {"output": "."}, "FileNotFoundError: output: found"),
-        ("the\n", {"model": "nowhere"}, "CheckpointError: model: found 'nowhere', which cannot be loaded"),
+        ("the\n", {"output": "none/e.safetensors"}, "FileNotFoundError: output: got"),
+        ("the\n", {"output": "."}, "FileNotFoundError: output: got"),
+        ("the\n", {"model": "nowhere"}, "CheckpointError: model: got 'nowhere', which cannot be loaded"),
     ],
 )
 def test_encode_refuses_and_writes_nothing(content, options, message, exported, tmp_path, monkeypatch, capsys):
@@ -218,9 +218,9 @@ def test_eval_scores_sts_and_retrieval(exported, sts_file, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "ValueError: sts: found None"),
-        (["--corpus", "c.jsonl"], "ValueError: queries: found None"),
-        (["--sts", "none.csv"], "FileNotFoundError: data: found no file 'none.csv'"),
+        ([], "ValueError: sts: got None"),
+        (["--corpus", "c.jsonl"], "ValueError: queries: got None"),
+        (["--sts", "none.csv"], "FileNotFoundError: data: got no file 'none.csv'"),
     ],
 )
 def test_eval_refuses(arguments, message, exported, capsys):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregembed import data
-from autoregembed.packing import cut
+from autoregembed.packing import make_microbatches
 from autoregembed.testing import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -74,25 +74,25 @@ def test_every_format_gives_the_same_rows(name, streaming, tmp_path):
         ("a.csv", "", ValueError, "cannot be read"),
         ("a.parquet", "junk", ValueError, "cannot be read: Parquet"),
         ("a.jsonl.gz", "junk", ValueError, "cannot be read: Not a gzipped file"),
-        ("a.txt", "hello", ValueError, r"allowed are files ending in \.jsonl"),
-        ("noending", "hello", ValueError, "allowed are files ending in"),
+        ("a.txt", "hello", ValueError, r"expected files ending in \.jsonl"),
+        ("noending", "hello", ValueError, "expected files ending in"),
     ],
 )
 def test_files_that_hold_no_rows_are_refused(name, content, error, message, tmp_path):
     (tmp_path / name).write_text(content)
-    with pytest.raises(error, match=rf"^data: found .*{message}"):
+    with pytest.raises(error, match=rf"^data: got .*{message}"):
         data.load_rows(str(tmp_path / name))
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^data: found no file"):
+    with pytest.raises(FileNotFoundError, match=r"^data: got no file"):
         data.load_rows(str(tmp_path / "none.jsonl"))
 
 
 def test_an_empty_stream_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("context,output\n")
     rows = data.load_rows(str(tmp_path / "a.csv"), streaming=True)
-    with pytest.raises(ValueError, match=r"^data: found no rows in the stream"):
+    with pytest.raises(ValueError, match=r"^data: got no rows in the stream"):
         data.compression_rows(rows, prompt())
 
 
@@ -169,13 +169,13 @@ def test_several_positives_make_several_rows(tmp_path):
         ([{"context": "x", "output": "y"}, {"context": "", "output": "y"}], ValueError, "empty 'context' in row 1"),
         ([{"context": "x", "output": ""}], ValueError, "empty 'output' in row 0"),
         ([{"context": "x", "output": "y"}, {"context": None, "output": "y"}], TypeError, "None as 'context' in row 1"),
-        ([{"context": 3, "output": "y"}], TypeError, "3 as 'context' in row 0, allowed is a string"),
-        ([{"context": ["x", "y"], "output": "y"}], TypeError, "as 'context' in row 0, allowed is a string"),
+        ([{"context": 3, "output": "y"}], TypeError, "3 as 'context' in row 0, expected a string"),
+        ([{"context": ["x", "y"], "output": "y"}], TypeError, "as 'context' in row 0, expected a string"),
         ([{"context": "x", "output": "y", "instruction": 5}], TypeError, "5 as 'instruction' in row 0"),
     ],
 )
 def test_compression_rows_refuse(rows, error, message, tmp_path):
-    with pytest.raises(error, match=rf"^data: found .*{message}"):
+    with pytest.raises(error, match=rf"^data: got .*{message}"):
         compression(rows, tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_compression_rows_refuse(rows, error, message, tmp_path):
         (
             [{"query": Q, "positive": P}],
             ValueError,
-            r"allowed are {query, pos} or {anchor, positive}; missing \['pos'\]",
+            r"expected {query, pos} or {anchor, positive}; missing \['pos'\]",
         ),
         ([{"query": Q, "pos": [], "neg": [N]}], ValueError, "empty 'pos' in row 0"),
         ([{"query": Q, "pos": None, "neg": [N]}], TypeError, "None as 'pos' in row 0"),
@@ -204,7 +204,7 @@ def test_compression_rows_refuse(rows, error, message, tmp_path):
     ],
 )
 def test_alignment_rows_refuse(rows, error, message, tmp_path):
-    with pytest.raises(error, match=rf"^data: found .*{message}"):
+    with pytest.raises(error, match=rf"^data: got .*{message}"):
         alignment(rows, tmp_path)
 
 
@@ -226,9 +226,7 @@ def test_truncation_keeps_instruction_and_compress_tokens(bos, tmp_path):
 def test_an_instruction_that_leaves_no_room_is_refused(tmp_path):
     least = len(ids("\nAgain:\n")) + 3 + 1 + 1
     assert compression([ROWS[0]], tmp_path, max_length=least)[0]["text_ids"] == ids(ROWS[0]["context"])[:1]
-    with pytest.raises(
-        ValueError, match=rf"^max_length: found {least - 1}, allowed is at least {least} for.* in row 0$"
-    ):
+    with pytest.raises(ValueError, match=rf"^max_length: got {least - 1}, expected at least {least} for.* in row 0$"):
         compression([ROWS[0]], tmp_path, max_length=least - 1)
 
 
@@ -355,14 +353,14 @@ def test_streamed_batches_share_the_stream_and_resume(world):
 
 
 def test_a_stream_without_rows_is_refused():
-    with pytest.raises(ValueError, match=r"^data: found no rows in the stream"):
+    with pytest.raises(ValueError, match=r"^data: got no rows in the stream"):
         next(data.batches(numbered(1, streaming=True).filter(lambda row: False), 2, seed=0))
 
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.one_of(st.none(), st.integers(1, 80)))
 @settings(deadline=None)
 def test_cut_puts_every_row_into_one_part_within_the_budget(lengths, budget):
-    parts = cut(lengths, budget)
+    parts = make_microbatches(lengths, budget)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
     assert all(parts)
     if budget is None:

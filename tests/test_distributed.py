@@ -46,7 +46,7 @@ STEPS = {
     "compression in parts": {"stage": 1, "token_budget": 80},
     "both losses": {"stage": 2, "contrastive_weight": 0.7, "hard_negatives": True},
     "both losses in parts": {"stage": 2, "contrastive_weight": 0.7, "hard_negatives": True, "token_budget": 160},
-    "joint negatives in parts": {"stage": 2, "negatives": "joint", "reference": "subtract", "token_budget": 120},
+    "joint negatives in parts": {"stage": 2, "negatives": "joint", "ref_margin": "subtract", "token_budget": 120},
     "one negative in all": {"stage": 2, "train_data": "one negative"},
     "contrast alone": {"stage": 2, "alignment_weight": 0.0, "contrastive_weight": 1.0},
 }
@@ -124,7 +124,7 @@ def run_of(model_folder: str, files: dict, out, batch_size: int) -> dict:
     rows = [{"sentence1": sentence(i, 5), "sentence2": sentence(i % 4, 6), "score": i % 6} for i in range(13)]
     sts = write_jsonl(out.parent / "sts.jsonl", rows)
     options = {"stage": 2, "output_dir": str(out), "eval_data": sts, "contrastive_weight": 0.7, "token_budget": 120}
-    options |= {"reference_file": str(out.parent / "reference.safetensors"), "steps": 4, "batch_size": batch_size}
+    options |= {"ref_logps_file": str(out.parent / "reference.safetensors"), "max_steps": 4, "batch_size": batch_size}
     return config_of(model_folder, files, **options)
 
 
@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(model_folder, files, trained_
     found = cases.run(function, 2, tmp_path / "work", *arguments)
     assert found[0] == found[1]
     assert "step 3" in found[0]
-    function, *arguments = called(sharded, cases.one_run, {**case, "resume": "auto"})
+    function, *arguments = called(sharded, cases.one_run, {**case, "resume_from_checkpoint": True})
     cases.run(function, 2, tmp_path / "again", *arguments)
     assert_same_run(tmp_path / "out", trained_alone)
 
@@ -179,7 +179,7 @@ def test_what_process_0_finds_wrong_is_raised_by_all(model_folder, files, tmp_pa
     (tmp_path / "reference.safetensors").write_text("rubbish")
     found = cases.run(cases.refused, 2, tmp_path / "work", run_of(model_folder, files, tmp_path / "out", 2))
     assert found[0] == found[1]
-    assert found[0].startswith("CheckpointError: reference: found a damaged file")
+    assert found[0].startswith("CheckpointError: ref_logps: got a damaged file")
 
 
 def launched(arguments: list[str], files: dict, model_folder: str, folder) -> Path:

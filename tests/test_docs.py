@@ -194,10 +194,10 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
     yield lambda: data.compression_rows(rows({"text": "a"}), prompt)
     yield lambda: data.alignment_rows(rows({"query": "", "pos": "a", "neg": "b"}), prompt)
     common = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(tmp_path / "out")}
-    wild = Config(**common, learning_rate=1e30, max_grad_norm=0, steps=9, batch_size=8, precision="fp32")
+    wild = Config(**common, learning_rate=1e30, max_grad_norm=0, max_steps=9, batch_size=8, precision="fp32")
     yield lambda: train(wild, cli.Console(quiet=True))
-    checkpoint.save_reference(tmp_path / "scores", torch.zeros(1), torch.zeros(1, 1), {"data": "one"})
-    yield lambda: checkpoint.load_reference(tmp_path / "scores", {"data": "another"})
+    checkpoint.save_ref_logps(tmp_path / "scores", torch.zeros(1), torch.zeros(1, 1), {"data": "one"})
+    yield lambda: checkpoint.load_ref_logps(tmp_path / "scores", {"data": "another"})
 
     def used_folder():
         with checkpoint.atomic_folder(tmp_path):
@@ -219,7 +219,7 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
     yield lambda: Decoder(adapted)
     yield lambda: Encoder(tiny_model(), compress_token_ids=[3], attention="varlen")
     h, w = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)
-    yield lambda: linear_logprob(h, w, torch.tensor([0, 1]), impl="native")
+    yield lambda: linear_logprob(h, w, torch.tensor([0, 1]), impl="cpp")
     yield lambda: linear_logprob(h, w, torch.tensor([0, 5]))
     yield lambda: generative_info_nce(torch.zeros(2, 2), mask=torch.zeros(2, 2, dtype=torch.bool))
 

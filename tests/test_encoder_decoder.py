@@ -101,13 +101,13 @@ def test_scores_are_those_of_full_logits(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradient_of_z_is_that_of_full_logits(name):
-    targets, source, upstream = texts(4, 7, 2, 4, seed=1), [1, 0, 1, 1], torch.tensor([1.0, -2.0, 0.5, 3.0])
+    targets, z_index, upstream = texts(4, 7, 2, 4, seed=1), [1, 0, 1, 1], torch.tensor([1.0, -2.0, 0.5, 3.0])
     z = some_z(2).requires_grad_()
     plain = model_of(name).requires_grad_(False)
-    loop = torch.stack([plain_logprob(plain, z[i], t) for i, t in zip(source, targets, strict=True)])
+    loop = torch.stack([plain_logprob(plain, z[i], t) for i, t in zip(z_index, targets, strict=True)])
     (expected,) = torch.autograd.grad(loop @ upstream.double(), z)
     decoder = Decoder(model_of(name))
-    (found,) = torch.autograd.grad(decoder.logprob(z, targets, source) @ upstream.double(), z)
+    (found,) = torch.autograd.grad(decoder.logprob(z, targets, z_index) @ upstream.double(), z)
     assert expected.abs().min(-1).values.max() > 0
     close(found, expected, TOLERANCE.get(name, 1e-10) * max(1.0, float(expected.abs().max())))
     assert all(not p.requires_grad and p.grad is None for p in decoder.parameters())
@@ -135,9 +135,9 @@ SHARED = {"encoder": encoder_of("mistral, sliding window"), "decoder": Decoder(m
 @torch.no_grad()
 def test_one_z_scored_against_many_targets_equals_each_alone():
     decoder, z, targets = Decoder(model_of("llama, tied")), some_z(2), texts(5, 5, 1, 8, 3, seed=2)
-    source = torch.tensor([1, 1, 0, 1, 1])
-    together = decoder.logprob(z, targets, source)
-    alone = [decoder.logprob(z[i : i + 1], [t]) for i, t in zip(source.tolist(), targets, strict=True)]
+    z_index = torch.tensor([1, 1, 0, 1, 1])
+    together = decoder.logprob(z, targets, z_index)
+    alone = [decoder.logprob(z[i : i + 1], [t]) for i, t in zip(z_index.tolist(), targets, strict=True)]
     close(together, torch.cat(alone))
     assert decoder.logprob(z, [], []).shape == (0,)
 
@@ -185,12 +185,12 @@ def test_every_text_may_have_its_own_suffix():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# z_scale
+# z_norm
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma3"])
 def test_match_gives_z_the_rms_of_the_decoders_input_embeddings(name):
-    decoder, z = Decoder(model_of(name), z_scale="match"), 50 * some_z(4)
+    decoder, z = Decoder(model_of(name), z_norm="match_rms"), 50 * some_z(4)
     read = model_of(name).get_input_embeddings()(torch.arange(320))
     found = decoder.rescale(z)
     close(found.square().mean(-1).sqrt(), read.square().mean().sqrt().expand(4, K), 1e-6)
@@ -201,7 +201,7 @@ def test_match_gives_z_the_rms_of_the_decoders_input_embeddings(name):
 
 def test_match_has_the_right_gradient():
     name = "llama, tied"
-    decoder, targets, z = Decoder(model_of(name), z_scale="match"), texts(4, 2), (20 * some_z(2)).requires_grad_()
+    decoder, targets, z = Decoder(model_of(name), z_norm="match_rms"), texts(4, 2), (20 * some_z(2)).requires_grad_()
     rms = decoder.input_rms.double()
     plain = model_of(name).requires_grad_(False)
     scaled = z / z.square().mean(-1, keepdim=True).sqrt() * rms
@@ -215,7 +215,7 @@ def test_match_has_the_right_gradient():
 
 
 def test_match_survives_a_z_of_zeros():
-    decoder, z = Decoder(model_of("llama, tied"), z_scale="match"), torch.zeros(1, K, 32, dtype=torch.float64)
+    decoder, z = Decoder(model_of("llama, tied"), z_norm="match_rms"), torch.zeros(1, K, 32, dtype=torch.float64)
     score = decoder.logprob(z.requires_grad_(), texts(3))
     score.sum().backward()
     assert score.isfinite().all()
@@ -296,7 +296,7 @@ def test_bfloat16_runs_on_a_cpu_and_is_near():
     encoder = Encoder(
         tiny_model("llama", dtype=torch.bfloat16), compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=1
     )
-    decoder = Decoder(tiny_model("llama", dtype=torch.bfloat16), z_scale="match")
+    decoder = Decoder(tiny_model("llama", dtype=torch.bfloat16), z_norm="match_rms")
     z = encoder(ids)
     assert z.dtype == torch.bfloat16
     scores = decoder.logprob(z, targets)
@@ -322,11 +322,11 @@ def test_lengths_default_to_what_the_model_has_positions_for():
     encoder = encoder_of("llama, tied")
     assert encoder.fit_max_length() == 256
     assert encoder.fit_max_length(256) == 256
-    with pytest.raises(ValueError, match=r"^max_length: found 257, allowed is at most 256"):
+    with pytest.raises(ValueError, match=r"^max_length: got 257, expected at most 256"):
         encoder.fit_max_length(257)
     decoder = Decoder(model_of("llama, tied"))
     assert decoder.fit_max_target_length(K) == 253
-    with pytest.raises(ValueError, match=r"^max_target_length: found 254, allowed is at most 253"):
+    with pytest.raises(ValueError, match=r"^max_target_length: got 254, expected at most 253"):
         decoder.fit_max_target_length(K, 254)
     long = Encoder(tiny_model(max_position_embeddings=4096), compress_token_ids=COMPRESS)
     assert long.fit_max_length() == 512
@@ -338,10 +338,10 @@ def test_the_longest_text_and_target_fit_and_one_more_token_does_not():
     encoder, decoder = encoder_of("gpt2, learned positions"), Decoder(model_of("gpt2, learned positions"))
     room = 256 - len(SUFFIX) - K
     assert encoder(texts(room, 2)).isfinite().all()
-    with pytest.raises(ValueError, match=r"^ids: found a text of 257 tokens.*allowed are 256"):
+    with pytest.raises(ValueError, match=r"^ids: got a text of 257 tokens.*expected 256"):
         encoder(texts(2, room + 1))
     assert decoder.logprob(some_z(1), texts(decoder.fit_max_target_length(K))).isfinite().all()
-    with pytest.raises(ValueError, match=r"^targets: found one of 257 positions.*allowed are 256"):
+    with pytest.raises(ValueError, match=r"^targets: got one of 257 positions.*expected 256"):
         decoder.logprob(some_z(2), texts(2, 254))
 
 
@@ -352,12 +352,12 @@ def test_the_longest_text_and_target_fit_and_one_more_token_does_not():
 @pytest.mark.parametrize(
     ("ids", "suffixes", "error", "message"),
     [
-        ([], None, ValueError, "ids: found no text"),
-        ([[5], []], None, ValueError, "ids: found an empty sequence at 1"),
-        ([[5], [6, 320]], None, IndexError, r"ids: found id 320 in sequence 1, allowed are 0\.\.319"),
-        ([[-1]], None, IndexError, "ids: found id -1"),
-        ([[5], [6]], [[7]], ValueError, "suffix_ids: found 1, allowed is one for each of the 2 texts"),
-        ([[5]], [[320]], IndexError, "suffix_ids: found id 320"),
+        ([], None, ValueError, "ids: got no text"),
+        ([[5], []], None, ValueError, "ids: got an empty sequence at 1"),
+        ([[5], [6, 320]], None, IndexError, r"ids: got id 320 in sequence 1, expected 0\.\.319"),
+        ([[-1]], None, IndexError, "ids: got id -1"),
+        ([[5], [6]], [[7]], ValueError, "suffix_ids: got 1, expected one for each of the 2 texts"),
+        ([[5]], [[320]], IndexError, "suffix_ids: got id 320"),
     ],
 )
 def test_encoder_refuses(ids, suffixes, error, message):
@@ -368,12 +368,12 @@ def test_encoder_refuses(ids, suffixes, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"compress_token_ids": [320]}, IndexError, "compress_token_ids: found id 320"),
-        ({"compress_token_ids": []}, ValueError, "compress_token_ids: found an empty"),
-        ({"compress_token_ids": [4, 4]}, ValueError, r"compress_token_ids: found \[4, 4\]"),
-        ({"suffix_ids": [-3]}, IndexError, "suffix_ids: found id -3"),
-        ({"bos_token_id": 999}, IndexError, "bos_token_id: found id 999"),
-        ({"attention": "varlen"}, ValueError, "attention: found 'varlen'"),
+        ({"compress_token_ids": [320]}, IndexError, "compress_token_ids: got id 320"),
+        ({"compress_token_ids": []}, ValueError, "compress_token_ids: got an empty"),
+        ({"compress_token_ids": [4, 4]}, ValueError, r"compress_token_ids: got \[4, 4\]"),
+        ({"suffix_ids": [-3]}, IndexError, "suffix_ids: got id -3"),
+        ({"bos_token_id": 999}, IndexError, "bos_token_id: got id 999"),
+        ({"attention": "varlen"}, ValueError, "attention: got 'varlen'"),
     ],
 )
 def test_encoder_construction_refuses(options, error, message):
@@ -382,25 +382,25 @@ def test_encoder_construction_refuses(options, error, message):
 
 
 @pytest.mark.parametrize(
-    ("z", "targets", "source", "error", "message"),
+    ("z", "targets", "z_index", "error", "message"),
     [
-        (some_z(1)[0], [[5]], None, ValueError, r"z: found shape \(3, 32\), allowed is \(B, K, D\)"),
-        (some_z(1)[..., :31], [[5]], None, ValueError, r"z: found shape \(1, 3, 31\).*D = 32"),
-        (some_z(1)[:, :0], [[5]], None, ValueError, r"z: found shape \(1, 0, 32\)"),
-        (some_z(1).long(), [[5]], None, TypeError, "z: found dtype torch.int64"),
-        (some_z(1).to("meta"), [[5]], None, ValueError, "z: found device meta, allowed is the decoder's, cpu"),
-        (some_z(2), [[5]], None, ValueError, "targets: found 1, allowed without source is one for each of 2 z"),
-        (some_z(2), [[5], []], None, ValueError, "targets: found an empty sequence at 1"),
-        (some_z(1), [[320]], None, IndexError, r"targets: found id 320 in sequence 0, allowed are 0\.\.319"),
-        (some_z(1), [[-100]], None, IndexError, "targets: found id -100"),
-        (some_z(1), [[5], [6]], [0], ValueError, "source: found 1, allowed is one for each of the 2 targets"),
-        (some_z(1), [[5], [6]], [0, 1], IndexError, r"source: found 0\.\.1, allowed are 0\.\.0"),
-        (some_z(1), [[5]], [-1], IndexError, "source: found -1"),
+        (some_z(1)[0], [[5]], None, ValueError, r"z: got shape \(3, 32\), expected \(B, K, D\)"),
+        (some_z(1)[..., :31], [[5]], None, ValueError, r"z: got shape \(1, 3, 31\).*D = 32"),
+        (some_z(1)[:, :0], [[5]], None, ValueError, r"z: got shape \(1, 0, 32\)"),
+        (some_z(1).long(), [[5]], None, TypeError, "z: got dtype torch.int64"),
+        (some_z(1).to("meta"), [[5]], None, ValueError, "z: got device meta, expected the decoder's, cpu"),
+        (some_z(2), [[5]], None, ValueError, "targets: got 1, expected one for each of 2 z"),
+        (some_z(2), [[5], []], None, ValueError, "targets: got an empty sequence at 1"),
+        (some_z(1), [[320]], None, IndexError, r"targets: got id 320 in sequence 0, expected 0\.\.319"),
+        (some_z(1), [[-100]], None, IndexError, "targets: got id -100"),
+        (some_z(1), [[5], [6]], [0], ValueError, "z_index: got 1, expected one for each of the 2 targets"),
+        (some_z(1), [[5], [6]], [0, 1], IndexError, r"z_index: got 0\.\.1, expected 0\.\.0"),
+        (some_z(1), [[5]], [-1], IndexError, "z_index: got -1"),
     ],
 )
-def test_decoder_refuses(z, targets, source, error, message):
+def test_decoder_refuses(z, targets, z_index, error, message):
     with pytest.raises(error, match=rf"^{message}"):
-        SHARED["decoder"].logprob(z, targets, source)
+        SHARED["decoder"].logprob(z, targets, z_index)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -409,16 +409,16 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
     with torch.no_grad():
         model.lm_head.weight[3, 3] = value
     for build in (Decoder, lambda m: Encoder(m, compress_token_ids=COMPRESS)):
-        with pytest.raises(ValueError, match=r"^model: found a non-finite value in lm_head\.weight"):
+        with pytest.raises(ValueError, match=r"^model: got a non-finite value in lm_head\.weight"):
             build(model)
 
 
 def test_decoder_construction_refuses():
-    with pytest.raises(ValueError, match=r"^z_scale: found 'rms', allowed are \('none', 'match'\)"):
-        Decoder(model_of("llama, tied"), z_scale="rms")
-    with pytest.raises(ValueError, match=r"^eos_token_id: found None"):
+    with pytest.raises(ValueError, match=r"^z_norm: got 'rms', expected \('none', 'match_rms'\)"):
+        Decoder(model_of("llama, tied"), z_norm="rms")
+    with pytest.raises(ValueError, match=r"^eos_token_id: got None"):
         Decoder(model_of("llama, tied", eos_token_id=None))
-    with pytest.raises(IndexError, match=r"^eos_token_id: found id 320"):
+    with pytest.raises(IndexError, match=r"^eos_token_id: got id 320"):
         Decoder(model_of("llama, tied"), eos_token_id=320)
     assert Decoder(model_of("llama, tied", eos_token_id=[9, 2])).eos_token_id == 9
 
@@ -426,13 +426,13 @@ def test_decoder_construction_refuses():
 def test_heads_that_are_not_a_plain_projection_are_refused():
     model = model_of("llama, untied")
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(ValueError, match=r"^model: found an lm_head of type Sequential"):
+    with pytest.raises(ValueError, match=r"^model: got an lm_head of type Sequential"):
         Decoder(model)
     model = model_of("llama, untied")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2 if output.shape[1] == 2 else output)
     calls = iter((1.0, 1.5))
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * next(calls))
-    with pytest.raises(ValueError, match=r"^model: found logits that are not"):
+    with pytest.raises(ValueError, match=r"^model: got logits that are not"):
         Decoder(model)
 
 
@@ -440,10 +440,10 @@ def test_heads_that_are_not_a_plain_projection_are_refused():
 def test_the_mean_is_over_the_tokens_of_each_target_with_its_eos():
     z, targets = some_z(4), texts(5, 1, 9, 3)
     sums = Decoder(model_of("llama, tied")).logprob(z, targets)
-    means = Decoder(model_of("llama, tied"), reduction="mean").logprob(z, targets)
+    means = Decoder(model_of("llama, tied"), logprob_reduction="mean").logprob(z, targets)
     close(means, sums / torch.tensor([6, 2, 10, 4]))
-    with pytest.raises(ValueError, match=r"^reduction: found 'max', allowed are \('sum', 'mean'\)"):
-        Decoder(model_of("llama, tied"), reduction="max")
+    with pytest.raises(ValueError, match=r"^logprob_reduction: got 'max', expected \('sum', 'mean'\)"):
+        Decoder(model_of("llama, tied"), logprob_reduction="max")
 
 
 @torch.no_grad()
@@ -454,7 +454,7 @@ def test_eos_and_a_bos_before_z_may_be_chosen(eos, bos):
     decoder = Decoder(model_of("llama, tied"), eos_token_id=eos, bos_token_id=bos[0] if bos else None)
     close(decoder.logprob(z, targets), expected)
     assert decoder.fit_max_target_length(K) == 253 - len(bos)
-    with pytest.raises(IndexError, match=r"^bos_token_id: found id 320"):
+    with pytest.raises(IndexError, match=r"^bos_token_id: got id 320"):
         Decoder(model_of("llama, tied"), bos_token_id=320)
 
 
@@ -465,7 +465,7 @@ def test_eos_and_a_bos_before_z_may_be_chosen(eos, bos):
 def stage2_loss(z, a, b, c):
     """Not a sum over texts or pairs in any of its terms."""
     e = text_embedding(z)
-    aligned = alignment_loss(a, b, c, reference="none", negatives="joint", temperature=0.7).loss
+    aligned = alignment_loss(a, b, c, ref_margin="none", negatives="joint", temperature=0.7).loss
     return aligned + info_nce(e[:4], e[4:], temperature=0.2) + 1e-3 * torch.cat([a, b]).logsumexp(0)
 
 
@@ -486,7 +486,7 @@ def step(encoder, decoder, encoder_budget=None, decoder_budget=None):
 )
 def test_the_gradient_does_not_depend_on_the_token_budgets(name, tolerance):
     encoder = encoder_of(name, own_compress_rows=True)
-    decoder = Decoder(model_of(name), z_scale="match", bos_token_id=BOS.get(name, 1))
+    decoder = Decoder(model_of(name), z_norm="match_rms", bos_token_id=BOS.get(name, 1))
     loss, wanted = step(encoder, decoder)
     assert max(g.abs().max() for g in wanted.values()) > 1e-3
     for budgets in [(25, 20), (1, None), (None, 1), (40, 1000)]:
@@ -558,7 +558,7 @@ def test_scores_without_a_graph_are_cut_too():
 
 
 def test_a_budget_below_one_token_is_refused():
-    with pytest.raises(ValueError, match=r"^token_budget: found 0, allowed is at least 1"):
+    with pytest.raises(ValueError, match=r"^token_budget: got 0, expected at least 1"):
         encoder_of("llama, tied")(texts(2), None, 0)
-    with pytest.raises(ValueError, match=r"^token_budget: found -3, allowed is at least 1"):
+    with pytest.raises(ValueError, match=r"^token_budget: got -3, expected at least 1"):
         Decoder(model_of("llama, tied")).logprob(some_z(1), texts(2), None, -3)

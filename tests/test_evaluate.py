@@ -65,7 +65,7 @@ def test_sts_embeds_each_text_once_and_ranks_by_cosine():
 @pytest.mark.parametrize("score", ["high", None, math.inf])
 def test_sts_scores_must_be_numbers(score, tmp_path):
     rows = [{"sentence1": "a", "sentence2": "b", "score": score}]
-    with pytest.raises(ValueError, match=r"^data: found .* as 'score' in row 0, allowed is a number"):
+    with pytest.raises(ValueError, match=r"^data: got .* as 'score' in row 0, expected a number"):
         load_sts(write_jsonl(tmp_path / "a.jsonl", rows))
 
 
@@ -112,7 +112,7 @@ def test_retrieval_takes_the_mean_over_queries_and_ties_in_corpus_order():
 
 
 @pytest.mark.parametrize(
-    ("qrels", "message"), [({"1": {"zz": 1}}, "found document 'zz'"), ({"1": {"a": 0}}, "found no relevant document")]
+    ("qrels", "message"), [({"1": {"zz": 1}}, "got document 'zz'"), ({"1": {"a": 0}}, "got no relevant document")]
 )
 def test_retrieval_refuses_relevance_that_means_nothing(qrels, message):
     with pytest.raises(ValueError, match=rf"^qrels: {message}"):
@@ -167,13 +167,13 @@ def test_embed_leaves_the_mode_of_the_encoder(encoder):
 
 
 def test_embed_refuses(encoder):
-    with pytest.raises(ValueError, match=r"^texts: found none"):
+    with pytest.raises(ValueError, match=r"^texts: got none"):
         embed(encoder, TOKENIZER, [])
-    with pytest.raises(ValueError, match=r"^texts: found an empty text in row 1"):
+    with pytest.raises(ValueError, match=r"^texts: got an empty text in row 1"):
         embed(encoder, TOKENIZER, ["the", ""])
-    with pytest.raises(ValueError, match=r"^max_length: found 257, allowed is at most 256"):
+    with pytest.raises(ValueError, match=r"^max_length: got 257, expected at most 256"):
         embed(encoder, TOKENIZER, ["the"], max_length=257)
-    with pytest.raises(ValueError, match=r"^max_length: found 5, allowed is at least"):
+    with pytest.raises(ValueError, match=r"^max_length: got 5, expected at least"):
         embed(encoder, TOKENIZER, ["the"], max_length=5)
 
 
@@ -200,5 +200,5 @@ def test_token_mean_in_batches_is_that_of_each_text_alone():
     wanted = F.normalize(torch.cat(alone), dim=-1)
     for budget in (1, 20, 4096):
         torch.testing.assert_close(token_mean(model, TOKENIZER, texts, token_budget=budget), wanted, rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match=r"^texts: found an empty text in row 1"):
+    with pytest.raises(ValueError, match=r"^texts: got an empty text in row 1"):
         token_mean(model, lambda text: {"input_ids": [3] if text else []}, ["a", ""])

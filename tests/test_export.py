@@ -150,7 +150,7 @@ def test_a_used_folder_is_kept_unless_told_otherwise(tmp_path):
     encoder = encoder_of()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
-    with pytest.raises(FileExistsError, match=r"^folder: found .*out' in use"):
+    with pytest.raises(FileExistsError, match=r"^folder: got .*out' in use"):
         export(encoder, TOKENIZER, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     export(encoder, TOKENIZER, tmp_path / "out", overwrite=True)
@@ -173,8 +173,8 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 257}, "max_length: found 257, allowed is at most 256"),
-        ({"max_length": 5}, "max_length: found 5, allowed is more than"),
+        ({"max_length": 257}, "max_length: got 257, expected at most 256"),
+        ({"max_length": 5}, "max_length: got 5, expected more than"),
     ],
 )
 def test_lengths_that_leave_no_room_are_refused(options, message, tmp_path):
@@ -184,7 +184,7 @@ def test_lengths_that_leave_no_room_are_refused(options, message, tmp_path):
 
 
 def test_slow_tokenizers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^tokenizer: found object, allowed is a fast tokenizer"):
+    with pytest.raises(ValueError, match=r"^tokenizer: got object, expected a fast tokenizer"):
         export(encoder_of(), object(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -45,8 +45,8 @@ class Golden:
         """a (B,), b (B,), c (B, M), in one pass."""
         b, m = len(self.queries), len(self.negatives[0])
         targets = self.positives * 2 + [n for row in self.negatives for n in row]
-        source = [*range(2 * b), *(i for i in range(b) for _ in range(m))]
-        a, b_, c = self.decoder.logprob(z, targets, source).split([b, b, b * m])
+        z_index = [*range(2 * b), *(i for i in range(b) for _ in range(m))]
+        a, b_, c = self.decoder.logprob(z, targets, z_index).split([b, b, b * m])
         return a, b_, c.view(b, m)
 
     def assert_gradients(self, prefix: str) -> None:

@@ -79,7 +79,7 @@ def test_it_is_refused(name, made, tmp_path, monkeypatch):
         CASES[name](tmp_path, made)
     message = str(error.value)
     system = isinstance(error.value, OSError) and error.value.errno is not None
-    assert system or re.match(r"\w+: found |impl=", message), f"{error.type.__name__}: {message}"
+    assert system or re.match(r"\w+: got |impl=", message), f"{error.type.__name__}: {message}"
     assert len(message) < 5000
     assert tree(made) == before
     left = [p for p in tmp_path.rglob("*") if p.name in ("model", "export", "ran", "summary.json", "metrics.jsonl")]
@@ -118,7 +118,7 @@ GOOD = {
         "target": torch.arange(3),
         "passage_ids": torch.arange(5),
     },
-    ops.take: lambda: {
+    ops.pool_last_k: lambda: {
         "hidden": torch.ones(9, 4),
         "cu_seqlens": torch.tensor([0, 4, 9]),
         "k": 3,
@@ -129,7 +129,7 @@ GOOD = {
         "embedding": torch.ones(7, 4),
         "ids": torch.arange(10) % 7,
         "cu_seqlens": torch.tensor([0, 4, 10]),
-        "source": torch.arange(2),
+        "z_index": torch.arange(2),
         "offset": 1,
     },
 }
@@ -145,7 +145,7 @@ TENSORS = {
     "empty": lambda x: x[:0],
 }
 # Fewer rows are fine where they only mean fewer of something.
-FINE = {("take", "index", "empty")}
+FINE = {("pool_last_k", "index", "empty")}
 
 
 def op_case(op, impl, name, changes):
@@ -173,14 +173,14 @@ VALUES = {
         "cu_seqlens": [torch.tensor(b) for b in BOUNDS.values()],
     },
     ops.info_nce: {"target": [torch.tensor([0, 1, i]) for i in (5, *IDS)]},
-    ops.take: {
+    ops.pool_last_k: {
         "index": [torch.tensor([0, i]) for i in (2, *IDS)],
         "cu_seqlens": [torch.tensor(b) for b in ([0, 5, 4], [1, 5, 9], [0, -4, 9], [0, 4, BIG], [0, 4, 8], [0, 2, 9])],
         "k": [0, -1, 5, 2**62, "x", 1.5, None],
     },
     ops.splice: {
         "ids": [torch.full((10,), i) for i in (7, *IDS)],
-        "source": [torch.tensor([0, i]) for i in (2, *IDS)],
+        "z_index": [torch.tensor([0, i]) for i in (2, *IDS)],
         "cu_seqlens": [
             torch.tensor(b) for b in ([0, 11, 10], [1, 5, 10], [0, -4, 10], [0, 4, BIG], [0, 4, 9], [0, 3, 10])
         ],
@@ -196,22 +196,22 @@ OPTIONS = {
     ops.linear_logprob: {
         "softcap": NUMBERS[:-1],
         "scale": NUMBERS[2:],
-        "gradient_rows": [-1, 5, "x", 1.5],
+        "num_grad_rows": [-1, 5, "x", 1.5],
         "impl": ["cuda", 3, None],
         "ignore_index": ["x", None],
     },
     ops.alignment_loss: {
         "beta": NUMBERS,
         "temperature": NUMBERS,
-        "reference": ["plus", 3, None],
+        "ref_margin": ["plus", 3, None],
         "negatives": ["all", 3, None],
         "impl": ["cuda", 3],
         "reference_positive": [None],
         "reference_negatives": [None],
     },
     ops.info_nce: {"temperature": NUMBERS, "impl": ["cuda", 3]},
-    ops.take: {"impl": ["cuda", 3, "native"]},
-    ops.splice: {"impl": ["cuda", 3, "native"], "embedding_scale": NUMBERS[2:]},
+    ops.pool_last_k: {"impl": ["cuda", 3, "cpp"]},
+    ops.splice: {"impl": ["cuda", 3, "cpp"], "embedding_scale": NUMBERS[2:]},
 }
 for _op, _arguments in OPTIONS.items():
     for _name, _values in _arguments.items():
@@ -267,7 +267,7 @@ for _name, _options in {
     "eos outside": {"eos_token_id": 999},
     "eos negative": {"eos_token_id": -1},
     "bos outside": {"bos_token_id": 999},
-    "z_scale": {"z_scale": "half"},
+    "z_norm": {"z_norm": "half"},
     "attention": {"attention": "fast"},
 }.items():
     case(f"Decoder: {_name}", lambda f, m, o=_options: Decoder(tiny_model(), **o))
@@ -280,8 +280,8 @@ for _name, _z in {
     "a list": [[1.0]],
 }.items():
     case(f"decoder z: {_name}", lambda f, m, z=_z: halves()[1].logprob(z, [[1]]))
-for _source in ([1], [-1], [BIG], [0, 0], ["a"], torch.ones(1)):
-    case(f"decoder source {_source}", lambda f, m, s=_source: halves()[1].logprob(torch.ones(1, 3, 32), [[1]], s))
+for _z_index in ([1], [-1], [BIG], [0, 0], ["a"], torch.ones(1)):
+    case(f"decoder z_index {_z_index}", lambda f, m, s=_z_index: halves()[1].logprob(torch.ones(1, 3, 32), [[1]], s))
 case("encoder: suffixes missing", lambda f, m: halves()[0]([[1], [2]], [[1]]))
 case("encoder: suffix outside", lambda f, m: halves()[0]([[1]], [[999]]))
 
@@ -458,8 +458,8 @@ for _what, _content in {
     "a date": b"stage: 2020-01-01\n",
     "keys that are numbers": b"1: 2\n",
     "a giant integer": b"stage: 1\nseed: " + b"9" * 5000 + b"\n",
-    "an infinite number of steps": {**FIELDS, "steps": float("inf")},
-    "negative steps": {**FIELDS, "steps": -1},
+    "an infinite number of steps": {**FIELDS, "max_steps": float("inf")},
+    "negative steps": {**FIELDS, "max_steps": -1},
     "seed above int64": {**FIELDS, "seed": 2**64},
     "unknown": {**FIELDS, "zzz": 1},
     "no model": {"stage": 1},
@@ -485,18 +485,18 @@ def trained():
 
 def forge(folder: Path, change) -> None:
     """A state whose manifest is in order, since whoever changed it wrote the manifest too; loaded afterwards."""
-    state = checkpoint.save_state(folder / "step-00000001", *trained(), 1, {})
+    state = checkpoint.save_checkpoint(folder / "step-00000001", *trained(), 1, {})
     change(state)
     names = [n for n in checkpoint._STATE_FILES if (state / n).is_file()]
     files = {n: [(state / n).stat().st_size, checkpoint._hash(state / n)] for n in names}
     (state / "manifest.json").write_text(checkpoint._manifest(files))
-    newest, skipped = checkpoint.newest_state(folder)
+    newest, skipped = checkpoint.latest_checkpoint(folder)
     if newest is None:
-        raise checkpoint.CheckpointError(f"resume: found {skipped[0]}")
+        raise checkpoint.CheckpointError(f"resume_from_checkpoint: got {skipped[0]}")
     model, optimizer = trained()
     before = checkpoint.weights_fingerprint(model)
     try:
-        checkpoint.load_state(newest, model, optimizer)
+        checkpoint.load_checkpoint(newest, model, optimizer)
     finally:
         assert checkpoint.weights_fingerprint(model) == before
 
@@ -596,13 +596,13 @@ for _what, _change in {
 
 def manifest_case(what: str, content) -> None:
     def call(folder, made):
-        state = checkpoint.save_state(folder / "step-00000001", *trained(), 1, {})
+        state = checkpoint.save_checkpoint(folder / "step-00000001", *trained(), 1, {})
         files = json.loads((state / "manifest.json").read_text())["files"]
         (state / "manifest.json").write_bytes(content(files, state) if callable(content) else content)
-        newest, skipped = checkpoint.newest_state(folder)
+        newest, skipped = checkpoint.latest_checkpoint(folder)
         assert newest is None
         assert not (folder / "ran").exists()
-        raise checkpoint.CheckpointError(f"resume: found {skipped[0]}")
+        raise checkpoint.CheckpointError(f"resume_from_checkpoint: got {skipped[0]}")
 
     case(f"manifest: {what}", call)
 
@@ -643,9 +643,9 @@ for _what, _content in {
 
 
 def link_case(folder, made):
-    checkpoint.save_state(folder / "elsewhere", *trained(), 1, {})
+    checkpoint.save_checkpoint(folder / "elsewhere", *trained(), 1, {})
     (folder / "step-00000001").symlink_to("elsewhere")
-    raise checkpoint.CheckpointError(f"resume: found {checkpoint.newest_state(folder)[1][0]}")
+    raise checkpoint.CheckpointError(f"resume_from_checkpoint: got {checkpoint.latest_checkpoint(folder)[1][0]}")
 
 
 case("state: a link in place of the folder", link_case)
@@ -733,7 +733,7 @@ for _what, _change in {
         case(f"model: {_what}", _call)
     else:
         model_case(_what, _change)
-for _source in (
+for _z_index in (
     "",
     "a\0b",
     "../../etc",
@@ -744,17 +744,17 @@ for _source in (
     "a b",
     "nobody/nothing",
 ):
-    model_case(f"named {_source[:20]!r}", lambda f: None, _source)
+    model_case(f"named {_z_index[:20]!r}", lambda f: None, _z_index)
 
 
 def reference_case(what: str, change) -> None:
     def call(folder, made):
         path, identity = folder / "r.safetensors", {"data": "a", "model": "b", "tokenizer": "c"}
-        checkpoint.save_reference(path, torch.ones(3), torch.ones(3, 2), identity)
+        checkpoint.save_ref_logps(path, torch.ones(3), torch.ones(3, 2), identity)
         change(path, identity)
-        checkpoint.load_reference(path, identity)
+        checkpoint.load_ref_logps(path, identity)
 
-    case(f"reference: {what}", call)
+    case(f"ref_logps: {what}", call)
 
 
 for _what, _content in HEADERS.items():
@@ -774,7 +774,7 @@ for _out in BLOCKED:
 
     def _call(folder, made, out=_out):
         fields = {"model": str(made / "lm"), "train_data": str(made / "one.jsonl"), "output_dir": out.format(made=made)}
-        train(Config(stage=1, steps=1, batch_size=2, precision="fp32", **fields))
+        train(Config(stage=1, max_steps=1, batch_size=2, precision="fp32", **fields))
 
     case(f"output_dir {_out[:24]}", _call)
     case(f"export to {_out[:24]}", lambda f, m, o=_out: export(halves()[0], TOKENIZER, o.format(made=m)))
@@ -799,7 +799,7 @@ COMMANDS = [
     "{run} --decoder {made}/none",
     "{run} --eval_data {made}/two.jsonl",
     "{run} --attention flash_attention_2",
-    "{run} --stage 2 --train_data {made}/two.jsonl --reference_file {made}/texts.txt",
+    "{run} --stage 2 --train_data {made}/two.jsonl --ref_logps_file {made}/texts.txt",
     "encode {made}/e --texts {made}/none --output e.safetensors",
     "encode {made}/e --texts {made} --output e.safetensors",
     "encode {made}/e --texts {made}/lm/model.safetensors --output e.safetensors",
@@ -846,7 +846,7 @@ def command_case(line: str) -> None:
             (x for x in found.getvalue().splitlines() if re.match(r"\w+(Error|Unavailable|Mismatch)?: ", x)),
             found.getvalue(),
         )
-        raise ValueError(f"command: found {printed}")
+        raise ValueError(f"command: got {printed}")
 
     case(f"command: {line.replace('{made}/', '')}"[:90], call)
 
@@ -868,12 +868,12 @@ CASES_NAMES.extend(CASES)
 )
 def test_any_bytes_are_rows_or_a_typed_error(content, name, tmp_path):
     (tmp_path / name).write_bytes(content)
-    message = "data: found rows"
+    message = "data: got rows"
     try:
         load("one", tmp_path / name)
     except TYPED as error:
         message = str(error)
-    assert message.startswith("data: found "), message
+    assert message.startswith("data: got "), message
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -881,11 +881,11 @@ def test_any_bytes_are_rows_or_a_typed_error(content, name, tmp_path):
 def test_any_bytes_in_a_state_are_refused(content, file, tmp_path):
     state = tmp_path / "step-00000001"
     if not state.exists():
-        checkpoint.save_state(state, *trained(), 1, {})
+        checkpoint.save_checkpoint(state, *trained(), 1, {})
     good = (state / file).read_bytes()
     (state / file).write_bytes(content)
     try:
-        assert checkpoint.newest_state(tmp_path)[0] is None or content == good
+        assert checkpoint.latest_checkpoint(tmp_path)[0] is None or content == good
     finally:
         (state / file).write_bytes(good)
 
@@ -899,12 +899,12 @@ values = st.recursive(
 @settings(max_examples=150, deadline=None)
 @given(field=st.sampled_from(list(Config.__dataclass_fields__)), value=values)
 def test_any_value_of_a_field_is_taken_or_named(field, value):
-    message = "all: found good"
+    message = "all: got good"
     try:
         Config(**{**FIELDS, field: value})
     except ValueError as error:
         message = str(error)
-    assert re.match(r"\w+: found ", message), message
+    assert re.match(r"\w+: got ", message), message
 
 
 @settings(max_examples=100, deadline=None)
@@ -913,7 +913,7 @@ def test_any_bounds_are_right_or_refused(bounds):
     x, weight, target = torch.ones(4, 8), torch.ones(9, 8), torch.arange(4)
     good = bounds[0] == 0 and bounds[-1] == 4 and bounds == sorted(bounds)
     for impl in ("torch", "reference"):
-        with contextlib.nullcontext() if good else pytest.raises(ValueError, match=r"^cu_seqlens: found"):
+        with contextlib.nullcontext() if good else pytest.raises(ValueError, match=r"^cu_seqlens: got"):
             found = ops.linear_logprob(x, weight, target, cu_seqlens=torch.tensor(bounds), impl=impl)
             assert found.shape == (len(bounds) - 1,)
 

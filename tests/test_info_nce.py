@@ -168,7 +168,7 @@ def test_no_query(impl, dtype, p):
     assert not gradients[1].any()
 
 
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "native"])
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "cpp"])
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_duplicates_of_the_positive_are_no_negatives_in_chunks_of_any_size(impl, rows, monkeypatch):
     skip_unless(impl, torch.float32)
@@ -192,10 +192,10 @@ def test_duplicates_of_the_positive_are_no_negatives_in_chunks_of_any_size(impl,
 
 
 def test_a_route_without_passage_ids_refuses_them():
-    skip_unless("native", torch.float32)
+    skip_unless("cpp", torch.float32)
     query, passages, _ = inputs_of(4, 6, 8, dtype=torch.float32)
-    with pytest.raises(ops.ImplUnavailable, match="'native' has no passage_ids, allowed are 'auto'"):
-        info_nce(query, passages, passage_ids=torch.arange(6, device=DEVICE), impl="native")
+    with pytest.raises(ops.ImplUnavailable, match="'cpp' has no passage_ids, expected 'auto'"):
+        info_nce(query, passages, passage_ids=torch.arange(6, device=DEVICE), impl="cpp")
     info_nce(query, passages, passage_ids=torch.arange(6, device=DEVICE), impl="auto")
 
 
@@ -218,7 +218,7 @@ def test_no_matrix_of_similarities(monkeypatch):
 def test_autocast_does_not_touch_it(impl):
     """Cosines are always computed in fp32: bf16's eps over the temperature is a tenth of a nat."""
     query, passages, _ = inputs_of(4, 6, 32, dtype=torch.float32)
-    for ids in (None, torch.tensor([0, 1, 2, 3, 0, 1], device=DEVICE))[: 1 if impl == "native" else 2]:
+    for ids in (None, torch.tensor([0, 1, 2, 3, 0, 1], device=DEVICE))[: 1 if impl == "cpp" else 2]:
         wanted, wanted_gradients = run(info_nce, query, passages, impl=impl, passage_ids=ids)
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             found, gradients = run(info_nce, query, passages, impl=impl, passage_ids=ids)
@@ -247,28 +247,28 @@ def test_compiles_whole_with_dynamic_sizes(impl, frozen):
 
 
 BAD = {
-    "query is a list": (TypeError, "query: found list", {"query": [[1.0]]}),
-    "integers": (TypeError, "passages: found dtype torch.int64", {"passages": torch.ones(5, 4).long()}),
-    "another dtype": (TypeError, "passages: found dtype torch.float64", {"passages": torch.ones(5, 4).double()}),
-    "elsewhere": (ValueError, "passages: found on meta", {"passages": torch.ones(5, 4, device="meta")}),
-    "query of one axis": (ValueError, r"query: found shape \(4,\)", {"query": torch.ones(4)}),
-    "another width": (ValueError, r"passages: found shape \(5, 3\)", {"passages": torch.ones(5, 3)}),
-    "fewer passages": (ValueError, "passages: found P = 2, .* B = 3", {"passages": torch.ones(2, 4)}),
+    "query is a list": (TypeError, "query: got list", {"query": [[1.0]]}),
+    "integers": (TypeError, "passages: got dtype torch.int64", {"passages": torch.ones(5, 4).long()}),
+    "another dtype": (TypeError, "passages: got dtype torch.float64", {"passages": torch.ones(5, 4).double()}),
+    "elsewhere": (ValueError, "passages: got on meta", {"passages": torch.ones(5, 4, device="meta")}),
+    "query of one axis": (ValueError, r"query: got shape \(4,\)", {"query": torch.ones(4)}),
+    "another width": (ValueError, r"passages: got shape \(5, 3\)", {"passages": torch.ones(5, 3)}),
+    "fewer passages": (ValueError, "passages: got P = 2, .* B = 3", {"passages": torch.ones(2, 4)}),
     "no passages": (
         ValueError,
-        "passages: found P = 0",
+        "passages: got P = 0",
         {"passages": torch.ones(0, 4).float(), "target": torch.zeros(3).long()},
     ),
-    "target too large": (IndexError, "target: found id 5 at row 1", {"target": torch.tensor([0, 5, 1])}),
-    "target −1": (IndexError, r"target: found id -1 at row 2, allowed are 0..4$", {"target": torch.tensor([0, 1, -1])}),
-    "target −100": (IndexError, "target: found id -100 at row 0", {"target": torch.tensor([-100, 1, 1])}),
-    "target of floats": (TypeError, "target: found dtype torch.float32", {"target": torch.ones(3)}),
-    "target is a list": (TypeError, "target: found list", {"target": [0, 1, 2]}),
-    "target of another length": (ValueError, r"target: found shape \(2,\)", {"target": torch.tensor([0, 1])}),
-    "target elsewhere": (ValueError, "target: found on meta", {"target": torch.zeros(3, device="meta").long()}),
-    "temperature 0": (ValueError, "temperature: found 0", {"temperature": 0}),
-    "temperature NaN": (ValueError, "temperature: found nan", {"temperature": math.nan}),
-    "unknown route": (ValueError, "impl: found 'cuda'", {"impl": "cuda"}),
+    "target too large": (IndexError, "target: got id 5 at row 1", {"target": torch.tensor([0, 5, 1])}),
+    "target −1": (IndexError, r"target: got id -1 at row 2, expected 0..4$", {"target": torch.tensor([0, 1, -1])}),
+    "target −100": (IndexError, "target: got id -100 at row 0", {"target": torch.tensor([-100, 1, 1])}),
+    "target of floats": (TypeError, "target: got dtype torch.float32", {"target": torch.ones(3)}),
+    "target is a list": (TypeError, "target: got list", {"target": [0, 1, 2]}),
+    "target of another length": (ValueError, r"target: got shape \(2,\)", {"target": torch.tensor([0, 1])}),
+    "target elsewhere": (ValueError, "target: got on meta", {"target": torch.zeros(3, device="meta").long()}),
+    "temperature 0": (ValueError, "temperature: got 0", {"temperature": 0}),
+    "temperature NaN": (ValueError, "temperature: got nan", {"temperature": math.nan}),
+    "unknown route": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
 }
 
 

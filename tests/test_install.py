@@ -80,7 +80,7 @@ expected = torch.log_softmax(hidden @ weight.T, -1).gather(1, target[:, None])[:
 assert torch.allclose(found, expected, atol=1e-5)
 assert hidden.grad.abs().max() > 0.1
 scores = [torch.randn(3, generator=generator) for _ in range(3)]
-assert alignment_loss(*scores, reference="none").loss > 0
+assert alignment_loss(*scores, ref_margin="none").loss > 0
 assert info_nce(hidden, hidden.detach() + 1) > 0
 try:
     autoregembed.Encoder

@@ -60,7 +60,7 @@ def test_alignment_loss():
     scores = tensors((4,), (4,), (4, 3), (4,), (4, 3))
     mask = torch.rand(4, 3) < 0.6
     scores[0].requires_grad_()
-    options = {"beta": 0.4, "temperature": 0.3, "reference": "subtract", "negatives": "joint", "impl": "torch"}
+    options = {"beta": 0.4, "temperature": 0.3, "ref_margin": "subtract", "negatives": "joint", "impl": "torch"}
     same(
         lambda: AlignmentLoss(**options)(*scores, mask),
         lambda: alignment_loss(*scores, negative_mask=mask, **options),
@@ -189,16 +189,16 @@ def test_generative_info_nce_module_and_defaults():
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"scores": torch.zeros(3)}, ValueError, r"scores: found shape \(3,\), allowed is \(B, P\)"),
-        ({"scores": torch.zeros(3, 2)}, ValueError, "scores: found P = 2, allowed without a target is P ≥ B = 3"),
-        ({"scores": torch.zeros(3, 5, dtype=torch.int64)}, TypeError, "scores: found dtype torch.int64"),
-        ({"temperature": 0.0}, ValueError, "temperature: found 0.0, allowed is a positive finite number"),
-        ({"target": torch.tensor([0, 5, 1])}, IndexError, "target: found id 5 at row 1, allowed are 0..4"),
-        ({"target": torch.tensor([0, 1])}, ValueError, r"target: found shape \(2,\), allowed is \(B,\) = \(3\)"),
-        ({"num_tokens": torch.tensor([1, 2, 0, 1, 1])}, ValueError, "num_tokens: found 0, allowed is at least 1"),
-        ({"num_tokens": torch.ones(5)}, TypeError, "num_tokens: found dtype torch.float32"),
-        ({"mask": torch.zeros(3, 5, dtype=torch.bool)}, ValueError, "mask: found False for the positive of row 0"),
-        ({"passage_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, r"passage_ids: found shape \(4,\)"),
+        ({"scores": torch.zeros(3)}, ValueError, r"scores: got shape \(3,\), expected \(B, P\)"),
+        ({"scores": torch.zeros(3, 2)}, ValueError, "scores: got P = 2, expected P ≥ B = 3"),
+        ({"scores": torch.zeros(3, 5, dtype=torch.int64)}, TypeError, "scores: got dtype torch.int64"),
+        ({"temperature": 0.0}, ValueError, "temperature: got 0.0, expected a positive finite number"),
+        ({"target": torch.tensor([0, 5, 1])}, IndexError, "target: got id 5 at row 1, expected 0..4"),
+        ({"target": torch.tensor([0, 1])}, ValueError, r"target: got shape \(2,\), expected \(B,\) = \(3\)"),
+        ({"num_tokens": torch.tensor([1, 2, 0, 1, 1])}, ValueError, "num_tokens: got 0, expected at least 1"),
+        ({"num_tokens": torch.ones(5)}, TypeError, "num_tokens: got dtype torch.float32"),
+        ({"mask": torch.zeros(3, 5, dtype=torch.bool)}, ValueError, "mask: got False for the positive of row 0"),
+        ({"passage_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, r"passage_ids: got shape \(4,\)"),
     ],
 )
 def test_generative_info_nce_refuses(changed, error, message):

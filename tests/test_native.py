@@ -157,7 +157,7 @@ def test_bf16_gradient_is_the_fp32_one_rounded_to_nearest(level):
         e = {store: logits.clone() for store in ("fp32", "bf16")}
         for store, z in e.items():
             state = torch_route.State.start(len(z), z.device)
-            native.epilogue(z, target, None, softcap, 1.0, store, *state, torch.empty_like(state.top), 1)
+            native.epilogue(z, target, None, softcap, 1.0, store, *state, torch.empty_like(state.running_max), 1)
         assert torch.equal(e["bf16"].view(torch.bfloat16)[:, :v], e["fp32"].bfloat16())
 
 
@@ -168,14 +168,14 @@ def test_a_bound_stays_until_a_logit_is_far_above_it(level):
         rescale = torch.empty(1, dtype=torch.float64)
         block, target = value.expand(1, 64).clone(), torch.tensor([-1])
         native.epilogue(block, target, None, None, 1.0, "fp32", *state, rescale, 1)
-        seen.append((state.top.item(), rescale.item()))
+        seen.append((state.running_max.item(), rescale.item()))
     assert seen == [(1.0, 0.0), (1.0, 1.0), (10.0, math.exp(-9))]
-    lse = state.top + state.rest.log()
+    lse = state.running_max + state.running_sumexp.log()
     torch.testing.assert_close(lse, values.double().repeat_interleave(64).logsumexp(0)[None], rtol=1e-6, atol=0)
 
 
 def test_certain_target_keeps_its_gradient(level):
-    """1 − p far below eps: as rest / s, never as a difference with 1."""
+    """1 − p far below eps: as running_sumexp / s, never as a difference with 1."""
     logits = torch.full((1, 5000), -30.0)
     logits[0, 4321] = 0.0
     _, gradient = epilogue(logits, torch.tensor([4321]))
@@ -224,7 +224,7 @@ def test_head_accurate(level, dtype, trainable, monkeypatch):
     target[3], target[22] = -100, -100
     upstream = torch.randn(23)
     results = []
-    for work, impl in ((dtype, "native"), (torch.float32, "reference"), (torch.float64, "reference")):
+    for work, impl in ((dtype, "cpp"), (torch.float32, "reference"), (torch.float64, "reference")):
         h, w = hidden.to(work, copy=True).requires_grad_(), weight.to(work, copy=True).requires_grad_(trainable)
         logprob = linear_logprob(h, w, target, bias=bias.to(work), softcap=20.0, scale=0.5, impl=impl)
         logprob.backward(upstream.to(logprob.dtype))
@@ -245,18 +245,18 @@ def test_unaligned_and_strided_inputs_change_nothing():
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(9, 17), torch.randn(333, 17), torch.randn(333)
     target = torch.randint(333, (9,))
-    wanted = linear_logprob(hidden, weight, target, bias=bias, impl="native")
+    wanted = linear_logprob(hidden, weight, target, bias=bias, impl="cpp")
     unaligned = torch.empty(334)[1:].copy_(bias)
     found = linear_logprob(
         torch.randn(9, 40)[:, 5:39:2].copy_(hidden),
         torch.empty(17, 333).T.copy_(weight),
         torch.empty(18, dtype=torch.int64)[::2].copy_(target),
         bias=torch.empty(999)[::3].copy_(bias),
-        impl="native",
+        impl="cpp",
     )
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-5)
-    assert torch.equal(linear_logprob(hidden, weight, target, bias=unaligned, impl="native"), wanted)
-    assert torch.equal(linear_logprob(hidden, weight, target.int(), bias=bias, impl="native"), wanted)
+    assert torch.equal(linear_logprob(hidden, weight, target, bias=unaligned, impl="cpp"), wanted)
+    assert torch.equal(linear_logprob(hidden, weight, target.int(), bias=bias, impl="cpp"), wanted)
 
 
 @pytest.mark.parametrize("offset", [1, 3])
@@ -268,7 +268,7 @@ def test_rows_apart_and_off_alignment_stay_apart(level, offset):
         memory = torch.full((4, 150), 7.0)
         z = memory[:, offset : offset + 131].copy_(logits)
         state = torch_route.State.start(4, z.device)
-        native.epilogue(z, target, None, None, 1.0, store, *state, torch.empty_like(state.top), 1)
+        native.epilogue(z, target, None, None, 1.0, store, *state, torch.empty_like(state.running_max), 1)
         assert torch.equal(state.finish(None, 1.0)[0].float(), epilogue(logits, target)[0])
         assert (memory[:, :offset] == 7).all()
         assert (memory[:, offset + 131 :] == 7).all()
@@ -282,8 +282,8 @@ def arguments(**changes):
         "softcap",
         "scale",
         "store",
-        "top",
-        "rest",
+        "running_max",
+        "running_sumexp",
         "target_logit",
         "rescale",
         "threads",
@@ -296,18 +296,18 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"logits": torch.zeros(8, 2).T}, ValueError, "logits: found strided rows"),
-        ({"logits": torch.zeros(1, 8).expand(2, 8)}, ValueError, "logits: found rows that overlap"),
-        ({"logits": torch.zeros(2, 0)}, ValueError, "logits: found no column"),
+        ({"logits": torch.zeros(8, 2).T}, ValueError, "logits: got strided rows"),
+        ({"logits": torch.zeros(1, 8).expand(2, 8)}, ValueError, "logits: got rows that overlap"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "logits: got no column"),
         ({"logits": torch.zeros(2, 8).double()}, TypeError, "incompatible"),
-        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, "target: found 3 numbers, allowed are 2"),
-        ({"target": torch.zeros(4, dtype=torch.int64)[::2]}, ValueError, "target: found a strided array"),
-        ({"bias": torch.zeros(7)}, ValueError, "bias: found 7 numbers, allowed are 8"),
-        ({"rest": torch.zeros(4).double()[::2]}, ValueError, "rest: found a strided array"),
-        ({"top": torch.zeros(3).double()}, ValueError, "top: found 3 numbers, allowed are 2"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, "target: got 3 numbers, expected 2"),
+        ({"target": torch.zeros(4, dtype=torch.int64)[::2]}, ValueError, "target: got a strided array"),
+        ({"bias": torch.zeros(7)}, ValueError, "bias: got 7 numbers, expected 8"),
+        ({"running_sumexp": torch.zeros(4).double()[::2]}, ValueError, "running_sumexp: got a strided array"),
+        ({"running_max": torch.zeros(3).double()}, ValueError, "running_max: got 3 numbers, expected 2"),
         ({"rescale": torch.zeros(2)}, TypeError, "incompatible"),
         ({"softcap": -1.0}, ValueError, "softcap"),
-        ({"store": "fp8"}, ValueError, "store: found 'fp8'"),
+        ({"store": "fp8"}, ValueError, "store: got 'fp8'"),
     ],
 )
 def test_kernel_refuses(changes, error, message):
@@ -316,7 +316,7 @@ def test_kernel_refuses(changes, error, message):
 
 
 def test_unknown_level_is_refused():
-    with pytest.raises(ValueError, match="level: found 'avx10'"):
+    with pytest.raises(ValueError, match="level: got 'avx10'"):
         native.set_level("avx10")
 
 
@@ -400,7 +400,7 @@ class _Scores(Dataset):
     def __getitem__(self, i):
         generator = torch.Generator().manual_seed(i)
         hidden, weight = torch.randn(8, 16, generator=generator), torch.randn(300, 16, generator=generator)
-        return linear_logprob(hidden, weight, torch.arange(8), impl="native")
+        return linear_logprob(hidden, weight, torch.arange(8), impl="cpp")
 
 
 def test_works_in_data_loader_workers():
@@ -428,10 +428,10 @@ def test_auto_takes_native_on_a_cpu(monkeypatch):
 def test_explicit_native_raises_where_it_cannot_run():
     hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ImplUnavailable, match="float64"):
-        linear_logprob(hidden.double(), weight.double(), target, impl="native")
+        linear_logprob(hidden.double(), weight.double(), target, impl="cpp")
     with pytest.raises(ImplUnavailable, match="no such kernel"):
-        ops.alignment_loss(*torch.zeros(3, 2), reference="none", impl="native")
-    assert "CPU" in ops.available_impls("cuda")["native"]
+        ops.alignment_loss(*torch.zeros(3, 2), ref_margin="none", impl="cpp")
+    assert "CPU" in ops.available_impls("cuda")["cpp"]
 
 
 def test_failed_build_leaves_its_reason(tmp_path):
@@ -456,7 +456,7 @@ def test_failed_build_leaves_its_reason(tmp_path):
 import sys
 sys.meta_path[:] = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
 from autoregembed import ops
-print(ops.available_impls()["native"])
+print(ops.available_impls()["cpp"])
 """
     state = python("-c", script)
     assert state.stdout.strip() == "not built: cmake cannot be run: No such file or directory", state.stderr

@@ -23,7 +23,7 @@ lengths = st.lists(st.integers(1, 9), min_size=1, max_size=8)
 def test_pack_sorts_by_length_and_says_where_everything_went(sizes):
     sequences = [[10 * i + j for j in range(n)] for i, n in enumerate(sizes)]
     packed = pack(sequences)
-    order, rank, cu = packed.order.tolist(), packed.rank.tolist(), packed.cu_seqlens.tolist()
+    order, rank, cu = packed.sort_index.tolist(), packed.unsort_index.tolist(), packed.cu_seqlens.tolist()
     assert packed.cu_seqlens.dtype == torch.int32
     assert sorted(order) == list(range(len(sizes)))
     assert [order[r] for r in rank] == list(range(len(sizes)))
@@ -37,16 +37,16 @@ def test_pack_sorts_by_length_and_says_where_everything_went(sizes):
     assert equal == sorted(equal), "equal lengths keep the caller's order"
 
 
-@pytest.mark.parametrize(("sequences", "message"), [([], "found none"), ([[1], []], "empty one at 1")])
+@pytest.mark.parametrize(("sequences", "message"), [([], "got none"), ([[1], []], "empty one at 1")])
 def test_pack_refuses_what_has_no_tokens(sequences, message):
     with pytest.raises(ValueError, match=rf"^sequences: .*{message}"):
         pack(sequences)
 
 
 def test_check_ids_names_the_place():
-    with pytest.raises(IndexError, match=r"^mine: found id 7 in sequence 1, allowed are 0\.\.6"):
+    with pytest.raises(IndexError, match=r"^mine: got id 7 in sequence 1, expected 0\.\.6"):
         check_ids("mine", [[0, 6], [7]], 7)
-    with pytest.raises(IndexError, match="found id -1 in sequence 0"):
+    with pytest.raises(IndexError, match="got id -1 in sequence 0"):
         check_ids("mine", [[-1, 9]], 7)
     with pytest.raises(ValueError, match="empty sequence at 1"):
         check_ids("mine", [[1], []], 7)
@@ -83,7 +83,7 @@ def test_a_pack_gives_what_each_text_gives_alone(name):
     hidden = run_packed(base_model(model), packed, input_ids=packed.ids[None])
     # Transformers' eager softmax, which models with a softcap take, is in float32 even for float64 models.
     tolerance = 1e-5 if "softcap" in name else 1e-10
-    for rank, expected in zip(packed.rank.tolist(), alone, strict=True):
+    for rank, expected in zip(packed.unsort_index.tolist(), alone, strict=True):
         rows = slice(int(packed.cu_seqlens[rank]), int(packed.cu_seqlens[rank + 1]))
         torch.testing.assert_close(hidden[rows], expected, rtol=0, atol=tolerance)
 
@@ -129,7 +129,7 @@ def test_gradients_flow_through_the_pack_as_through_each_text_alone():
     model.zero_grad()
     alone = attention_model("softcap, sliding window")
     for i, s in enumerate(sequences):
-        rank = int(packed.rank[i])
+        rank = int(packed.unsort_index[i])
         rows = upstream[packed.cu_seqlens[rank] : packed.cu_seqlens[rank + 1]]
         (base_model(alone)(input_ids=torch.tensor([s])).last_hidden_state[0] * rows).sum().backward()
     for name, parameter in alone.named_parameters():
@@ -139,12 +139,12 @@ def test_gradients_flow_through_the_pack_as_through_each_text_alone():
 def test_an_explicit_route_that_cannot_run_says_why():
     model = tiny_model()
     for route in ("varlen", "flash_attention_2"):
-        with pytest.raises(ValueError, match=rf"^attention: found '{route}'.*needs CUDA and 16 bits"):
+        with pytest.raises(ValueError, match=rf"^attention: got '{route}'.*needs CUDA and 16 bits"):
             use_packed_attention(model, route)
-    with pytest.raises(ValueError, match=r"^attention: found 'spda', allowed are 'auto', .*'sdpa'"):
+    with pytest.raises(ValueError, match=r"^attention: got 'spda', expected 'auto', .*'sdpa'"):
         use_packed_attention(model, "spda")
     assert model.config._attn_implementation == "sdpa"
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"found cpu and torch\.bfloat16"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"got cpu and torch\.bfloat16"):
         use_packed_attention(model, "varlen")
     routes = attention_routes(torch.device("cuda"), torch.float32)
     assert routes["sdpa"] == "ok"
@@ -154,7 +154,7 @@ def test_an_explicit_route_that_cannot_run_says_why():
 def test_the_rounding_of_autocast_is_no_leak_between_texts_and_a_leak_is_one_still():
     with torch.autocast("cpu", torch.bfloat16):
         assert use_packed_attention(tiny_model(initializer_range=0.3)) == "sdpa"
-        with pytest.raises(ValueError, match=r"^model: found \w+, whose hidden states in a pack"):
+        with pytest.raises(ValueError, match=r"^model: got \w+, whose hidden states in a pack"):
             use_packed_attention(tiny_model("bloom"))
 
 
@@ -162,7 +162,7 @@ def test_the_rounding_of_autocast_is_no_leak_between_texts_and_a_leak_is_one_sti
 def test_models_that_would_mix_the_texts_of_a_pack_are_refused_and_left_as_they_were(architecture):
     model = tiny_model(architecture)
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match=r"^model: found \w+, whose hidden states in a pack"):
+    with pytest.raises(ValueError, match=r"^model: got \w+, whose hidden states in a pack"):
         use_packed_attention(model)
     assert model.config._attn_implementation == before
 
@@ -176,7 +176,7 @@ def test_models_that_would_mix_the_texts_of_a_pack_are_refused_and_left_as_they_
     ],
 )
 def test_recurrent_and_convolutional_layers_are_refused(architecture, options, message):
-    with pytest.raises(ValueError, match=rf"^model: found .*{message}"):
+    with pytest.raises(ValueError, match=rf"^model: got .*{message}"):
         use_packed_attention(tiny_model(architecture, **options))
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from autoregembed import Decoder, Encoder, alignment_loss, compression_loss
-from autoregembed.bench.peers.released import Released
+from autoregembed.bench.baselines.released import Released
 from autoregembed.objective import alignment_scores
 from autoregembed.testing import tiny_model
 

@@ -51,19 +51,19 @@ def torn(config, quiet, monkeypatch, step: int):
         interrupt_after(step, patch)
         with pytest.raises(MemoryError):
             train(config, quiet)
-    config.resume = "auto"
+    config.resume_from_checkpoint = True
 
 
-STAGE2 = {"stage": 2, "contrastive_weight": 0.5, "steps": 5}
+STAGE2 = {"stage": 2, "contrastive_weight": 0.5, "max_steps": 5}
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"stage": 1, "scheduler": "constant"},
+        {"stage": 1, "lr_scheduler_type": "constant"},
         {**STAGE2, "warmup_steps": 4},
         {**STAGE2, "token_budget": 90, "hard_negatives": True, "lora_rank": 2},
-        {"stage": 1, "streaming": True, "freeze": ["embed_tokens"], "calibrate": True},
+        {"stage": 1, "streaming": True, "freeze": ["embed_tokens"], "init_output_rms": True},
     ],
 )
 def test_a_torn_run_ends_in_the_bits_of_a_whole_one(
@@ -71,7 +71,7 @@ def test_a_torn_run_ends_in_the_bits_of_a_whole_one(
 ):
     file = compression_file if options["stage"] == 1 else alignment_file
     make = stage1 if options["stage"] == 1 else stage2
-    options = {"steps": 5, "save_steps": 2, "batch_size": 7, **options}
+    options = {"max_steps": 5, "save_steps": 2, "batch_size": 7, **options}
     train(make(model_folder, file, tmp_path / "whole", **options), quiet)
     config = make(model_folder, file, tmp_path / "torn", **options)
     torn(config, quiet, monkeypatch, 3)
@@ -91,7 +91,7 @@ def test_dropout_draws_the_same_numbers_after_a_resume(compression_file, model_f
     model, tokenizer, _ = checkpoint.load_causal_lm(model_folder)
     model.config.attention_dropout = 0.3
     checkpoint.save_model(tmp_path / "lm", model, tokenizer, {})
-    options = {"steps": 4, "save_steps": 2}
+    options = {"max_steps": 4, "save_steps": 2}
     train(stage1(str(tmp_path / "lm"), compression_file, tmp_path / "whole", **options), quiet)
     config = stage1(str(tmp_path / "lm"), compression_file, tmp_path / "torn", **options)
     torn(config, quiet, monkeypatch, 3)
@@ -106,7 +106,7 @@ def test_a_damaged_state_is_skipped_aloud_and_the_one_before_is_taken(
     from rich.console import Console
 
     console = Console(width=1000)
-    options = {"steps": 6, "save_steps": 2, "keep_states": 3}
+    options = {"max_steps": 6, "save_steps": 2, "save_total_limit": 3}
     train(stage1(model_folder, compression_file, tmp_path / "whole", **options), console)
     config = stage1(model_folder, compression_file, tmp_path / "torn", **options)
     torn(config, console, monkeypatch, 5)
@@ -115,31 +115,29 @@ def test_a_damaged_state_is_skipped_aloud_and_the_one_before_is_taken(
     capsys.readouterr()
     train(config, console)
     printed = capsys.readouterr().out
-    assert "resume: skipped step-00000004: trainable.safetensors is damaged" in printed
-    assert "resume: step-00000002" in printed
+    assert "resume_from_checkpoint: skipped step-00000004: trainable.safetensors is damaged" in printed
+    assert "resume_from_checkpoint: step-00000002" in printed
     assert_same_run(tmp_path / "whole", tmp_path / "torn")
     states = [p.name for p in sorted((tmp_path / "torn" / "checkpoints").iterdir())]
     assert states == ["step-00000002", "step-00000004", "step-00000006"]
 
 
 def test_a_finished_run_stays_as_it_is(model_folder, compression_file, tmp_path, quiet):
-    config = stage1(model_folder, compression_file, tmp_path / "out", steps=3, save_steps=1)
+    config = stage1(model_folder, compression_file, tmp_path / "out", max_steps=3, save_steps=1)
     summary = train(config, quiet)
     assert sorted(p.name for p in (tmp_path / "out" / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    config.resume = "auto"
+    config.resume_from_checkpoint = True
     assert train(config, quiet) == summary
-    config.resume = "none"
-    with pytest.raises(
-        FileExistsError, match=r"^output_dir: found training states of an earlier run in .*resume: auto"
-    ):
+    config.resume_from_checkpoint = False
+    with pytest.raises(FileExistsError, match=r"^output_dir: got checkpoints of an earlier run in .*resume_from_checkpoint: true"):
         train(config, quiet)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == stamps
     # One that was killed between its last state and its export is exported.
     model = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
     (tmp_path / "out" / "summary.json").unlink()
     shutil.rmtree(tmp_path / "out" / "model")
-    config.resume = "auto"
+    config.resume_from_checkpoint = True
     again = train(config, quiet)
     assert {**again, "train_seconds": 0} == {**summary, "train_seconds": 0}
     assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == model
@@ -153,7 +151,7 @@ def stopped(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped")
     rows = [{"context": sentence(i, 5), "output": sentence(i, 5)} for i in range(16)]
     file = write_jsonl(folder / "rows.jsonl", rows)
-    config = stage1(model_folder, file, folder / "out", steps=4, save_steps=2)
+    config = stage1(model_folder, file, folder / "out", max_steps=4, save_steps=2)
     with pytest.MonkeyPatch.context() as patch:
         torn(config, Console(quiet=True), patch, 3)
     return folder, vars(config)
@@ -164,12 +162,12 @@ CHANGES = {
     "seed": 1,
     "learning_rate": 2e-3,
     "compress_learning_rate": 1e-3,
-    "scheduler": "linear",
+    "lr_scheduler_type": "linear",
     "warmup_steps": 1,
     "weight_decay": 0.1,
     "adam_beta2": 0.99,
     "max_grad_norm": 2.0,
-    "steps": 5,
+    "max_steps": 5,
     "instruction": "Other:",
     "max_length": 99,
     "max_target_length": 99,
@@ -177,9 +175,9 @@ CHANGES = {
     "precision": "bf16",
     "freeze": ["norm"],
     "lora_rank": 2,
-    "z_scale": "match",
-    "decoder_bos": True,
-    "calibrate": True,
+    "z_norm": "match_rms",
+    "decoder_add_bos": True,
+    "init_output_rms": True,
     "stage": 2,
 }
 
@@ -204,11 +202,11 @@ def test_a_run_is_not_resumed_as_another(field, stopped, tmp_path, quiet):
         rows = [{"query": sentence(i, 5), "pos": sentence(i, 4), "neg": [sentence(i, 3)]} for i in range(16)]
         changed["train_data"] = write_jsonl(tmp_path / "two.jsonl", rows)
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in (folder / "out").rglob("*")}
-    with pytest.raises((checkpoint.CheckpointError, ConfigError), match=rf"^{field}: found .*allowed is") as error:
+    with pytest.raises((checkpoint.CheckpointError, ConfigError), match=rf"^{field}: got .*expected ") as error:
         train(train_module.Config(**changed), quiet)
     if field in CHANGES:
-        assert f"found {CHANGES[field]!r}" in str(error.value)
-        assert f"allowed is {fields[field]!r}" in str(error.value)
+        assert f"got {CHANGES[field]!r}" in str(error.value)
+        assert f"expected {fields[field]!r}" in str(error.value)
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in (folder / "out").rglob("*")} == before
 
 
@@ -220,14 +218,16 @@ def test_places_and_what_is_written_when_may_change(stopped, tmp_path, quiet):
     shutil.copy(fields["train_data"], tmp_path / "moved.jsonl")
     train(train_module.Config(**{**fields, "output_dir": str(tmp_path / "one")}), quiet)
     places = {"model": str(tmp_path / "lm"), "train_data": str(tmp_path / "moved.jsonl"), "save_steps": 1}
-    train(train_module.Config(**{**fields, "output_dir": str(tmp_path / "two"), **places, "keep_states": 5}), quiet)
+    train(
+        train_module.Config(**{**fields, "output_dir": str(tmp_path / "two"), **places, "save_total_limit": 5}), quiet
+    )
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert len(list((tmp_path / "two" / "checkpoints").iterdir())) == 3
 
 
 def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(model_folder, compression_file, tmp_path, quiet):
-    config = stage1(model_folder, compression_file, tmp_path / "out", steps=1)
-    config.resume = "auto"
+    config = stage1(model_folder, compression_file, tmp_path / "out", max_steps=1)
+    config.resume_from_checkpoint = True
     train(config, quiet)
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
     other = subprocess.Popen(
@@ -235,7 +235,7 @@ def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(model_fol
     )
     try:
         other.stdout.readline()
-        with pytest.raises(ConfigError, match=r"^output_dir: found .*another run is writing"):
+        with pytest.raises(ConfigError, match=r"^output_dir: got .*another run is writing"):
             train(config, quiet)
     finally:
         other.kill()
@@ -244,29 +244,33 @@ def test_a_second_run_into_a_folder_is_refused_until_the_first_is_gone(model_fol
 
 
 def test_a_constant_schedule_can_be_made_longer(model_folder, compression_file, tmp_path, quiet):
-    options = {"scheduler": "constant", "save_steps": 1}
-    train(stage1(model_folder, compression_file, tmp_path / "whole", steps=4, **options), quiet)
-    train(stage1(model_folder, compression_file, tmp_path / "parts", steps=2, **options), quiet)
-    longer = stage1(model_folder, compression_file, tmp_path / "parts", steps=4, resume="auto", **options)
+    options = {"lr_scheduler_type": "constant", "save_steps": 1}
+    train(stage1(model_folder, compression_file, tmp_path / "whole", max_steps=4, **options), quiet)
+    train(stage1(model_folder, compression_file, tmp_path / "parts", max_steps=2, **options), quiet)
+    longer = stage1(
+        model_folder, compression_file, tmp_path / "parts", max_steps=4, resume_from_checkpoint=True, **options
+    )
     train(longer, quiet)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    longer.steps = 3
-    with pytest.raises(ConfigError, match=r"^steps: found 3, allowed is at least 4"):
+    longer.max_steps = 3
+    with pytest.raises(ConfigError, match=r"^max_steps: got 3, expected at least 4"):
         train(longer, quiet)
 
 
 def test_the_best_evaluation_is_kept(model_folder, compression_file, sts_file, tmp_path, quiet, monkeypatch):
     scores = iter([0.9, 0.1, 0.5, 0.5, 0.3])
     monkeypatch.setattr(train_module, "sts", lambda *_: {"spearman": next(scores)})
-    options = {"scheduler": "constant", "eval_data": sts_file}
-    config = stage1(model_folder, compression_file, tmp_path / "out", steps=4, eval_steps=1, save_best=True, **options)
+    options = {"lr_scheduler_type": "constant", "eval_data": sts_file}
+    config = stage1(
+        model_folder, compression_file, tmp_path / "out", max_steps=4, eval_steps=1, save_best=True, **options
+    )
     summary = train(config, quiet)
     assert (summary["best_step"], summary["best"]) == (2, str(tmp_path / "out" / "best"))
     scores = iter([0.9, 0.1])
-    train(stage1(model_folder, compression_file, tmp_path / "two", steps=2, **options), quiet)
+    train(stage1(model_folder, compression_file, tmp_path / "two", max_steps=2, **options), quiet)
     best, wanted = (load_file(tmp_path / n / "model.safetensors") for n in ("out/best", "two/export"))
     assert all(torch.equal(best[n], wanted[n]) for n in wanted)
-    with pytest.raises(ConfigError, match=r"^save_best: found True"):
+    with pytest.raises(ConfigError, match=r"^save_best: got True"):
         stage1(model_folder, compression_file, tmp_path / "out", save_best=True)
 
 
@@ -310,7 +314,7 @@ def test_a_step_that_is_not_finite_stops_before_it_updates(
     assert (row["step"], row["action"], row["rows"]) == (3, "stop", data.drawn(24, 16, 8, config.seed))
     assert row["loss" if where == "loss" else "grad_norm"] in ("nan", "inf")
     # Nothing of it reached the parameters: once the cause is gone, the run goes on as if it had never been.
-    config.resume = "auto"
+    config.resume_from_checkpoint = True
     train(config, quiet)
     train(stage1(model_folder, compression_file, tmp_path / "whole", save_steps=1), quiet)
     assert_same_run(tmp_path / "whole", tmp_path / "out")
@@ -321,7 +325,7 @@ def test_a_step_that_is_not_finite_stops_before_it_updates(
 def test_skipped_steps_change_nothing_but_the_place_in_schedule_and_data(
     where, model_folder, compression_file, tmp_path, quiet, monkeypatch
 ):
-    options = {"on_nonfinite": "skip", "save_steps": 1, "keep_states": 9, "steps": 5}
+    options = {"on_nonfinite": "skip", "save_steps": 1, "save_total_limit": 9, "max_steps": 5}
     config = stage1(model_folder, compression_file, tmp_path / "out", **options)
     with monkeypatch.context() as patch:
         if "scaling" in where:
@@ -338,7 +342,7 @@ def test_skipped_steps_change_nothing_but_the_place_in_schedule_and_data(
     rows = log(tmp_path / "out")
     assert [r["updated"] for r in rows] == [True, False, True, False, True]
     assert rows[1]["grad_norm" if where == "gradient" else "loss"] is None
-    train(stage1(model_folder, compression_file, tmp_path / "whole", steps=5), quiet)
+    train(stage1(model_folder, compression_file, tmp_path / "whole", max_steps=5), quiet)
     assert [r["lr"] for r in rows] == [r["lr"] for r in log(tmp_path / "whole")]
     written = [json.loads(line) for line in (tmp_path / "out" / "nonfinite.jsonl").read_text().splitlines()]
     assert [(w["step"], w["action"]) for w in written] == [(2, "skip"), (4, "skip")]
@@ -346,7 +350,7 @@ def test_skipped_steps_change_nothing_but_the_place_in_schedule_and_data(
 
 
 def test_too_many_skips_in_a_row_end_the_run(model_folder, compression_file, tmp_path, quiet, monkeypatch):
-    options = {"on_nonfinite": "skip", "steps": 40, "save_steps": 5}
+    options = {"on_nonfinite": "skip", "max_steps": 40, "save_steps": 5}
     config = stage1(model_folder, compression_file, tmp_path / "out", **options)
     bad = {*range(2, 2 + MAX_SKIPPED - 1), *range(20, 40)}  # one fewer than too many, then too many
     with monkeypatch.context() as patch:
@@ -364,7 +368,7 @@ def test_a_step_without_any_negative_is_harmless(model_folder, tmp_path, quiet):
         for i in range(6)
     ]
     file = write_jsonl(tmp_path / "rows.jsonl", rows)
-    train(stage2(model_folder, file, tmp_path / "out", batch_size=1, steps=6), quiet)
+    train(stage2(model_folder, file, tmp_path / "out", batch_size=1, max_steps=6), quiet)
     found = log(tmp_path / "out")
     assert sorted(r["loss"] > 0 for r in found) == [False] * 5 + [True]
     assert all(r["updated"] and r["grad_norm"] >= 0 for r in found)
@@ -375,9 +379,7 @@ def test_a_step_without_any_negative_is_harmless(model_folder, tmp_path, quiet):
 def test_fp16_without_cuda_is_refused(model_folder, compression_file, tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = stage1(model_folder, compression_file, tmp_path / "out", precision="fp16")
-    with pytest.raises(
-        ConfigError, match=r"^precision: found 'fp16', allowed without CUDA are 'auto', 'fp32', 'bf16'$"
-    ):
+    with pytest.raises(ConfigError, match=r"^precision: got 'fp16', expected 'auto', 'fp32' or 'bf16' without CUDA$"):
         train(config, quiet)
 
 
@@ -403,7 +405,7 @@ def test_loss_scaling_waits_for_a_scale_that_fits_and_resumes(
     model_folder, compression_file, tmp_path, quiet, monkeypatch
 ):
     monkeypatch.setattr(train_module, "Accelerator", Scaled)
-    options = {"steps": 20, "save_steps": 1, "learning_rate": 1e-4}
+    options = {"max_steps": 20, "save_steps": 1, "learning_rate": 1e-4}
     train(stage1(model_folder, compression_file, tmp_path / "whole", **options), quiet)
     rows = log(tmp_path / "whole")
     updated = [r["updated"] for r in rows]
@@ -420,7 +422,7 @@ def test_loss_scaling_waits_for_a_scale_that_fits_and_resumes(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs CUDA")
 def test_fp16_trains_and_resumes_on_cuda(model_folder, compression_file, tmp_path, quiet, monkeypatch):
-    options = {"steps": 30, "save_steps": 5, "precision": "fp16", "deterministic": True}
+    options = {"max_steps": 30, "save_steps": 5, "precision": "fp16", "deterministic": True}
     summary = train(stage1(model_folder, compression_file, tmp_path / "whole", **options), quiet)
     assert summary["precision"] == "fp16"
     rows = log(tmp_path / "whole")
@@ -447,7 +449,7 @@ def test_deterministic_runs_are_equal_in_every_bit(
     assert seen
     assert all(seen)
     assert not enabled(), "only while it trains"
-    train(make(model_folder, file, tmp_path / "three", steps=1), quiet)
+    train(make(model_folder, file, tmp_path / "three", max_steps=1), quiet)
     assert not seen[-1]
 
 

@@ -22,7 +22,7 @@ from autoregembed.integrations.sentence_transformers import (
     compress_token_ids,
     from_causal_lm,
 )
-from autoregembed.objective import Objective, reference_scores
+from autoregembed.objective import Objective, compute_ref_logps
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -51,7 +51,7 @@ def encoder_of() -> Encoder:
 
 
 def decoder_of(**options) -> Decoder:
-    return Decoder(lm(), z_scale="match", **options)
+    return Decoder(lm(), z_norm="match_rms", **options)
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def own_loop(dataset, decoder, **options) -> tuple[float, dict[str, torch.Tensor
             {"query": r["anchor"], "pos": r["positive"], "neg": [r["negative_1"], r["negative_2"]]} for r in dataset
         ]
         rows = data.alignment_rows(Dataset.from_list(texts), prompt)
-    reference = reference_scores(encoder, decoder, rows) if config.needs_reference else None
+    reference = compute_ref_logps(encoder, decoder, rows) if config.needs_ref_logps else None
     batch = [{**row, "row": i} for i, row in enumerate(rows)]
     log = Objective(config, encoder, decoder, Accelerator(cpu=True), reference)(batch)
     return log["loss"], gradients(encoder.model.model)
@@ -117,15 +117,15 @@ def test_stage_1_has_the_gradient_of_our_own_loop(model):
     "options",
     [
         {},
-        {"reference": "subtract", "negatives": "joint", "beta": 0.05, "temperature": 0.2},
+        {"ref_margin": "subtract", "negatives": "joint", "beta": 0.05, "temperature": 0.2},
         {"contrastive_weight": 0.5, "alignment_weight": 2.0, "contrastive_temperature": 0.1, "hard_negatives": True},
-        {"contrastive_weight": 1.0, "reference": "none"},
+        {"contrastive_weight": 1.0, "ref_margin": "none"},
     ],
 )
 def test_stage_2_has_the_gradient_of_our_own_loop(model, options):
     expected, gradient = own_loop(TRIPLETS, decoder_of(), stage=2, **options)
     loss = AutoRegEmbedLoss(model, decoder_of(), **options)
-    rows = TRIPLETS if options.get("reference") == "none" else loss.with_reference(TRIPLETS, batch_size=3)
+    rows = TRIPLETS if options.get("ref_margin") == "none" else loss.precompute_ref_logps(TRIPLETS, batch_size=3)
     labels = torch.tensor(rows["label"]) if "label" in rows.column_names else None
     found = loss(features(model, TRIPLETS), labels)
     if options.get("contrastive_weight"):
@@ -137,7 +137,7 @@ def test_stage_2_has_the_gradient_of_our_own_loop(model, options):
 
 
 def test_left_padding_gives_the_same_loss(model):
-    loss = AutoRegEmbedLoss(model, decoder_of(), reference="none", contrastive_weight=1.0)
+    loss = AutoRegEmbedLoss(model, decoder_of(), ref_margin="none", contrastive_weight=1.0)
     right = loss(features(model, TRIPLETS), None)
     model.tokenizer.padding_side = "left"
     left = loss(features(model, TRIPLETS), None)
@@ -196,7 +196,7 @@ def test_the_trainer_trains_saves_and_resumes_an_exported_model(folder, tmp_path
     for resume in (None, str(tmp_path / "0" / "checkpoint-3")):
         model = SentenceTransformer(folder, device="cpu")
         loss = AutoRegEmbedLoss(model, decoder_of(), contrastive_weight=1.0)
-        rows = loss.with_reference(TRIPLETS)
+        rows = loss.precompute_ref_logps(TRIPLETS)
         frozen, before = values(loss.decoder), values(model)
         arguments = SentenceTransformerTrainingArguments(
             str(tmp_path / str(len(ends))), per_device_train_batch_size=4, learning_rate=1e-3, num_train_epochs=3,
@@ -288,7 +288,7 @@ def test_a_model_to_start_from_is_one_call(model_folder, tmp_path):
 def test_what_a_model_card_says(model):
     loss = AutoRegEmbedLoss(model, decoder_of(bos_token_id=1), beta=0.2)
     config = loss.get_config_dict()
-    assert (config["beta"], config["z_scale"], config["decoder_bos"]) == (0.2, "match", True)
+    assert (config["beta"], config["z_norm"], config["decoder_add_bos"]) == (0.2, "match_rms", True)
     assert "2502.11401" in loss.citation
     assert "1807.03748" in FusedInfoNCELoss(model).citation
     assert FusedInfoNCELoss(model, 10.0).get_config_dict() == {"scale": 10.0, "gather_across_devices": False}
@@ -297,33 +297,33 @@ def test_what_a_model_card_says(model):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda m: AutoRegEmbedLoss(m, lm()), TypeError, "decoder: found LlamaForCausalLM"),
-        (lambda m: AutoRegEmbedLoss(m, decoder_of(), reference="sub"), ValueError, "reference: found 'sub'"),
-        (lambda m: FusedInfoNCELoss(m, 0.0), ValueError, "scale: found 0.0"),
+        (lambda m: AutoRegEmbedLoss(m, lm()), TypeError, "decoder: got LlamaForCausalLM"),
+        (lambda m: AutoRegEmbedLoss(m, decoder_of(), ref_margin="sub"), ValueError, "ref_margin: got 'sub'"),
+        (lambda m: FusedInfoNCELoss(m, 0.0), ValueError, "scale: got 0.0"),
         (
             lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), None),
             ValueError,
-            r"labels: found None, allowed with reference='add' are the reference scores \(8, 3\)",
+            r"labels: got None, expected the reference scores \(8, 3\)",
         ),
         (
             lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), torch.zeros(8, 2)),
             ValueError,
-            r"labels: found \(8, 2\)",
+            r"labels: got \(8, 2\)",
         ),
         (
             lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, PAIRS), None),
             ValueError,
-            "sentence_features: found 2 columns, allowed are anchor, positive and at least one negative",
+            "sentence_features: got 2 columns, expected anchor, positive and at least one negative",
         ),
         (
             lambda m: InformationCompressionLoss(m, decoder_of())(features(m, TRIPLETS), None),
             ValueError,
-            "sentence_features: found 4 columns, allowed are 2",
+            "sentence_features: got 4 columns, expected 2",
         ),
         (
             lambda m: FusedInfoNCELoss(m)(features(m, TRIPLETS)[:1], None),
             ValueError,
-            "sentence_features: found 1 columns",
+            "sentence_features: got 1 columns",
         ),
     ],
 )
@@ -335,14 +335,14 @@ def test_what_cannot_be_meant_is_refused(model, call, error, message):
 def test_models_that_were_not_exported_are_refused(model):
     stock = stock_modules()
     plain = SentenceTransformer(modules=[model[0], stock.Pooling(32, "mean")], device="cpu")
-    with pytest.raises(ValueError, match=r"^model: found no compress tokens"):
+    with pytest.raises(ValueError, match=r"^model: got no compress tokens"):
         InformationCompressionLoss(plain, decoder_of())
     FusedInfoNCELoss(plain)
     foreign = features(model, PAIRS)
     foreign[1]["input_ids"] = foreign[1]["input_ids"].roll(1, 1)
-    with pytest.raises(ValueError, match=r"^sentence_features: found a text that ends with ids"):
+    with pytest.raises(ValueError, match=r"^sentence_features: got a text that ends with ids"):
         InformationCompressionLoss(model, decoder_of())(foreign, None)
     with torch.no_grad():
         model[1].emb_layer.weight[3] = 0.1
-    with pytest.raises(ValueError, match=r"^model: found WordWeights other than 1"):
+    with pytest.raises(ValueError, match=r"^model: got WordWeights other than 1"):
         InformationCompressionLoss(model, decoder_of())

@@ -52,7 +52,7 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path
     rows = [row.split(" | ") for row in (tmp_path / "out" / "ablations.md").read_text().splitlines()[2:]]
     assert [row[:2] for row in rows] == [
         ["| **stage1-alignment**", ""],
-        ["| token-mean", "score: mean, beta: 1.0"],
+        ["| token-mean", "logprob_reduction: mean, beta: 1.0"],
         ["| four-joint", "data: four, negatives: joint"],
     ]
     values = [first["cells"]["stage1-alignment"][0], *first["ablations"].values()]

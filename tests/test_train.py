@@ -14,20 +14,20 @@ from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import final_norm, scale_output, text_embedding
 from autoregembed.evaluate import embed
 from autoregembed.losses import info_nce
-from autoregembed.objective import Objective, reference_scores, texts_of
-from autoregembed.packing import cut
+from autoregembed.objective import Objective, compute_ref_logps, texts_of
+from autoregembed.packing import make_microbatches
 from autoregembed.testing import tiny_model
-from autoregembed.train import Interrupted, build, train
+from autoregembed.train import Interrupted, build_models, train
 
 
 def objective_of(config: Config, file: str):
     from accelerate import Accelerator
 
-    encoder, decoder, tokenizer, _ = build(config)
+    encoder, decoder, tokenizer, _ = build_models(config)
     prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
     tokenise = data.compression_rows if config.stage == 1 else data.alignment_rows
     rows = tokenise(data.load_rows(file), prompt)
-    reference = reference_scores(encoder, decoder, rows) if config.needs_reference else None
+    reference = compute_ref_logps(encoder, decoder, rows) if config.needs_ref_logps else None
     batch = [{**rows[i], "row": i} for i in range(8)]
     return Objective(config, encoder, decoder, Accelerator(cpu=True), reference), encoder, batch
 
@@ -41,7 +41,7 @@ def gradients(encoder) -> dict[str, torch.Tensor]:
     [
         {"stage": 1},
         {"stage": 2},
-        {"stage": 2, "negatives": "joint", "reference": "subtract"},
+        {"stage": 2, "negatives": "joint", "ref_margin": "subtract"},
         {"stage": 2, "alignment_weight": 0.0, "contrastive_weight": 1.0},
         {"stage": 2, "contrastive_weight": 0.7, "hard_negatives": True},
     ],
@@ -57,7 +57,7 @@ def test_an_update_does_not_depend_on_how_the_step_is_cut(model_folder, compress
         log = objective(batch)
         results.append((log, gradients(encoder)))
         if budget:
-            assert len(cut([len(t) for t in texts_of(batch, False)[0]], 20)) > 2
+            assert len(make_microbatches([len(t) for t in texts_of(batch, False)[0]], 20)) > 2
     (whole_log, whole), (cut_log, parts) = results
     assert whole.keys() == parts.keys()
     assert max(g.abs().max() for g in whole.values()) > 1e-4
@@ -81,7 +81,7 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     from sentence_transformers import SentenceTransformer
 
     first = train(
-        stage1(model_folder, compression_file, tmp_path / "one", steps=25, eval_data=sts_file, learning_rate=3e-3),
+        stage1(model_folder, compression_file, tmp_path / "one", max_steps=25, eval_data=sts_file, learning_rate=3e-3),
         quiet,
     )
     log = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
@@ -98,7 +98,7 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     assert str(tmp_path) not in card
     assert second["spearman"]["0"] == pytest.approx(first["spearman"]["25"], abs=1e-6)
     config = stage2(second["model"], alignment_file, "unused")
-    encoder, _, tokenizer, _ = build(config)
+    encoder, _, tokenizer, _ = build_models(config)
     prompt = data.Prompt(tokenizer, 5, encoder.bos_token_id, config.instruction)
     encoder.suffix_ids = prompt.suffix()
     texts = ["the cat sat", "rain fell over old stone bridges </s> and <EMBED0> boats", "dusk " * 600]
@@ -111,8 +111,8 @@ def test_the_decoder_is_the_original_model_in_both_stages(
     model_folder, compression_file, alignment_file, tmp_path, quiet
 ):
     first = train(stage1(model_folder, compression_file, tmp_path / "one"), quiet)
-    original = build(stage1(model_folder, compression_file, "unused"))[1]
-    later = build(stage2(first["model"], alignment_file, "unused"))[1]
+    original = build_models(stage1(model_folder, compression_file, "unused"))[1]
+    later = build_models(stage2(first["model"], alignment_file, "unused"))[1]
     for a, b in zip(original.parameters(), later.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not b.requires_grad
@@ -133,7 +133,7 @@ data.batches = batches
 sys.exit(main(sys.argv[1:]))
 """
     flags = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": tmp_path / "out"}
-    flags |= {"steps": 5, "batch_size": 4, "precision": "fp32"}
+    flags |= {"max_steps": 5, "batch_size": 4, "precision": "fp32"}
     arguments = [x for name, value in flags.items() for x in (f"--{name}", str(value))]
     result = subprocess.run(
         [sys.executable, "-c", code, "train", *arguments], capture_output=True, text=True, timeout=300, check=False
@@ -145,8 +145,8 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_lora_trains_compress_tokens_and_merges(model_folder, compression_file, tmp_path, quiet):
-    config = stage1(model_folder, compression_file, tmp_path / "lora", lora_rank=4, steps=6)
-    start = build(config)[0]
+    config = stage1(model_folder, compression_file, tmp_path / "lora", lora_rank=4, max_steps=6)
+    start = build_models(config)[0]
     result = train(config, quiet)
     before = start.model.get_base_model().get_input_embeddings()
     weights = load_file(f"{result['model']}/model.safetensors")
@@ -160,15 +160,15 @@ def test_lora_trains_compress_tokens_and_merges(model_folder, compression_file, 
     adapter = load_file(tmp_path / "lora" / "adapter" / "adapter_model.safetensors")
     assert all("lora_" in name or "trainable_tokens" in name for name in adapter), "no whole embedding matrix"
     assert sum("trainable_tokens" in name for name in adapter) == 1
-    again = build(stage1(result["model"], compression_file, "unused", decoder=model_folder))[0]
+    again = build_models(stage1(result["model"], compression_file, "unused", decoder=model_folder))[0]
     assert again.compress_token_ids == ids
 
 
 def test_frozen_parameters_stay_and_compress_rows_move(model_folder, compression_file, tmp_path, quiet):
     config = stage1(model_folder, compression_file, tmp_path / "out", freeze=["embed_tokens", r"layers\.0\."])
-    before = build(config)[0]
+    before = build_models(config)[0]
     result = train(config, quiet)
-    after = build(stage1(result["model"], compression_file, "unused", decoder=model_folder))[0]
+    after = build_models(stage1(result["model"], compression_file, "unused", decoder=model_folder))[0]
     old, new = dict(before.model.named_parameters()), dict(after.model.named_parameters())
     ids = before.compress_token_ids
     for name in old:
@@ -184,7 +184,7 @@ def test_reference_scores_are_cached_and_refused_for_other_data(
 ):
     model = train(stage1(model_folder, compression_file, tmp_path / "one"), quiet)["model"]
     kept = tmp_path / "scores.safetensors"
-    config = stage2(model, alignment_file, tmp_path / "two", reference_file=str(kept))
+    config = stage2(model, alignment_file, tmp_path / "two", ref_logps_file=str(kept))
     train(config, quiet)
     stamp = kept.stat().st_mtime_ns
     train(config, quiet)
@@ -192,10 +192,10 @@ def test_reference_scores_are_cached_and_refused_for_other_data(
     other = tmp_path / "other.jsonl"
     other.write_text(Path(alignment_file).read_text().split("\n", 1)[1])
     config.train_data = str(other)
-    with pytest.raises(checkpoint.ReferenceMismatch, match=r"'data': '\w+'.*'data': '\w+'"):
+    with pytest.raises(checkpoint.RefLogpsMismatch, match=r"'data': '\w+'.*'data': '\w+'"):
         train(config, quiet)
-    config = stage2(model_folder, alignment_file, tmp_path / "two", reference_file=str(kept))
-    with pytest.raises(checkpoint.ReferenceMismatch, match="model"):
+    config = stage2(model_folder, alignment_file, tmp_path / "two", ref_logps_file=str(kept))
+    with pytest.raises(checkpoint.RefLogpsMismatch, match="model"):
         train(config, quiet)
     kept.write_bytes(b"rubbish")
     with pytest.raises(checkpoint.CheckpointError, match="damaged"):
@@ -204,9 +204,9 @@ def test_reference_scores_are_cached_and_refused_for_other_data(
 
 def test_reference_scores_do_not_depend_on_their_batches(model_folder, alignment_file):
     config = stage2(model_folder, alignment_file, "unused")
-    encoder, decoder, tokenizer, _ = build(config)
+    encoder, decoder, tokenizer, _ = build_models(config)
     rows = data.alignment_rows(data.load_rows(alignment_file), data.Prompt(tokenizer, 5, encoder.bos_token_id, "x"))
-    whole, parts = (reference_scores(encoder.eval(), decoder, rows, budget) for budget in (10**9, 50))
+    whole, parts = (compute_ref_logps(encoder.eval(), decoder, rows, budget) for budget in (10**9, 50))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4, equal_nan=True)
     assert whole[1].isnan().any()
@@ -215,9 +215,9 @@ def test_reference_scores_do_not_depend_on_their_batches(model_folder, alignment
 
 def test_k_mismatch_with_a_checkpoint_is_refused(model_folder, compression_file, tmp_path, quiet):
     model = train(stage1(model_folder, compression_file, tmp_path / "one", num_compress_tokens=3), quiet)["model"]
-    with pytest.raises(checkpoint.CheckpointError, match=r"num_compress_tokens: found 5, allowed.*3"):
-        build(stage2(model, compression_file, "unused", num_compress_tokens=5))
-    assert build(stage2(model, compression_file, "unused"))[0].num_compress_tokens == 3
+    with pytest.raises(checkpoint.CheckpointError, match=r"num_compress_tokens: got 5, expected 3"):
+        build_models(stage2(model, compression_file, "unused", num_compress_tokens=5))
+    assert build_models(stage2(model, compression_file, "unused"))[0].num_compress_tokens == 3
 
 
 def test_an_unwritable_output_folder_fails_at_once(model_folder, compression_file, tmp_path, quiet):
@@ -259,7 +259,7 @@ def test_weights_that_are_not_finite_are_refused(model_folder, compression_file,
     [("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("beta", -1.0), ("freeze", ["("])],
 )
 def test_config_names_the_field_that_is_wrong(field, value):
-    with pytest.raises(ConfigError, match=f"^{field}: found"):
+    with pytest.raises(ConfigError, match=f"^{field}: got"):
         Config(**{"stage": 1, "model": "m", "train_data": "d", "output_dir": "o", field: value})
 
 
@@ -269,13 +269,13 @@ def test_interrupted_is_a_keyboard_interrupt():
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_calibrate_gives_z_the_decoders_rms_once(model_folder, compression_file, tmp_path, quiet, lora_rank):
-    tiny = {"calibrate": True, "steps": 1, "learning_rate": 1e-12, "lora_rank": lora_rank}
+    tiny = {"init_output_rms": True, "max_steps": 1, "learning_rate": 1e-12, "lora_rank": lora_rank}
     first = train(stage1(model_folder, compression_file, tmp_path / "one", **tiny), quiet)
     again = train(stage1(first["model"], compression_file, tmp_path / "two", **tiny), quiet)
     for summary in (first, again):
         config = stage1(summary["model"], compression_file, "unused")
-        encoder, decoder, tokenizer, recipe = build(config)
-        assert recipe["calibrated"]
+        encoder, decoder, tokenizer, recipe = build_models(config)
+        assert recipe["output_rms_initialized"]
         prompt = data.Prompt(tokenizer, 5, encoder.bos_token_id, config.instruction)
         rows = data.compression_rows(data.load_rows(compression_file), prompt).to_list()
         with torch.no_grad():
@@ -285,7 +285,7 @@ def test_calibrate_gives_z_the_decoders_rms_once(model_folder, compression_file,
 
 
 def test_lora_and_calibrate_train_no_norm_but_the_final_one(model_folder, compression_file):
-    encoder = build(stage1(model_folder, compression_file, "unused", lora_rank=2, calibrate=True))[0]
+    encoder = build_models(stage1(model_folder, compression_file, "unused", lora_rank=2, init_output_rms=True))[0]
     norms = [n for n, p in encoder.named_parameters() if p.requires_grad and "norm" in n]
     assert len(norms) == 1
     assert ".model.norm." in norms[0]
@@ -302,13 +302,14 @@ def test_scale_output_scales_any_final_norm(architecture):
 
 def test_reference_scores_are_made_for_the_rows_that_a_run_reads(model_folder, alignment_file, tmp_path, quiet):
     kept = tmp_path / "scores.safetensors"
-    config = stage2(model_folder, alignment_file, tmp_path / "out", reference_file=str(kept), batch_size=3, steps=2)
+    config = stage2(model_folder, alignment_file, tmp_path / "out", ref_logps_file=str(kept), batch_size=3, max_steps=2)
     train(config, quiet)
     first = load_file(kept)
     read = sorted(set(data.drawn(24, 0, 6, config.seed)))
     assert (~first["positive"].isnan()).nonzero().flatten().tolist() == read
     train(
-        stage2(model_folder, alignment_file, tmp_path / "out", reference_file=str(kept), batch_size=3, steps=5), quiet
+        stage2(model_folder, alignment_file, tmp_path / "out", ref_logps_file=str(kept), batch_size=3, max_steps=5),
+        quiet,
     )
     second = load_file(kept)
     assert int((~second["positive"].isnan()).sum()) == 15

@@ -19,9 +19,9 @@ from autoregembed.integrations.transformers import (
     AutoRegEmbedTrainer,
     CompressionLossFunction,
     compression_inputs,
-    with_reference,
+    precompute_ref_logps,
 )
-from autoregembed.objective import Objective, reference_scores
+from autoregembed.objective import Objective, compute_ref_logps
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -54,7 +54,7 @@ def encoder_of(wrap=lambda model: model) -> Encoder:
 
 
 def decoder_of() -> Decoder:
-    return Decoder(lm(), z_scale="match")
+    return Decoder(lm(), z_norm="match_rms")
 
 
 def arguments(out, batch=8, accumulation=1, **options) -> TrainingArguments:
@@ -86,7 +86,7 @@ def values(model) -> dict[str, torch.Tensor]:
 def own_loop(rows, **options) -> tuple[float, dict[str, torch.Tensor]]:
     config = Config(model="", train_data="", output_dir="", **options)
     encoder, decoder = encoder_of(), decoder_of()
-    reference = reference_scores(encoder, decoder, rows) if config.needs_reference else None
+    reference = compute_ref_logps(encoder, decoder, rows) if config.needs_ref_logps else None
     batch = [{**row, "row": i} for i, row in enumerate(rows)]
     log = Objective(config, encoder, decoder, Accelerator(cpu=True), reference)(batch)
     return log["loss"], {n: p.grad for n, p in encoder.model.named_parameters()}
@@ -106,21 +106,21 @@ def assert_one_step(trainer, loss: float, gradient: dict[str, torch.Tensor]):
 @pytest.mark.parametrize("cut", [(8, 1), (2, 4), (3, 3)])
 @pytest.mark.parametrize(
     ("stage", "options"),
-    [(1, {}), (2, {}), (2, {"reference": "subtract", "negatives": "joint", "alignment_weight": 2.0})],
+    [(1, {}), (2, {}), (2, {"ref_margin": "subtract", "negatives": "joint", "alignment_weight": 2.0})],
 )
 def test_a_step_is_that_of_our_own_loop_however_it_is_cut(stage, options, cut, tmp_path):
     rows = rows_of(stage)
     expected = own_loop(rows, stage=stage, **options)
     encoder, decoder = encoder_of(), decoder_of()
     if stage == 2:
-        rows = with_reference(rows, encoder, decoder)
+        rows = precompute_ref_logps(rows, encoder, decoder)
     trainer = AutoRegEmbedTrainer(encoder, decoder, arguments(tmp_path, *cut), train_dataset=rows, **options)
     assert trainer.args.remove_unused_columns
     assert_one_step(trainer, *expected)
 
 
 def test_info_nce_beside_the_alignment(tmp_path):
-    options = {"contrastive_weight": 0.5, "hard_negatives": True, "reference": "none", "contrastive_temperature": 0.1}
+    options = {"contrastive_weight": 0.5, "hard_negatives": True, "ref_margin": "none", "contrastive_temperature": 0.1}
     expected = own_loop(rows_of(2), stage=2, **options)
     trainer = AutoRegEmbedTrainer(
         encoder_of(),
@@ -158,11 +158,11 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 import sys
 import torch
 from sentence_transformers import SentenceTransformer
-from test_trainer import AutoRegEmbedTrainer, arguments, decoder_of, encoder_of, rows_of, values, with_reference
+from test_trainer import AutoRegEmbedTrainer, arguments, decoder_of, encoder_of, rows_of, values, precompute_ref_logps
 import test_sentence_transformers as st
 
 encoder, decoder = encoder_of(), decoder_of()
-rows = with_reference(rows_of(2), encoder, decoder)
+rows = precompute_ref_logps(rows_of(2), encoder, decoder)
 trainer = AutoRegEmbedTrainer(encoder, decoder, arguments(sys.argv[1], 2, 2), train_dataset=rows)
 before = values(encoder.model)
 trainer.train()
@@ -204,7 +204,7 @@ def test_trainer_saves_and_resumes(tmp_path):
     ends = []
     for resume in (None, str(tmp_path / "0" / "checkpoint-2")):
         encoder, decoder = encoder_of(), decoder_of()
-        rows = with_reference(rows_of(2), encoder, decoder)
+        rows = precompute_ref_logps(rows_of(2), encoder, decoder)
         frozen = values(decoder)
         options = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "save_strategy": "steps"}
         trainer = AutoRegEmbedTrainer(
@@ -248,34 +248,34 @@ def test_adapters_and_compress_tokens_are_what_a_checkpoint_holds(tmp_path):
     [
         (
             lambda out: AutoRegEmbedTrainer(Encoder(lm(), compress_token_ids=[3]), decoder_of()),
-            "encoder: found a LlamaForCausalLM with a head",
+            "encoder: got a LlamaForCausalLM with a head",
         ),
         (
             lambda out: AutoRegEmbedTrainer(
                 Encoder(lm().model, compress_token_ids=[3], own_compress_rows=True), decoder_of()
             ),
-            "encoder: found own_compress_rows=True",
+            "encoder: got own_compress_rows=True",
         ),
-        (lambda out: AutoRegEmbedTrainer(encoder_of(), None), "decoder: found None"),
-        (lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), reference="sub"), "reference: found 'sub'"),
-        (lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), negatives="all"), "negatives: found 'all'"),
+        (lambda out: AutoRegEmbedTrainer(encoder_of(), None), "decoder: got None"),
+        (lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), ref_margin="sub"), "ref_margin: got 'sub'"),
+        (lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), negatives="all"), "negatives: got 'all'"),
         (
             lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), arguments(out, 2, 4), contrastive_weight=1.0),
-            "gradient_accumulation_steps: found 4, allowed with contrastive_weight > 0 is 1",
+            "gradient_accumulation_steps: got 4, expected 1 with contrastive_weight > 0",
         ),
         (
             lambda out: AutoRegEmbedTrainer(
                 encoder_of(), decoder_of(), arguments(out), train_dataset=rows_of(2)
             ).train(),
-            "reference: found rows without reference scores",
+            "ref_logps: got rows without reference scores",
         ),
         (
             lambda out: CompressionLossFunction(decoder_of(), 3)(lm()(torch.tensor([[1, 2]])), torch.tensor([[1]])),
-            "outputs: found CausalLMOutputWithPast without last_hidden_state",
+            "outputs: got CausalLMOutputWithPast without last_hidden_state",
         ),
         (
             lambda out: CompressionLossFunction(decoder_of(), 3)(lm().model(torch.tensor([[1, 2]])), None),
-            "labels: found None",
+            "labels: got None",
         ),
     ],
 )

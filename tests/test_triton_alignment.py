@@ -7,7 +7,7 @@ from triton_cases import DEVICE, few, leaf, poisoned  # noqa: F401
 from autoregembed import alignment_loss, ops, reference
 from autoregembed.testing import assert_accurate
 
-REFERENCES, NEGATIVES = ["add", "subtract", "none"], ["independent", "joint"]
+REF_MARGINS, NEGATIVES = ["add", "subtract", "none"], ["independent", "joint"]
 
 
 def scores(b, m, seed, spread=30.0):
@@ -40,13 +40,13 @@ def check(a, b, c, ra, rc, mask, **options):
         assert_accurate(found.detach(), f32, f64, max_logit=x, gradient_factor=factor)
 
 
-@pytest.mark.parametrize("reference_", REFERENCES)
+@pytest.mark.parametrize("reference_", REF_MARGINS)
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @few(4)
 @given(st.integers(1, 40), st.integers(1, 9), st.booleans(), st.sampled_from([0.1, 1.0]), st.integers(0, 99))
 def test_loss_gradients_and_statistics(reference_, negatives, b, m, ragged, beta, seed):
     *given_, mask = scores(b, m, seed)
-    options = {"reference": reference_, "negatives": negatives, "beta": beta, "temperature": 0.1}
+    options = {"ref_margin": reference_, "negatives": negatives, "beta": beta, "temperature": 0.1}
     check(*given_, mask if ragged else None, **options)
 
 

@@ -34,7 +34,7 @@ def test_no_spills_fits_and_uses_the_matrix_unit(part):
     rows = json.loads(done.stdout)
     assert {row["kernel"] for row in rows} >= {
         "_epilogue", "_score", "_combine", "_tiled_forward", "_tiled_backward", "_sequence_sum", "_sequence_expand",
-        "_scale_rows", "_alignment", "_take", "_take_backward", "_splice", "_splice_backward", "_unit",
+        "_scale_rows", "_alignment", "_pool_last_k", "_pool_last_k_backward", "_splice", "_splice_backward", "_unit",
         "_unit_backward",
     }  # fmt: skip
     for row in rows:

@@ -28,7 +28,7 @@ def test_auto_never_picks_the_interpreter():
         assert ops.available_impls("cpu")["triton"] == "ok"
     routes = tuple(ops._LINEAR_LOGPROB)
     assert ops._resolve("auto", torch.device("cpu"), torch.float32, routes) != "triton"
-    assert "found meta" in ops.available_impls("meta")["triton"]
+    assert "got meta" in ops.available_impls("meta")["triton"]
     if DEVICE == "cuda":
         assert ops._resolve("auto", torch.device("cuda"), torch.bfloat16, routes) == "triton"
 
@@ -68,13 +68,13 @@ def test_rows_that_are_scored_only(impl, rows):
     h = leaf(hidden, torch.float32)
     whole = linear_logprob(h, weight, target, impl=impl)
     (full,) = torch.autograd.grad(whole.sum(), h)
-    part = linear_logprob(h, weight, target, gradient_rows=rows, impl=impl)
+    part = linear_logprob(h, weight, target, num_grad_rows=rows, impl=impl)
     torch.testing.assert_close(part, whole, rtol=0, atol=2e-6)
     (grad,) = torch.autograd.grad(part.sum(), h)
     torch.testing.assert_close(grad[:rows], full[:rows], rtol=1e-5, atol=2e-6)
     assert (grad[rows:] == 0).all()
     w = leaf(weight, torch.float32)
-    trained = linear_logprob(h, w, target, gradient_rows=rows, impl=impl)
+    trained = linear_logprob(h, w, target, num_grad_rows=rows, impl=impl)
     if impl != "reference" and rows > 0:
         first = linear_logprob(h[:rows], w, target[:rows], impl=impl)
         expected = torch.autograd.grad(first.sum(), w)[0]
@@ -83,8 +83,8 @@ def test_rows_that_are_scored_only(impl, rows):
 
 def test_rows_out_of_range_are_refused():
     hidden, weight, target, _ = problem()
-    with pytest.raises(ValueError, match=r"gradient_rows: found 13, allowed are 0\.\.12"):
-        linear_logprob(hidden, weight, target, gradient_rows=13)
+    with pytest.raises(ValueError, match=r"num_grad_rows: got 13, expected 0\.\.12"):
+        linear_logprob(hidden, weight, target, num_grad_rows=13)
 
 
 def test_second_backward_and_no_double_backward():
@@ -140,10 +140,10 @@ def test_compiles_without_a_graph_break():
 
     def step(z, embedding, ids, cu, rows, row_cu, weight, target):
         x = ops.splice(z, embedding, ids, cu, impl="triton")
-        scores = linear_logprob(x[rows], weight, target, cu_seqlens=row_cu, gradient_rows=None, impl="triton")
+        scores = linear_logprob(x[rows], weight, target, cu_seqlens=row_cu, num_grad_rows=None, impl="triton")
         a, b, c = scores.chunk(3)
         aligned = alignment_loss(a, b, c, a.detach(), c.detach(), impl="triton")
-        z_out = ops.take(x, cu, k, impl="triton").mean(1)
+        z_out = ops.pool_last_k(x, cu, k, impl="triton").mean(1)
         return aligned.loss + info_nce(z_out, z_out, impl="triton"), aligned.s1
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -188,7 +188,7 @@ def test_a_step_never_waits_and_can_be_captured():
     h = hidden.clone().requires_grad_()
 
     def step():
-        sums = linear_logprob(h, weight, target, cu_seqlens=cu, gradient_rows=200, impl="triton")
+        sums = linear_logprob(h, weight, target, cu_seqlens=cu, num_grad_rows=200, impl="triton")
         loss = alignment_loss(sums, sums, sums, sums.detach(), sums.detach(), impl="triton").loss
         return torch.autograd.grad(loss + info_nce(h, weight, impl="triton"), h)[0]
 

@@ -23,7 +23,7 @@ def tolerance(dtype):
 @few(5)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 40),
        st.sampled_from(["none", "rank", "any"]), st.integers(0, 99))  # fmt: skip
-def test_take(impl, dtype, extra, k, d, kind, seed):
+def test_pool_last_k(impl, dtype, extra, k, d, kind, seed):
     generator = torch.Generator().manual_seed(seed)
     b = len(extra)
     cu = bounds([k + n for n in extra])
@@ -33,13 +33,13 @@ def test_take(impl, dtype, extra, k, d, kind, seed):
         "rank": torch.randperm(b, generator=generator).to(DEVICE),
         "any": torch.randint(b, (b + 2,), generator=generator).to(DEVICE),  # some twice, some never
     }[kind]
-    found = ops.take(hidden, cu, k, index, impl=impl)
-    expected = ops.take(hidden, cu, k, index, impl="reference")
+    found = ops.pool_last_k(hidden, cu, k, index, impl=impl)
+    expected = ops.pool_last_k(hidden, cu, k, index, impl="reference")
     assert bits(found, expected)
     grad = torch.randn(found.shape, generator=generator).to(dtype).to(DEVICE)
     (found_grad,) = torch.autograd.grad(found, hidden, grad)
     wide = leaf(hidden, torch.float64)
-    (exact,) = torch.autograd.grad(ops.take(wide, cu, k, index, impl="reference"), wide, grad.double())
+    (exact,) = torch.autograd.grad(ops.pool_last_k(wide, cu, k, index, impl="reference"), wide, grad.double())
     torch.testing.assert_close(found_grad.double(), exact, **tolerance(dtype))
 
 
@@ -55,18 +55,18 @@ def test_splice(impl, dtype, extra, k, d, offset, shared_z, scale, seed):
     cu = bounds([offset + k + n for n in extra])
     options = {"offset": offset, "embedding_scale": scale}
     b = max(1, s // 2) if shared_z else s  # some z are read twice
-    source = torch.randint(b, (s,), generator=generator).to(DEVICE) if shared_z else None
+    z_index = torch.randint(b, (s,), generator=generator).to(DEVICE) if shared_z else None
     z = leaf(torch.randn(b, k, d, generator=generator).to(DEVICE), dtype)
     embedding = torch.randn(v, d, generator=generator).to(dtype).to(DEVICE)
     ids = torch.randint(v, (int(cu[-1]),), generator=generator).to(DEVICE)
     ids[cu[:-1].long() + offset] = -7  # places of z: never read
-    found = ops.splice(z, embedding, ids, cu, source, **options, impl=impl)
-    expected = ops.splice(z, embedding, ids, cu, source, **options, impl="reference")
+    found = ops.splice(z, embedding, ids, cu, z_index, **options, impl=impl)
+    expected = ops.splice(z, embedding, ids, cu, z_index, **options, impl="reference")
     assert bits(found, expected)
     grad = torch.randn(found.shape, generator=generator).to(dtype).to(DEVICE)
     (found_grad,) = torch.autograd.grad(found, z, grad)
     wide = leaf(z, torch.float64)
-    exact_out = ops.splice(wide, embedding.double(), ids, cu, source, **options, impl="reference")
+    exact_out = ops.splice(wide, embedding.double(), ids, cu, z_index, **options, impl="reference")
     (exact,) = torch.autograd.grad(exact_out, wide, grad.double())
     if impl == "triton" or dtype in (torch.float32, torch.float64):  # torch adds 16-bit gradients in 16 bits
         torch.testing.assert_close(found_grad.double(), exact, **tolerance(dtype))
@@ -81,16 +81,16 @@ def test_wide_z_and_strided_operands():
     assert bits(found, ops.splice(z, embedding, ids, cu, impl="torch"))
     assert torch.autograd.grad(found.float().sum(), z)[0].dtype == torch.float32
     hidden = torch.randn(10, 16, device=DEVICE)[:, 3:11]
-    assert bits(ops.take(hidden, cu, 2, impl="triton"), ops.take(hidden, cu, 2, impl="reference"))
+    assert bits(ops.pool_last_k(hidden, cu, 2, impl="triton"), ops.pool_last_k(hidden, cu, 2, impl="reference"))
     again = torch.randn(8, 10, device=DEVICE).t()
-    assert bits(ops.take(again, cu, 2, impl="triton"), ops.take(again, cu, 2, impl="reference"))
+    assert bits(ops.pool_last_k(again, cu, 2, impl="triton"), ops.pool_last_k(again, cu, 2, impl="reference"))
 
 
 def test_nothing_in_the_batch():
     empty = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     hidden = torch.randn(0, 8, device=DEVICE, requires_grad=True)
     for impl in (*ROUTES, "reference"):
-        out = ops.take(hidden, empty, 2, impl=impl)
+        out = ops.pool_last_k(hidden, empty, 2, impl=impl)
         assert out.shape == (0, 2, 8)
         assert torch.autograd.grad(out.sum(), hidden)[0].shape == (0, 8)
         ids = torch.zeros(0, dtype=torch.int64, device=DEVICE)
@@ -102,7 +102,7 @@ def test_nothing_in_the_batch():
 def test_bad_indices_are_nan():
     hidden = torch.randn(9, 4, device=DEVICE)
     cu = bounds([2, 3, 4])
-    found = ops.take(hidden, cu, 3, torch.tensor([0, 1, 3, -1, 2], device=DEVICE), impl="triton")
+    found = ops.pool_last_k(hidden, cu, 3, torch.tensor([0, 1, 3, -1, 2], device=DEVICE), impl="triton")
     assert found.isnan().all(2).all(1).tolist() == [True, False, True, True, False]  # the first has 2 rows, not 3
     ids = torch.tensor([0, 1, 0, 9, 1, 0, 0, -1, 4], device=DEVICE)
     z, embedding = torch.randn(2, 1, 4, device=DEVICE), torch.randn(5, 4, device=DEVICE)
@@ -115,17 +115,17 @@ def test_bad_indices_are_nan():
 
 
 def test_round_trip_through_a_pack():
-    """take undoes splice where the pairs read each z once."""
+    """pool_last_k undoes splice where the pairs read each z once."""
     z = torch.randn(3, 2, 8, device=DEVICE)
     cu = bounds([2, 2, 2])
     ids = torch.zeros(6, dtype=torch.int64, device=DEVICE)
     spliced = ops.splice(z, torch.randn(5, 8, device=DEVICE), ids, cu, torch.tensor([2, 0, 1], device=DEVICE),
                          impl="triton")  # fmt: skip
-    assert bits(ops.take(spliced, cu, 2, torch.tensor([1, 2, 0], device=DEVICE), impl="triton"), z)
+    assert bits(ops.pool_last_k(spliced, cu, 2, torch.tensor([1, 2, 0], device=DEVICE), impl="triton"), z)
 
 
 def test_trainable_embedding_is_refused():
-    with pytest.raises(ValueError, match=r"embedding: found one that requires grad"):
+    with pytest.raises(ValueError, match=r"embedding: got one that requires grad"):
         ops.splice(torch.randn(1, 1, 4), torch.randn(5, 4, requires_grad=True), torch.zeros(2, dtype=torch.int64),
                    torch.tensor([0, 2]))  # fmt: skip
 
@@ -134,8 +134,8 @@ def test_opcheck():
     cu = bounds([3, 4])
     hidden = torch.randn(7, 4, device=DEVICE, requires_grad=True)
     index = torch.tensor([1, 0, 1], device=DEVICE)
-    torch.library.opcheck(ops._take, (hidden, cu, 2, index))
-    torch.library.opcheck(ops._take_backward, (torch.randn(3, 2, 4, device=DEVICE), cu, index, 7))
+    torch.library.opcheck(ops._pool_last_k, (hidden, cu, 2, index))
+    torch.library.opcheck(ops._pool_last_k_backward, (torch.randn(3, 2, 4, device=DEVICE), cu, index, 7))
     z = torch.randn(2, 2, 4, device=DEVICE, requires_grad=True)
     ids = torch.zeros(7, dtype=torch.int64, device=DEVICE)
     torch.library.opcheck(ops._splice, (z, torch.randn(5, 4, device=DEVICE), ids, cu, index[:2], 0, 1.0))

@@ -1,9 +1,9 @@
 """Losses for `SentenceTransformerTrainer`, on models that `autoregembed.export` wrote.
 
     model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start", instruction="Represent the text.")
-    decoder = Decoder(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"), z_scale="match")
+    decoder = Decoder(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"), z_norm="match_rms")
     loss = AutoRegEmbedLoss(model, decoder)
-    dataset = loss.with_reference(dataset)  # columns anchor, positive, negative
+    dataset = loss.precompute_ref_logps(dataset)  # columns anchor, positive, negative
     SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=loss).train()
 
 z are the model's token embeddings at the compress tokens, out of the one forward pass that also makes the sentence
@@ -36,7 +36,7 @@ from autoregembed.export import export, stock_modules
 from autoregembed.losses import alignment_loss, compression_loss, info_nce
 from autoregembed.model_card import CITATION
 from autoregembed.objective import alignment_scores
-from autoregembed.ops import NEGATIVES, REFERENCES
+from autoregembed.ops import NEGATIVES, REF_MARGINS
 
 try:
     from sentence_transformers.base.losses.merged_forward import embed_columns
@@ -107,21 +107,21 @@ class _Template:
         pooling = _pooling(model)
         if pooling is None:
             raise ValueError(
-                "model: found no compress tokens, allowed are models that autoregembed.export or from_causal_lm made"
+                "model: got no compress tokens, expected models that autoregembed.export or from_causal_lm made"
             )
         weight = pooling.emb_layer.weight.detach().flatten()
         compress = [i for i, word in enumerate(pooling.vocab) if word in pooling.word_weights]
         if weight.count_nonzero() != len(compress) or not bool((weight[compress] == 1).all()):
             raise ValueError(
-                "model: found WordWeights other than 1 at the compress tokens and 0 elsewhere (another loss has "
-                "trained them), allowed is the model as it was exported"
+                "model: got WordWeights other than 1 at the compress tokens and 0 elsewhere (another loss has "
+                "trained them), expected the model as it was exported"
             )
         found = model.tokenizer("a", return_special_tokens_mask=True)
         text = [i for i, special in enumerate(found["special_tokens_mask"]) if not special]
         tail = found["input_ids"][text[-1] + 1 :]
         if not compress or sorted(tail[-len(compress) :]) != compress:
             raise ValueError(
-                f"model: found a tokenizer that ends a text with ids {tail}, allowed is one that ends it with the "
+                f"model: got a tokenizer that ends a text with ids {tail}, expected one that ends it with the "
                 f"compress tokens {compress}"
             )
         return cls(text[0], tail, len(compress))
@@ -150,7 +150,7 @@ class _DecoderLoss(nn.Module):
     def __init__(self, model: SentenceTransformer, decoder: Decoder, max_target_length: int | None):
         super().__init__()
         if not isinstance(decoder, Decoder):
-            raise TypeError(f"decoder: found {type(decoder).__name__}, allowed is autoregembed.Decoder")
+            raise TypeError(f"decoder: got {type(decoder).__name__}, expected autoregembed.Decoder")
         self.model = model
         self._template = _Template.of(model)
         _freeze_pooling(model)
@@ -188,8 +188,8 @@ class _DecoderLoss(nn.Module):
             text = [token for token, real in zip(ids, mask, strict=True) if real]
             if text[-len(tail) :] != tail:
                 raise ValueError(
-                    f"sentence_features: found a text that ends with ids {text[-len(tail) :]} in row {row}, allowed "
-                    f"are texts that the model's own tokenizer has ended with {tail}"
+                    f"sentence_features: got a text that ends with ids {text[-len(tail) :]} in row {row}, expected "
+                    f"texts that the model's own tokenizer has ended with {tail}"
                 )
             targets.append(text[head : -len(tail)][: self.max_target_length])
         return targets
@@ -208,8 +208,8 @@ class _DecoderLoss(nn.Module):
     def _decoder_config(self) -> dict[str, Any]:
         return {
             "decoder": self.decoder.model.config.name_or_path or type(self.decoder.model).__name__,
-            "z_scale": self.decoder.z_scale,
-            "decoder_bos": bool(self.decoder.prefix),
+            "z_norm": self.decoder.z_norm,
+            "decoder_add_bos": bool(self.decoder.prefix),
             "max_target_length": self.max_target_length,
         }
 
@@ -237,7 +237,7 @@ class InformationCompressionLoss(_DecoderLoss):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         columns = list(sentence_features)
         if len(columns) != 2:
-            raise ValueError(f"sentence_features: found {len(columns)} columns, allowed are 2: context, output")
+            raise ValueError(f"sentence_features: got {len(columns)} columns, expected 2: context, output")
         targets = self._targets(columns[1])
         z, _ = self._read(columns[0])
         return compression_loss(self.decoder.logprob(z, targets), self.decoder.num_tokens(targets))
@@ -251,11 +251,11 @@ class AutoRegEmbedLoss(_DecoderLoss):
 
     Columns: anchor, positive, one or more negatives. The reference scores (log-probabilities in nats of the positive
     and of each negative given the anchor, under the model before this stage) are a `label` column of M + 1 floats;
-    `with_reference` computes it.
+    `precompute_ref_logps` computes it.
 
     Args:
         model, decoder, max_target_length: as in `InformationCompressionLoss`.
-        beta, temperature, reference, negatives: as in `autoregembed.alignment_loss`.
+        beta, temperature, ref_margin, negatives: as in `autoregembed.alignment_loss`.
         alignment_weight, contrastive_weight: factors of the two losses; with `contrastive_weight` > 0 `forward`
             returns both by name.
         contrastive_temperature: of InfoNCE; the inverse of sentence-transformers' `scale`.
@@ -273,7 +273,7 @@ class AutoRegEmbedLoss(_DecoderLoss):
         *,
         beta: float = 0.1,
         temperature: float = 0.1,
-        reference: str = "add",
+        ref_margin: str = "add",
         negatives: str = "independent",
         alignment_weight: float = 1.0,
         contrastive_weight: float = 0.0,
@@ -283,12 +283,12 @@ class AutoRegEmbedLoss(_DecoderLoss):
         max_target_length: int | None = None,
     ):
         super().__init__(model, decoder, max_target_length)
-        for name, value, allowed in (("reference", reference, REFERENCES), ("negatives", negatives, NEGATIVES)):
+        for name, value, allowed in (("ref_margin", ref_margin, REF_MARGINS), ("negatives", negatives, NEGATIVES)):
             if value not in allowed:
-                raise ValueError(f"{name}: found {value!r}, allowed are {allowed}")
+                raise ValueError(f"{name}: got {value!r}, expected {allowed}")
         self.beta = beta
         self.temperature = temperature
-        self.reference = reference
+        self.ref_margin = ref_margin
         self.negatives = negatives
         self.alignment_weight = alignment_weight
         self.contrastive_weight = contrastive_weight
@@ -302,15 +302,14 @@ class AutoRegEmbedLoss(_DecoderLoss):
         columns = list(sentence_features)
         if len(columns) < 3:
             raise ValueError(
-                f"sentence_features: found {len(columns)} columns, allowed are anchor, positive and at least one "
-                "negative"
+                f"sentence_features: got {len(columns)} columns, expected anchor, positive and at least one negative"
             )
         r_a, r_c = self._reference(labels, len(columns) - 1, columns[0]["input_ids"])
         rows = self._rows(columns)
         both = [self._read(column) for column in columns[:2]]
         a, b, c, _ = alignment_scores(self.decoder, torch.cat([z for z, _ in both]), rows)
         alignment = alignment_loss(
-            a, b, c, r_a, r_c, beta=self.beta, temperature=self.temperature, reference=self.reference,
+            a, b, c, r_a, r_c, beta=self.beta, temperature=self.temperature, ref_margin=self.ref_margin,
             negatives=self.negatives,
         ).loss  # fmt: skip
         if not self.contrastive_weight:
@@ -329,20 +328,20 @@ class AutoRegEmbedLoss(_DecoderLoss):
         return [{"target_ids": list(row)} for row in zip(*targets, strict=True)]
 
     def _reference(self, labels: Tensor | None, width: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.reference == "none":
+        if self.ref_margin == "none":
             return None, None
         wanted = (len(like), width)
         if labels is None or tuple(labels.shape) != wanted:
             found = None if labels is None else tuple(labels.shape)
             raise ValueError(
-                f"labels: found {found}, allowed with reference={self.reference!r} are the reference scores {wanted}: "
-                "of the positive, then of each negative; `with_reference` adds them to a dataset as column 'label'"
+                f"labels: got {found}, expected the reference scores {wanted} that ref_margin={self.ref_margin!r} needs: "
+                "of the positive, then of each negative; `precompute_ref_logps` adds them to a dataset as column 'label'"
             )
         scores = labels.to(like.device, torch.float32)
         return scores[:, 0], scores[:, 1:]
 
     @torch.no_grad()
-    def with_reference(self, dataset, batch_size: int = 32):
+    def precompute_ref_logps(self, dataset, batch_size: int = 32):
         """`dataset` with the reference scores under the model as it is now in a column `label`.
 
         Args:
@@ -354,7 +353,7 @@ class AutoRegEmbedLoss(_DecoderLoss):
         """
         names = [n for n in dataset.column_names if n not in ("label", "dataset_name")]
         if len(names) < 3:
-            raise ValueError(f"dataset: found columns {names}, allowed are anchor, positive and at least one negative")
+            raise ValueError(f"dataset: got columns {names}, expected anchor, positive and at least one negative")
         preprocess = getattr(self.model, "preprocess", None) or self.model.tokenize  # the name since version 5.4
         device = next(self.model.parameters()).device
         training = self.model.training
@@ -375,7 +374,7 @@ class AutoRegEmbedLoss(_DecoderLoss):
         return dataset.add_column("label", scores)
 
     def get_config_dict(self) -> dict[str, Any]:
-        names = ("beta", "temperature", "reference", "negatives", "alignment_weight", "contrastive_weight",
+        names = ("beta", "temperature", "ref_margin", "negatives", "alignment_weight", "contrastive_weight",
                  "contrastive_temperature", "hard_negatives", "gather_across_devices")  # fmt: skip
         return {**{name: getattr(self, name) for name in names}, **self._decoder_config()}
 
@@ -408,7 +407,7 @@ class FusedInfoNCELoss(nn.Module):
     def __init__(self, model: SentenceTransformer, scale: float = 20.0, gather_across_devices: bool = False):
         super().__init__()
         if not 0 < scale < float("inf"):
-            raise ValueError(f"scale: found {scale}, allowed is a positive finite number")
+            raise ValueError(f"scale: got {scale}, expected a positive finite number")
         self.model = model
         self.scale = scale
         self.gather_across_devices = gather_across_devices
@@ -419,7 +418,7 @@ class FusedInfoNCELoss(nn.Module):
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         if len(embeddings) < 2:
-            raise ValueError(f"sentence_features: found {len(embeddings)} columns, allowed are at least 2")
+            raise ValueError(f"sentence_features: got {len(embeddings)} columns, expected at least 2")
         return _contrastive(embeddings[0], embeddings[1:], 1 / self.scale, self.gather_across_devices)
 
     def get_config_dict(self) -> dict[str, Any]:

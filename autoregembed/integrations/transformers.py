@@ -4,7 +4,7 @@
     ids = checkpoint.add_compress_tokens(model, tokenizer, 5)
     encoder = Encoder(model, compress_token_ids=ids, suffix_ids=prompt.suffix(), bos_token_id=tokenizer.bos_token_id)
     rows = data.alignment_rows(data.load_rows("triplets.jsonl"), prompt)
-    rows = with_reference(rows, encoder, decoder)
+    rows = precompute_ref_logps(rows, encoder, decoder)
     AutoRegEmbedTrainer(encoder, decoder, args, train_dataset=rows, processing_class=tokenizer).train()
 
 `AutoRegEmbedTrainer` packs its batches and does both stages, by the columns of the data. `CompressionLossFunction` is
@@ -26,11 +26,11 @@ from transformers import Trainer, TrainingArguments
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.losses import alignment_loss
-from autoregembed.objective import alignment_scores, contrastive, reference_scores, texts_of
-from autoregembed.ops import NEGATIVES, REFERENCES, take
+from autoregembed.objective import alignment_scores, compute_ref_logps, contrastive, texts_of
+from autoregembed.ops import NEGATIVES, REF_MARGINS, pool_last_k
 from autoregembed.packing import pack, run_packed
 
-__all__ = ["AutoRegEmbedTrainer", "Collator", "CompressionLossFunction", "compression_inputs", "with_reference"]
+__all__ = ["AutoRegEmbedTrainer", "Collator", "CompressionLossFunction", "compression_inputs", "precompute_ref_logps"]
 
 IGNORED = -100  # what Trainer does not count
 
@@ -79,11 +79,11 @@ class CompressionLossFunction:
         hidden = getattr(outputs, "last_hidden_state", None)
         if hidden is None:
             raise ValueError(
-                f"outputs: found {type(outputs).__name__} without last_hidden_state, allowed is what a base model "
+                f"outputs: got {type(outputs).__name__} without last_hidden_state, expected what a base model "
                 "(AutoModel) returns"
             )
         if labels is None:
-            raise ValueError('labels: found None, allowed are target ids; set label_names=["labels"]')
+            raise ValueError('labels: got None, expected target ids; set label_names=["labels"]')
         self.decoder.to(hidden.device)
         targets = [[i for i in row if i != IGNORED][:-1] for row in labels.tolist()]
         logprob = self.decoder.logprob(hidden[:, -self.num_compress_tokens :], targets)
@@ -94,13 +94,13 @@ class CompressionLossFunction:
 # Both stages
 
 
-def with_reference(rows: Dataset, encoder: Encoder, decoder: Decoder, token_budget: int = 8192) -> Dataset:
-    """Rows of `data.alignment_rows` with `reference`: the scores of positive and negatives under the model as it is."""
+def precompute_ref_logps(rows: Dataset, encoder: Encoder, decoder: Decoder, token_budget: int = 8192) -> Dataset:
+    """Rows of `data.alignment_rows` with `ref_logps`: the scores of positive and negatives under the model as it is."""
     training = encoder.training
-    positive, negatives = reference_scores(encoder.eval(), decoder, rows, token_budget)
+    positive, negatives = compute_ref_logps(encoder.eval(), decoder, rows, token_budget)
     encoder.train(training)
     scores = torch.cat([positive[:, None], negatives], 1).tolist()
-    return rows.add_column("reference", [row[: len(t)] for row, t in zip(scores, rows["target_ids"], strict=True)])
+    return rows.add_column("ref_logps", [row[: len(t)] for row, t in zip(scores, rows["target_ids"], strict=True)])
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Collator:
 
     def __init__(self, negatives: str = "independent"):
         if negatives not in NEGATIVES:
-            raise ValueError(f"negatives: found {negatives!r}, allowed are {NEGATIVES}")
+            raise ValueError(f"negatives: got {negatives!r}, expected {NEGATIVES}")
         self.negatives = negatives
 
     def _terms(self, row: dict) -> int:
@@ -144,8 +144,8 @@ class AutoRegEmbedTrainer(Trainer):
         encoder: around a base model (`AutoModel`) or a PeftModel of one, without `own_compress_rows`.
         decoder: the frozen decoder; None for stage 2 with `alignment_weight=0`.
         args: as for `Trainer`.
-        beta, temperature, reference, negatives: of stage 2, as in `autoregembed.alignment_loss`; with `reference`
-            other than "none" the rows need a column `reference` (`with_reference`).
+        beta, temperature, ref_margin, negatives: of stage 2, as in `autoregembed.alignment_loss`; with `ref_margin`
+            other than "none" the rows need a column `ref_logps` (`precompute_ref_logps`).
         alignment_weight, contrastive_weight: factors of the two losses of stage 2.
         contrastive_temperature: of InfoNCE.
         hard_negatives: encode the negatives too, and give them to InfoNCE.
@@ -164,7 +164,7 @@ class AutoRegEmbedTrainer(Trainer):
         *,
         beta: float = 0.1,
         temperature: float = 0.1,
-        reference: str = "add",
+        ref_margin: str = "add",
         negatives: str = "independent",
         alignment_weight: float = 1.0,
         contrastive_weight: float = 0.0,
@@ -174,24 +174,24 @@ class AutoRegEmbedTrainer(Trainer):
     ):
         if encoder.model.get_output_embeddings() is not None:
             raise ValueError(
-                f"encoder: found a {type(encoder.model).__name__} with a head, allowed is a base model such as "
+                f"encoder: got a {type(encoder.model).__name__} with a head, expected a base model such as "
                 "AutoModel.from_pretrained gives"
             )
         if encoder.compress_rows is not None:
-            raise ValueError("encoder: found own_compress_rows=True, allowed is False: Trainer would not save them")
-        if reference not in REFERENCES:
-            raise ValueError(f"reference: found {reference!r}, allowed are {REFERENCES}")
+            raise ValueError("encoder: got own_compress_rows=True, expected False: Trainer would not save them")
+        if ref_margin not in REF_MARGINS:
+            raise ValueError(f"ref_margin: got {ref_margin!r}, expected {REF_MARGINS}")
         if decoder is None and alignment_weight:
-            raise ValueError("decoder: found None, allowed with alignment_weight > 0 is a Decoder")
+            raise ValueError("decoder: got None, expected a Decoder, since alignment_weight > 0")
         if contrastive_weight and args is not None and args.gradient_accumulation_steps > 1:
             raise ValueError(
-                f"gradient_accumulation_steps: found {args.gradient_accumulation_steps}, allowed with "
-                "contrastive_weight > 0 is 1: in-batch negatives would come from one micro-batch only"
+                f"gradient_accumulation_steps: got {args.gradient_accumulation_steps}, expected 1 with "
+                "contrastive_weight > 0: in-batch negatives would come from one micro-batch only"
             )
         self.encoder = encoder
         self.decoder = decoder
         self.alignment: dict[str, Any] = {
-            "beta": beta, "temperature": temperature, "reference": reference, "negatives": negatives,
+            "beta": beta, "temperature": temperature, "ref_margin": ref_margin, "negatives": negatives,
         }  # fmt: skip
         self.alignment_weight = alignment_weight
         self.contrastive_weight = contrastive_weight
@@ -206,7 +206,7 @@ class AutoRegEmbedTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["text_ids", "suffix_ids", "target_ids", "query_ids", "positive_ids", "negative_ids",
-                                   "reference"]  # fmt: skip
+                                   "ref_logps"]  # fmt: skip
 
     def compute_loss(
         self,
@@ -219,7 +219,9 @@ class AutoRegEmbedTrainer(Trainer):
         k = self.encoder.num_compress_tokens
         # Through `model`, which may be wrapped for several processes, and not through the encoder's own.
         packed = pack(self.encoder.sequences(*texts_of(rows, self.hard_negatives)), self.args.device)
-        z = take(run_packed(model, packed, input_ids=packed.ids[None]), packed.cu_seqlens, k, packed.rank)
+        z = pool_last_k(
+            run_packed(model, packed, input_ids=packed.ids[None]), packed.cu_seqlens, k, packed.unsort_index
+        )
         own = (inputs["labels"] != IGNORED).sum()
         world = 1
         if num_items_in_batch is None:
@@ -240,14 +242,14 @@ class AutoRegEmbedTrainer(Trainer):
             return z.sum() * 0
         a, b, c, mask = alignment_scores(self.decoder, z, rows)
         r_a = r_c = None
-        if self.alignment["reference"] != "none":
-            if any("reference" not in row or len(row["reference"]) != len(row["target_ids"]) for row in rows):
+        if self.alignment["ref_margin"] != "none":
+            if any("ref_logps" not in row or len(row["ref_logps"]) != len(row["target_ids"]) for row in rows):
                 raise ValueError(
-                    f"reference: found rows without reference scores, allowed with {self.alignment['reference']!r} are "
-                    "rows of `with_reference`"
+                    f"ref_logps: got rows without reference scores, expected with ref_margin {self.alignment['ref_margin']!r} are "
+                    "rows of `precompute_ref_logps`"
                 )
-            r_a = a.new_tensor([row["reference"][0] for row in rows])
-            flat = a.new_tensor([score for row in rows for score in row["reference"][1:]])
+            r_a = a.new_tensor([row["ref_logps"][0] for row in rows])
+            flat = a.new_tensor([score for row in rows for score in row["ref_logps"][1:]])
             r_c = torch.zeros_like(c).masked_scatter(mask, flat)
         loss = alignment_loss(a, b, c, r_a, r_c, negative_mask=mask, **self.alignment).loss
         terms = mask.sum() if self.alignment["negatives"] == "independent" else mask.any(1).sum()

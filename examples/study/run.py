@@ -3,7 +3,7 @@
     python examples/study/run.py --triplets nli.jsonl.gz --development stsb-dev.jsonl.gz --test stsb-test.jsonl.gz
 
 Triplets {query, pos, neg}; pairs {sentence1, sentence2, score}. A cell that is done is not run again, one that was cut
-short goes on from its last training state. Rates are chosen on the development pairs; the test pairs are read once, by
+short goes on from its last checkpoint. Rates are chosen on the development pairs; the test pairs are read once, by
 the model of each finished cell. results.json, table.md, ablations.md, learning.md and study.svg lie in the output
 folder.
 """
@@ -39,7 +39,7 @@ from autoregembed.checkpoint import atomic_folder, load_causal_lm, write_json
 from autoregembed.config import Config
 from autoregembed.evaluate import embed, load_sts, spearman, sts, token_mean
 from autoregembed.objective import alignment_scores
-from autoregembed.train import build, train
+from autoregembed.train import build_models, train
 
 HERE = Path(__file__).parent
 SCORES = ("development", "centred", "whitened", "decoder")
@@ -128,7 +128,7 @@ class Study:
         """The configuration of one run; `parent` is the run whose model it starts from."""
         fields = {**self.plan["common"], **self.plan[f"stage{stage}"], **self.budget[f"stage{stage}"], **changes}
         factor = fields.pop("steps_factor", 1)
-        fields |= {name: round(fields[name] * factor) for name in ("steps", "eval_steps") if name in fields}
+        fields |= {name: round(fields[name] * factor) for name in ("max_steps", "eval_steps") if name in fields}
         source = fields.pop("data")
         identity = [stage, fields, source, seed, Path(parent.output_dir).name if parent else ""]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -136,19 +136,21 @@ class Study:
         return Config(
             **fields, stage=stage, model=str(Path(parent.output_dir) / "model") if parent else self.base, seed=seed,
             train_data=str(self.paths[source]), eval_data=str(self.paths["development"]), output_dir=str(folder),
-            resume="auto",
+            resume_from_checkpoint=True,
         )  # fmt: skip
 
     def flops(self, config: Config) -> float:
         """Matrix FLOPs of a run: 6 per weight and encoded token, 4 where weights are frozen, the head 4·N·V·D."""
         layers, head = 106.2e6, 28.3e6  # SmolLM2-135M
         encoded, decoded = mean_lengths(config, self.tokenizer)
-        return config.steps * config.batch_size * (6 * layers * encoded + 4 * (layers + head) * decoded)
+        return config.max_steps * config.batch_size * (6 * layers * encoded + 4 * (layers + head) * decoded)
 
     def run(self, config: Config) -> dict:
         done = Path(config.output_dir) / "summary.json"
         if not done.is_file():
-            self.console.rule(f"{config.output_dir}: stage {config.stage}, {config.steps} steps, seed {config.seed}")
+            self.console.rule(
+                f"{config.output_dir}: stage {config.stage}, {config.max_steps} steps, seed {config.seed}"
+            )
             train(config, self.console)
         # Some 1.6 GB; a run that is done needs them no more.
         shutil.rmtree(Path(config.output_dir) / "checkpoints", ignore_errors=True)
@@ -203,10 +205,10 @@ class Study:
                 {
                     "stage": c.stage,
                     "aligned": c.stage == 2 and c.alignment_weight > 0,
-                    "steps": c.steps,
+                    "steps": c.max_steps,
                     "seconds": s["train_seconds"],
                     "tflops": self.flops(c) / 1e12,
-                    "tokens": c.steps * c.batch_size * sum(mean_lengths(c, self.tokenizer)),
+                    "tokens": c.max_steps * c.batch_size * sum(mean_lengths(c, self.tokenizer)),
                     "curve": s["spearman"],
                 }
                 for c, s in zip(configs, summaries, strict=True)
@@ -268,7 +270,7 @@ def similarities(encoder, tokenizer, pairs) -> dict[str, float]:
 def trained(config: Config):
     """Encoder and decoder that a run has left, tokenizer and prompt."""
     folder = str(Path(config.output_dir) / "model")
-    encoder, decoder, tokenizer, _ = build(
+    encoder, decoder, tokenizer, _ = build_models(
         replace(config, model=folder, num_compress_tokens=None, alignment_weight=1.0)
     )
     encoder.eval()
@@ -319,7 +321,7 @@ def untrained(study: Study) -> dict:
     if kept.is_file():
         return json.loads(kept.read_text())
     config = study.config(1, {}, 0, None)
-    encoder, _, tokenizer, _ = build(config)
+    encoder, _, tokenizer, _ = build_models(config)
     lm, _, _ = load_causal_lm(study.base)
     encoder.eval()
     encoder.suffix_ids = data.Prompt(tokenizer, 5, None, config.instruction).suffix()

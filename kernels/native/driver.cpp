@@ -40,7 +40,7 @@ void epilogue(const Header& h) {
     std::vector<float> memory = read<float>(h.offset + (h.rows ? (h.rows - 1) * h.row_stride + h.columns : 0));
     const std::vector<int64_t> target = read<int64_t>(h.rows);
     const std::vector<float> bias = read<float>(h.bias ? h.columns : 0);
-    std::vector<double> state[4];  // top, rest, target_logit, rescale
+    std::vector<double> state[4];  // running_max, running_sumexp, target_logit, rescale
     for (std::vector<double>& x : state) x = read<double>(h.rows);
     const Epilogue call{memory.data() + h.offset,
                         h.row_stride,

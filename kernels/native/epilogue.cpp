@@ -2,9 +2,9 @@
 // a row, one for the exponentials. The mathematics is that of kernels/torch/linear_logprob.py:
 //
 //     x_v = scale · (z_v + b_v),  t_v = tanh(x_v / softcap) or x_v,  gain = softcap or 1           (first pass: largest)
-//     e_v = exp(gain · t_v − top),  rest += Σ_{v≠y} e_v,  E_v = e_v · cap'(x_v) or 0 at the target  (second pass)
+//     e_v = exp(gain · t_v − running_max),  running_sumexp += Σ_{v≠y} e_v,  E_v = e_v · cap'(x_v) or 0 at the target  (second pass)
 //
-// `top` is raised where the largest logit exceeds it by more than SLACK; then `rest` and, by the caller, the sums over
+// `running_max` is raised where the largest logit exceeds it by more than RESCALE_THRESHOLD; then `running_sumexp` and, by the caller, the sums over
 // earlier columns are multiplied by `rescale`.
 //
 // The file is compiled once per machine code level, with LEVEL and LANES defined and that level's flags. It is written
@@ -29,9 +29,9 @@ using Double = double __attribute__((vector_size(8 * LANES)));
 
 constexpr int64_t TILE = 64 * LANES;  // floats between two additions to the double-precision sum
 constexpr int UNROLL = 4;
-// Below exp(FLOOR) = 2e-35 a probability counts as 0: far under eps · 1/V, far above the denormals.
-constexpr float FLOOR = -80.0f;
-constexpr double SLACK = 8.0;  // kernels/torch/linear_logprob.py
+// Below exp(MIN_EXPONENT) = 2e-35 a probability counts as 0: far under eps · 1/V, far above the denormals.
+constexpr float MIN_EXPONENT = -80.0f;
+constexpr double RESCALE_THRESHOLD = 8.0;  // kernels/torch/linear_logprob.py
 
 INLINE Float splat(float x) { return x - Float{}; }
 
@@ -82,7 +82,7 @@ INLINE Float power_of_two(Float shifted) {  // shifted = n + 1.5 · 2^23, n inte
     return (Float)(((Unsigned)shifted + 127u) << 23);
 }
 
-// exp for x in [FLOOR, 88]; unspecified elsewhere but NaN for NaN. Reduction by n ln 2 in two parts, the first of few
+// exp for x in [MIN_EXPONENT, 88]; unspecified elsewhere but NaN for NaN. Reduction by n ln 2 in two parts, the first of few
 // bits so that the product is exact; exp(r) = 1 + r + r² q(r), q minimax on |r| ≤ ln 2 / 2 (Lawson's iteration), relative
 // error of exp 4e-9 with these rounded coefficients.
 INLINE Float exp_reduced(Float x) {
@@ -101,7 +101,7 @@ INLINE Float exp_reduced(Float x) {
 
 INLINE Float exp_or_zero(Float x) {
     const Float e = exp_reduced(x);
-    return x < FLOOR ? Float{} : e;
+    return x < MIN_EXPONENT ? Float{} : e;
 }
 
 // tanh: odd polynomial below 0.625 (Cephes' tanhf), 1 − 2 / (exp(2|x|) + 1) above.
@@ -131,15 +131,15 @@ INLINE Float transform(Float z, Float b, float inner) {
 template <bool BIAS, bool SOFTCAP>
 INLINE float first_pass(float* row, const float* bias, int64_t v, float inner, float gain) {
     constexpr bool write = BIAS || SOFTCAP;
-    Float top[UNROLL];
-    for (Float& t : top) t = splat(-__builtin_inff());
+    Float running_max[UNROLL];
+    for (Float& t : running_max) t = splat(-__builtin_inff());
     int64_t i = 0;
     for (; i + UNROLL * LANES <= v; i += UNROLL * LANES) {
         for (int k = 0; k < UNROLL; ++k) {
             const int64_t at = i + k * LANES;
             const Float t = transform<BIAS, SOFTCAP>(load(row + at), BIAS ? load(bias + at) : Float{}, inner);
             if constexpr (write) store(row + at, t);
-            top[k] = max(t * gain, top[k]);
+            running_max[k] = max(t * gain, running_max[k]);
         }
     }
     for (; i < v; i += LANES) {
@@ -148,22 +148,22 @@ INLINE float first_pass(float* row, const float* bias, int64_t v, float inner, f
         if constexpr (write) store(row + i, t, count);
         Float x = t * gain;
         for (int64_t lane = count; lane < LANES; ++lane) x[lane] = -__builtin_inff();
-        top[0] = max(x, top[0]);
+        running_max[0] = max(x, running_max[0]);
     }
-    for (int k = 1; k < UNROLL; ++k) top[0] = max(top[k], top[0]);
-    float result = top[0][0];
-    for (int lane = 1; lane < LANES; ++lane) result = top[0][lane] > result ? top[0][lane] : result;
+    for (int k = 1; k < UNROLL; ++k) running_max[0] = max(running_max[k], running_max[0]);
+    float result = running_max[0][0];
+    for (int lane = 1; lane < LANES; ++lane) result = running_max[0][lane] > result ? running_max[0][lane] : result;
     return result;
 }
 
 // Second pass over the tile [i, end): E into out, Σ e into sum. CHECKED tiles hold the target or the row's end.
 template <bool SOFTCAP, bool CHECKED, typename Out>
-INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, float gain, float top, Double& sum) {
+INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, float gain, float running_max, Double& sum) {
     Float partial[UNROLL] = {};
     constexpr bool write = sizeof(Out) > 1;
     auto step = [&](int64_t at, Float& part) __attribute__((always_inline)) {
         const Float t = CHECKED ? load(row + at, end - at) : load(row + at);
-        Float e = exp_or_zero(t * gain - top);
+        Float e = exp_or_zero(t * gain - running_max);
         if constexpr (CHECKED) {
             const int32_t hit = at <= y && y < at + LANES ? (int32_t)(y - at) : -1;
             const int32_t count = end - at < LANES ? (int32_t)(end - at) : LANES;
@@ -199,25 +199,25 @@ void rows(const Epilogue& c, int64_t first, int64_t last) {
         const int64_t y = c.target[r];
         const double largest = first_pass<BIAS, SOFTCAP>(row, c.bias, v, inner, gain);
         double rescale = 1.0;
-        if (largest > c.top[r] + SLACK) {
-            rescale = __builtin_exp(c.top[r] - largest);
-            c.top[r] = largest;
+        if (largest > c.running_max[r] + RESCALE_THRESHOLD) {
+            rescale = __builtin_exp(c.running_max[r] - largest);
+            c.running_max[r] = largest;
         }
         // A row whose logits were all −inf so far has no bound to subtract.
-        const float top = c.top[r] == -__builtin_inf() ? 0.0f : (float)c.top[r];
+        const float running_max = c.running_max[r] == -__builtin_inf() ? 0.0f : (float)c.running_max[r];
         if (0 <= y && y < v) c.target_logit[r] = (double)row[y] * (double)gain;  // before E takes its place
         Double sum = {};
         for (int64_t i = 0; i < v; i += TILE) {
             const int64_t end = i + TILE < v ? i + TILE : v;
             if (end - i == TILE && !(i <= y && y < end)) {
-                tile<SOFTCAP, false>(row, out, i, end, y, gain, top, sum);
+                tile<SOFTCAP, false>(row, out, i, end, y, gain, running_max, sum);
             } else {
-                tile<SOFTCAP, true>(row, out, i, end, y, gain, top, sum);
+                tile<SOFTCAP, true>(row, out, i, end, y, gain, running_max, sum);
             }
         }
-        double rest = c.rest[r] * rescale;
-        for (int lane = 0; lane < LANES; ++lane) rest += sum[lane];
-        c.rest[r] = rest;
+        double running_sumexp = c.running_sumexp[r] * rescale;
+        for (int lane = 0; lane < LANES; ++lane) running_sumexp += sum[lane];
+        c.running_sumexp[r] = running_sumexp;
         c.rescale[r] = rescale;
     }
 }

@@ -17,8 +17,8 @@ struct Epilogue {
     float softcap;          // 0: none
     float scale;
     Store store;           // nothing: no E is needed, logits may still be overwritten
-    double* top;           // (R,) in and out: no logit so far is larger than top + SLACK
-    double* rest;          // (R,) in and out: Σ exp(logit − top) over all columns so far but the target
+    double* running_max;           // (R,) in and out: no logit so far is larger than running_max + RESCALE_THRESHOLD
+    double* running_sumexp;          // (R,) in and out: Σ exp(logit − running_max) over all columns so far but the target
     double* target_logit;  // (R,) out where the target is here
     double* rescale;       // (R,) out: what sums over earlier columns are to be multiplied by
 };

@@ -72,7 +72,7 @@ def _middle(
     scale: float,
     gradient: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    rescale = torch.empty_like(state.top)
+    rescale = torch.empty_like(state.running_max)
     bf16 = gradient == torch.bfloat16 and MULTIPLIES_BF16
     store = "nothing" if gradient is None else "bf16" if bf16 else "fp32"
     bias = None if bias is None else bias.float().contiguous()

@@ -61,7 +61,7 @@ void set_level(const std::string& wanted) {
         }
         names += (names.empty() ? "" : ", ") + name;
     }
-    throw nb::value_error(("level: found '" + wanted + "', allowed on this processor are " + names).c_str());
+    throw nb::value_error(("level: got '" + wanted + "', expected one of " + names).c_str());
 }
 
 [[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
@@ -69,20 +69,20 @@ void set_level(const std::string& wanted) {
 template <typename T>
 T* dense(const char* name, const Array<T, 1>& x, size_t size) {
     if (x.shape(0) != size) {
-        refuse(std::string(name) + ": found " + std::to_string(x.shape(0)) + " numbers, allowed are " + std::to_string(size));
+        refuse(std::string(name) + ": got " + std::to_string(x.shape(0)) + " numbers, expected " + std::to_string(size));
     }
-    if (size > 1 && x.stride(0) != 1) refuse(std::string(name) + ": found a strided array, allowed is a dense one");
+    if (size > 1 && x.stride(0) != 1) refuse(std::string(name) + ": got a strided array, expected a dense one");
     return x.data();
 }
 
 void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optional<Array<const float, 1>> bias,
-              std::optional<float> softcap, float scale, const std::string& store, Array<double, 1> top,
-              Array<double, 1> rest, Array<double, 1> target_logit, Array<double, 1> rescale, int threads) {
+              std::optional<float> softcap, float scale, const std::string& store, Array<double, 1> running_max,
+              Array<double, 1> running_sumexp, Array<double, 1> target_logit, Array<double, 1> rescale, int threads) {
     const size_t r = logits.shape(0), v = logits.shape(1);
-    if (v == 0) refuse("logits: found no column, allowed is at least one");
-    if (v > 1 && logits.stride(1) != 1) refuse("logits: found strided rows, allowed are dense ones");
-    if (r > 1 && logits.stride(0) < static_cast<int64_t>(v)) refuse("logits: found rows that overlap");
-    if (softcap && !(*softcap > 0)) refuse("softcap: found " + std::to_string(*softcap) + ", allowed is a positive number");
+    if (v == 0) refuse("logits: got no column, expected at least one");
+    if (v > 1 && logits.stride(1) != 1) refuse("logits: got strided rows, expected dense ones");
+    if (r > 1 && logits.stride(0) < static_cast<int64_t>(v)) refuse("logits: got rows that overlap");
+    if (softcap && !(*softcap > 0)) refuse("softcap: got " + std::to_string(*softcap) + ", expected a positive number");
     Epilogue call{};
     call.logits = logits.data();
     call.row_stride = logits.stride(0);
@@ -98,10 +98,10 @@ void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optio
     } else if (store == "nothing") {
         call.store = Store::nothing;
     } else {
-        refuse("store: found '" + store + "', allowed are fp32, bf16, nothing");
+        refuse("store: got '" + store + "', expected fp32, bf16, nothing");
     }
-    call.top = dense("top", top, r);
-    call.rest = dense("rest", rest, r);
+    call.running_max = dense("running_max", running_max, r);
+    call.running_sumexp = dense("running_sumexp", running_sumexp, r);
     call.target_logit = dense("target_logit", target_logit, r);
     call.rescale = dense("rescale", rescale, r);
     const Level* chosen = level;
@@ -113,7 +113,7 @@ void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optio
 void elementary(const std::string& name, Array<const float, 1> x, Array<float, 1> y) {
     const float* from = dense("x", x, x.shape(0));
     float* to = dense("y", y, x.shape(0));
-    if (name != "exp" && name != "tanh") refuse("name: found '" + name + "', allowed are exp, tanh");
+    if (name != "exp" && name != "tanh") refuse("name: got '" + name + "', expected exp, tanh");
     (name == "exp" ? level->exp : level->tanh)(from, to, static_cast<int64_t>(x.shape(0)));
 }
 
@@ -143,9 +143,9 @@ NB_MODULE(_native, m) {
     // noconvert: a silent copy of a strided array would leave the caller's own memory as it was.
     m.def("epilogue", &epilogue, nb::arg("logits").noconvert(), nb::arg("target").noconvert(),
           nb::arg("bias").none().noconvert(), nb::arg("softcap").none(), nb::arg("scale"), nb::arg("store"),
-          nb::arg("top").noconvert(), nb::arg("rest").noconvert(), nb::arg("target_logit").noconvert(),
+          nb::arg("running_max").noconvert(), nb::arg("running_sumexp").noconvert(), nb::arg("target_logit").noconvert(),
           nb::arg("rescale").noconvert(), nb::arg("threads"),
-          "logits (R, C) fp32 to E in place; top, rest, target_logit, rescale (R,) float64 as in epilogue.h.");
+          "logits (R, C) fp32 to E in place; running_max, running_sumexp, target_logit, rescale (R,) float64 as in epilogue.h.");
     m.def("elementary", &elementary, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("y").noconvert(),
           "The vector function exp (of x ≤ 8) or tanh by itself, y (n,) = f(x (n,)).");
 }

@@ -8,15 +8,15 @@ Derivation. With logits z = cap(scale · (h Wᵀ + b)), cap(x) = softcap · tanh
 W is frozen and the upstream gradient is one number g per row, hence dh = g · U: the forward can leave U behind
 while the logits are at hand, and the backward is a row scale. That is 2F in all (F = 2·N·V·D FLOPs).
 
-Blocks. The logits exist in blocks of some rows and some columns: Z = H W_cᵀ, e = exp(Z − top) over Z in place, and at
-once U += e W_c, while Z and W_c are still in a CPU's caches. No pass over logits in main memory is left. `top` is a
-running bound of a row's logits and `rest` its running sum; where a block raises the bound by more than SLACK, what has
+Blocks. The logits exist in blocks of some rows and some columns: Z = H W_cᵀ, e = exp(Z − running_max) over Z in place, and at
+once U += e W_c, while Z and W_c are still in a CPU's caches. No pass over logits in main memory is left. `running_max` is a
+running bound of a row's logits and `running_sumexp` its running sum; where a block raises the bound by more than RESCALE_THRESHOLD, what has
 been summed so far is scaled (as in FlashAttention), in most blocks of no row.
 
 Exactness of the target column. 1 − p_y cancels when p_y → 1, so the target is left out of e and of U:
-with rest = Σ_{v≠y} e_v, the row sum is s = rest + e_y, 1 − p_y = rest / s, and
+with running_sumexp = Σ_{v≠y} e_v, the row sum is s = running_sumexp + e_y, 1 − p_y = running_sumexp / s, and
 
-    U = scale / s · (cap'(x_y) · rest · W[y] − Σ_{v≠y} cap'(x_v) e_v W[v])
+    U = scale / s · (cap'(x_y) · running_sumexp · W[y] − Σ_{v≠y} cap'(x_v) e_v W[v])
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ COLUMNS = 512  # of a block: a multiple of this
 # Bytes of the logits of some rows, all columns, alive at once where the weight is trained.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
-# exp(FLOOR) = 2e-35: far below eps even times V, and far above the denormals that slow a CPU's exp and GEMM tenfold.
-FLOOR = -80.0
+# exp(MIN_EXPONENT) = 2e-35: far below eps even times V, and far above the denormals that slow a CPU's exp and GEMM tenfold.
+MIN_EXPONENT = -80.0
 
-# A row's bound is raised by no less: exp(SLACK) is small for fp16 and lets most bounds stay after the first block.
-SLACK = 8.0
+# A row's bound is raised by no less: exp(RESCALE_THRESHOLD) is small for fp16 and lets most bounds stay after the first block.
+RESCALE_THRESHOLD = 8.0
 
 
 def rows_per_chunk(device: torch.device, vocabulary: int, itemsize: int) -> int:
@@ -70,27 +70,27 @@ def _must_widen(x: Tensor) -> bool:
 class State(NamedTuple):
     """What is known of R rows after some of their columns, float64, updated in place."""
 
-    top: Tensor  # (R,) bound: no logit so far is larger than top + SLACK
-    rest: Tensor  # (R,) Σ exp(z_v − top) over v ≠ y
+    running_max: Tensor  # (R,) bound: no logit so far is larger than running_max + RESCALE_THRESHOLD
+    running_sumexp: Tensor  # (R,) Σ exp(z_v − running_max) over v ≠ y
     target: Tensor  # (R,) z_y
 
     @classmethod
     def start(cls, rows: int, device: torch.device) -> State:
-        top, rest, target = torch.zeros(3, rows, dtype=torch.float64, device=device)
-        return cls(top.fill_(-math.inf), rest, target)
+        running_max, running_sumexp, target = torch.zeros(3, rows, dtype=torch.float64, device=device)
+        return cls(running_max.fill_(-math.inf), running_sumexp, target)
 
     def finish(self, softcap: float | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """logprob, and the factors of W[y] and of Σ e W in U, all (R,).
 
         A row of −inf alone has no distribution: its log-probability is NaN, as eager PyTorch has it.
         """
-        x_y = self.target - self.top
-        s = self.rest + x_y.exp()
-        slope = 1.0 if softcap is None else 1 - (self.target / softcap).square()
-        return x_y - s.log(), scale * slope * self.rest / s, -scale / s
+        x_y = self.target - self.running_max
+        s = self.running_sumexp + x_y.exp()
+        softcap_grad = 1.0 if softcap is None else 1 - (self.target / softcap).square()
+        return x_y - s.log(), scale * softcap_grad * self.running_sumexp / s, -scale / s
 
 
-class Middle(Protocol):
+class SoftmaxBlock(Protocol):
     """The step between the two GEMMs on a block of C columns, the part of this route that another one may replace."""
 
     def __call__(
@@ -103,7 +103,7 @@ class Middle(Protocol):
         scale: float,
         gradient: torch.dtype | None,  # the dtype of the product that e goes into; None: e is not needed
     ) -> tuple[Tensor, Tensor]:
-        """e = cap'(x) · exp(z − top), (R, C), 0 at the target, in the memory of z, in its dtype or in `gradient`;
+        """e = cap'(x) · exp(z − running_max), (R, C), 0 at the target, in the memory of z, in its dtype or in `gradient`;
         and (R,) by which sums over earlier columns are to be multiplied."""
         ...
 
@@ -117,29 +117,29 @@ def softmax_block(
     scale: float,
     gradient: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """`Middle` in plain torch; e stays in the dtype of the logits."""
+    """`SoftmaxBlock` in plain torch; e stays in the dtype of the logits."""
     if bias is not None:
         z.add_(bias)
     if scale != 1.0:
         z.mul_(scale)
-    slope = None
+    softcap_grad = None
     if softcap is not None:
         z.div_(softcap).tanh_()
-        slope = 1 - z * z if gradient is not None else None
+        softcap_grad = 1 - z * z if gradient is not None else None
         z.mul_(softcap)
     here = (y >= 0) & (y < z.shape[1])
     column = y.clamp(0, z.shape[1] - 1)[:, None]
     state.target.copy_(torch.where(here, z.gather(1, column).squeeze(1).double(), state.target))
-    top = z.amax(1).double()
-    raised = top > state.top + SLACK
-    rescale = torch.where(raised, (state.top - top).exp(), 1.0)
-    state.top.copy_(torch.where(raised, top, state.top))
+    running_max = z.amax(1).double()
+    raised = running_max > state.running_max + RESCALE_THRESHOLD
+    rescale = torch.where(raised, (state.running_max - running_max).exp(), 1.0)
+    state.running_max.copy_(torch.where(raised, running_max, state.running_max))
     # A row whose logits were all −inf so far has no bound to subtract.
-    shift = torch.where(state.top == -math.inf, 0.0, state.top)
-    e = z.sub_(shift[:, None].to(z.dtype)).clamp_(min=FLOOR).exp_()
+    shift = torch.where(state.running_max == -math.inf, 0.0, state.running_max)
+    e = z.sub_(shift[:, None].to(z.dtype)).clamp_(min=MIN_EXPONENT).exp_()
     e.scatter_(1, column, torch.where(here[:, None], 0.0, e.gather(1, column)))
-    state.rest.mul_(rescale).add_(e.sum(1))
-    return (e if slope is None else e.mul_(slope)), rescale
+    state.running_sumexp.mul_(rescale).add_(e.sum(1))
+    return (e if softcap_grad is None else e.mul_(softcap_grad)), rescale
 
 
 def _logits(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def forward(
     scale: float,
     ignore_index: int,
     with_gradient: bool,
-    middle: Middle = softmax_block,
+    middle: SoftmaxBlock = softmax_block,
 ) -> tuple[Tensor, Tensor]:
     """Returns logprob (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
     keep = target != ignore_index
@@ -224,7 +224,7 @@ def backward(
     softcap: float | None,
     scale: float,
     ignore_index: int,
-    middle: Middle = softmax_block,
+    middle: SoftmaxBlock = softmax_block,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a trainable head by recomputing the logits: hidden (N, D), weight (V, D), bias (V,)."""
     keep = target != ignore_index

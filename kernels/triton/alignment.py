@@ -37,7 +37,7 @@ def _alignment(
     B, M, beta: tl.float64, temperature: tl.float64,
     SIGN: tl.constexpr, JOINT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """SIGN: 1 for reference="add", −1 for "subtract", 0 for "none"."""
+    """SIGN: 1 for ref_margin="add", −1 for "subtract", 0 for "none"."""
     WORK: tl.constexpr = a_ptr.dtype.element_ty
     beta_w = tl.full((), beta, WORK)
     tau = tl.full((), temperature, WORK)
@@ -118,7 +118,7 @@ def forward(
     mask: Tensor | None,  # (B, M) bool
     beta: float,
     temperature: float,
-    reference: str,
+    ref_margin: str,
     negatives: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, mean s1, mean s2, accuracy, each (), and the loss's gradients of a (B,), b (B,), c (B, M)."""
@@ -128,7 +128,7 @@ def forward(
                  for x in (query_positive, positive_positive, query_negatives)]  # fmt: skip
     t = tiles.tile("alignment", query_positive.device)
     cols = triton.next_power_of_2(max(m, 1))
-    sign = {"add": 1, "subtract": -1, "none": 0}[reference]
+    sign = {"add": 1, "subtract": -1, "none": 0}[ref_margin]
     given = (query_positive, positive_positive, query_negatives)
     given += (reference_positive, reference_negatives) if sign else (None, None)
     launch(

@@ -1,16 +1,16 @@
 """Token log-probabilities of a linear head on a GPU, and their gradients in two GEMMs.
 
 Derivation. kernels/torch/linear_logprob.py has the algebra: with p = softmax(z) and the target taken out of the row,
-rest = Σ_{v≠y} e^{z_v − top},
+running_sumexp = Σ_{v≠y} e^{z_v − running_max},
 
-    logprob = (z_y − top) − log(rest + e^{z_y − top})                     (1)
-    E_v = −slope_v · p_v,   E_y = slope_y · rest / (rest + e^{z_y − top})   (2)
+    logprob = (z_y − running_max) − log(running_sumexp + e^{z_y − running_max})                     (1)
+    E_v = −softcap_grad_v · p_v,   E_y = softcap_grad_y · running_sumexp / (running_sumexp + e^{z_y − running_max})   (2)
     U = scale · E W = d logprob / d hidden                                 (3)
 
 `cublas`. Per chunk of rows: Z = H Wᵀ (library GEMM, 16-bit operands, fp32 result), `_epilogue` over Z in place, then
 U = E W. `_epilogue` reads Z from memory once. While it goes along a row it leaves e^{z − m} in the dtype of E, m being
-the maximum so far, over the bytes of the fp32 logits that it has read, and multiplies by e^{m − top} / s once the
-row's top and sum are known. What is read again is half a row of 16-bit numbers a multiprocessor, and comes from L2.
+the maximum so far, over the bytes of the fp32 logits that it has read, and multiplies by e^{m − running_max} / s once the
+row's running_max and sum are known. What is read again is half a row of 16-bit numbers a multiprocessor, and comes from L2.
 
 `tiled`. `_tiled_forward` is a GEMM whose own epilogue leaves e^{z − m} with m the maximum of a tile's row, and per
 tile the sums; `_tiled_backward` multiplies by e^{m − lse} while it loads, so that E is written once.
@@ -91,10 +91,10 @@ def _epilogue(
             own = y
             if id_ptr is not None:
                 own = tl.load(id_ptr + at)
-            top = tl.full((), -float("inf"), WORK)
-            rest = tl.full((), 0.0, WORK)
+            running_max = tl.full((), -float("inf"), WORK)
+            running_sumexp = tl.full((), 0.0, WORK)
             z_y = tl.full((), 0.0, WORK)
-            slope_y = tl.full((), 1.0, WORK)
+            softcap_grad_y = tl.full((), 1.0, WORK)
             shifts = tl.zeros((BLOCKS,), WORK)
             x_next = tl.load(z_row + lanes, mask=lanes < z_stride)
             for block in range(0, blocks):
@@ -105,28 +105,28 @@ def _epilogue(
                     x += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(WORK)
                 if row_norm_ptr is not None:
                     x = x * row_norm * tl.load(col_norm_ptr + col, mask=col < V, other=0.0).to(WORK)
-                z, slope = capped(x, factor, cap, SOFTCAP)
+                z, softcap_grad = capped(x, factor, cap, SOFTCAP)
                 hit = col == y
                 z = tl.where(col < V, z, -float("inf"))
                 if id_ptr is not None:
                     same = tl.load(id_ptr + col, mask=col < V, other=0) == own
                     z = tl.where(same & (col != y), -float("inf"), z)
                 z_y += tl.sum(tl.where(hit, z, 0.0))
-                new_top = tl.maximum(top, tl.max(z))
-                shift = finite_shift(new_top)
+                new_max = tl.maximum(running_max, tl.max(z))
+                shift = finite_shift(new_max)
                 e = tl.where(hit, 0.0, tl.exp(z - shift))
-                rest = rest * tl.exp(top - shift) + tl.sum(e)
-                top = new_top
+                running_sumexp = running_sumexp * tl.exp(running_max - shift) + tl.sum(e)
+                running_max = new_max
                 if GRADIENT:
                     if SOFTCAP:
-                        slope_y += tl.sum(tl.where(hit, slope - 1.0, 0.0))
-                        e = e * slope
+                        softcap_grad_y += tl.sum(tl.where(hit, softcap_grad - 1.0, 0.0))
+                        e = e * softcap_grad
                     shifts = tl.where(places == block, shift, shifts)
                     # The maximum above made every warp wait for all loads of this block, the only one whose bytes
                     # the narrower e can reach.
                     tl.store(e_row + col, e.to(E), mask=col < z_stride)
-            shift = finite_shift(top)
-            s = rest + tl.exp(z_y - shift)
+            shift = finite_shift(running_max)
+            s = running_sumexp + tl.exp(z_y - shift)
             logprob = (z_y - shift) - tl.log(s)
             tl.store(logprob_ptr + row, tl.where(valid, logprob, float("nan")))
             if GRADIENT:
@@ -134,7 +134,7 @@ def _epilogue(
                 if grad_ptr is not None:
                     g = g * tl.load(grad_ptr + row).to(WORK)
                 g = tl.where(valid, g, float("nan"))
-                e_y = g * slope_y * (rest / s)
+                e_y = g * softcap_grad_y * (running_sumexp / s)
                 tl.debug_barrier()  # what a thread reads below another one may have written
                 for block in range(0, blocks):
                     col = block * BLOCK + lanes
@@ -150,7 +150,7 @@ def _score(
     hidden, weight,  # (N, D), (V, D): pointers, or descriptors with TMA
     target_ptr, bias_ptr,  # (N,) int64, (V,)
     row_norm_ptr, col_norm_ptr, id_ptr,  # as in _epilogue
-    top_ptr, rest_ptr, zy_ptr,  # (splits, N) each
+    max_ptr, sumexp_ptr, zy_ptr,  # (splits, N) each
     N, V, D, h_stride, w_stride, splits,
     softcap: tl.float64, scale: tl.float64,
     SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -172,8 +172,8 @@ def _score(
             row_norm = tl.load(row_norm_ptr + row, mask=row < N, other=0.0).to(tl.float32)
         if id_ptr is not None:
             own = tl.load(id_ptr + tl.where((y >= 0) & (y < V), y, 0))
-        top = tl.full((ROWS,), -float("inf"), tl.float32)
-        rest = tl.zeros((ROWS,), tl.float32)
+        running_max = tl.full((ROWS,), -float("inf"), tl.float32)
+        running_sumexp = tl.zeros((ROWS,), tl.float32)
         z_y = tl.full((ROWS,), -float("inf"), tl.float32)
         for t in range(first, last):
             x = product_tile(
@@ -192,55 +192,57 @@ def _score(
                 same = tl.load(id_ptr + col, mask=col < V, other=0)[None, :] == own[:, None]
                 z = tl.where(same & (col[None, :] != y[:, None]), -float("inf"), z)
             z_y = tl.maximum(z_y, tl.max(tl.where(hit, z, -float("inf")), 1))
-            new_top = tl.maximum(top, tl.max(z, 1))
-            shift = finite_shift(new_top)
+            new_max = tl.maximum(running_max, tl.max(z, 1))
+            shift = finite_shift(new_max)
             e = tl.where(hit, 0.0, tl.exp(z - shift[:, None]))
-            rest = rest * tl.exp(top - shift) + tl.sum(e, 1)
-            top = new_top
+            running_sumexp = running_sumexp * tl.exp(running_max - shift) + tl.sum(e, 1)
+            running_max = new_max
         at = tl.cast(split, tl.int64) * N + row
-        tl.store(top_ptr + at, top, mask=row < N)
-        tl.store(rest_ptr + at, rest, mask=row < N)
+        tl.store(max_ptr + at, running_max, mask=row < N)
+        tl.store(sumexp_ptr + at, running_sumexp, mask=row < N)
         tl.store(zy_ptr + at, z_y, mask=row < N)
 
 
 @triton.jit(do_not_specialize=["N", "parts", "ignore_index"])
 def _combine(
-    top_ptr, rest_ptr, zy_ptr,  # (parts, N) each
+    max_ptr, sumexp_ptr, zy_ptr,  # (parts, N) each
     target_ptr, logprob_ptr,  # (N,)
     factor_ptr, e_y_ptr,  # (parts, N), (N,) or None: what turns a part's e^{z − m} into E, and E of the target
-    slope_ptr,  # (N,) slope of the target, or None
+    softcap_grad_ptr,  # (N,) softcap_grad of the target, or None
     N, V, parts, scale: tl.float64, ignore_index, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Parts of rows to log-probabilities (1), in the order of the parts."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
     y = tl.load(target_ptr + row, mask=inside, other=0)
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    rest = tl.zeros((ROWS,), tl.float32)
+    running_max = tl.full((ROWS,), -float("inf"), tl.float32)
+    running_sumexp = tl.zeros((ROWS,), tl.float32)
     z_y = tl.full((ROWS,), -float("inf"), tl.float32)
     for part in range(0, parts):
         at = tl.cast(part, tl.int64) * N + row
-        m = tl.load(top_ptr + at, mask=inside, other=0.0)
-        new_top = tl.maximum(top, m)
-        shift = finite_shift(new_top)
-        rest = rest * tl.exp(top - shift) + tl.load(rest_ptr + at, mask=inside, other=0.0) * tl.exp(m - shift)
+        m = tl.load(max_ptr + at, mask=inside, other=0.0)
+        new_max = tl.maximum(running_max, m)
+        shift = finite_shift(new_max)
+        running_sumexp = running_sumexp * tl.exp(running_max - shift) + tl.load(
+            sumexp_ptr + at, mask=inside, other=0.0
+        ) * tl.exp(m - shift)
         z_y = tl.maximum(z_y, tl.load(zy_ptr + at, mask=inside, other=0.0))
-        top = new_top
-    shift = finite_shift(top)
-    s = rest + tl.exp(z_y - shift)
+        running_max = new_max
+    shift = finite_shift(running_max)
+    s = running_sumexp + tl.exp(z_y - shift)
     valid = (y >= 0) & (y < V)
     logprob = tl.where(valid, (z_y - shift) - tl.log(s), float("nan"))
     ignored = y == ignore_index
     tl.store(logprob_ptr + row, tl.where(ignored, 0.0, logprob), mask=inside)
     if factor_ptr is not None:
         g = tl.where(ignored, 0.0, tl.where(valid, 1.0, float("nan"))) * tl.full((), scale, tl.float32)
-        e_y = g * (rest / s)
-        if slope_ptr is not None:
-            e_y = e_y * tl.load(slope_ptr + row, mask=inside, other=0.0)
+        e_y = g * (running_sumexp / s)
+        if softcap_grad_ptr is not None:
+            e_y = e_y * tl.load(softcap_grad_ptr + row, mask=inside, other=0.0)
         tl.store(e_y_ptr + row, tl.where(ignored, 0.0, e_y), mask=inside)
         for part in range(0, parts):
             at = tl.cast(part, tl.int64) * N + row
-            m = finite_shift(tl.load(top_ptr + at, mask=inside, other=0.0))
+            m = finite_shift(tl.load(max_ptr + at, mask=inside, other=0.0))
             f = -g * (tl.exp(m - shift) / s)
             tl.store(factor_ptr + at, tl.where(ignored, 0.0, f), mask=inside)
 
@@ -250,14 +252,14 @@ def _tiled_forward(
     hidden, weight,  # (N, D), (V, D): pointers, or descriptors with TMA
     e_out,  # (N, V), stride e_stride: as hidden and weight
     target_ptr, bias_ptr,  # (N,) int64, (V,)
-    top_ptr, rest_ptr, zy_ptr,  # (V / COLS, N) each
-    slope_ptr,  # (N,) slope of the target, or None
+    max_ptr, sumexp_ptr, zy_ptr,  # (V / COLS, N) each
+    softcap_grad_ptr,  # (N,) softcap_grad of the target, or None
     N, V, D, h_stride, w_stride, e_stride,
     softcap: tl.float64, scale: tl.float64,
     SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """GEMM with slope · e^{z − m} as its result, m the maximum of the tile's row, and the parts that _combine reads."""
+    """GEMM with softcap_grad · e^{z − m} as its result, m the maximum of the tile's row, and the parts that _combine reads."""
     cap = tl.full((), softcap, tl.float32)
     factor = tl.full((), scale, tl.float32)
     blocks = tl.cdiv(N, ROWS)
@@ -274,20 +276,20 @@ def _tiled_forward(
         y = tl.load(target_ptr + row, mask=row < N, other=-1)
         if bias_ptr is not None:
             x += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
-        z, slope = capped(x, factor, cap, SOFTCAP)
+        z, softcap_grad = capped(x, factor, cap, SOFTCAP)
         hit = col[None, :] == y[:, None]
         z = tl.where((col < V)[None, :], z, -float("inf"))
-        top = tl.max(z, 1)
-        shift = finite_shift(top)
+        running_max = tl.max(z, 1)
+        shift = finite_shift(running_max)
         e = tl.where(hit, 0.0, tl.exp(z - shift[:, None]))
         at = tl.cast(t, tl.int64) * N + row
-        tl.store(top_ptr + at, top, mask=row < N)
-        tl.store(rest_ptr + at, tl.sum(e, 1), mask=row < N)
+        tl.store(max_ptr + at, running_max, mask=row < N)
+        tl.store(sumexp_ptr + at, tl.sum(e, 1), mask=row < N)
         tl.store(zy_ptr + at, tl.max(tl.where(hit, z, -float("inf")), 1), mask=row < N)
         if SOFTCAP:
             here = (y >= t * COLS) & (y < (t + 1) * COLS)
-            tl.store(slope_ptr + row, tl.sum(tl.where(hit, slope, 0.0), 1), mask=(row < N) & here)
-            e = e * slope
+            tl.store(softcap_grad_ptr + row, tl.sum(tl.where(hit, softcap_grad, 0.0), 1), mask=(row < N) & here)
+            e = e * softcap_grad
         if TMA:
             e_out.store([block * ROWS, t * COLS], e.to(e_out.dtype))
         else:
@@ -462,14 +464,14 @@ def _combined(
     ignore_index: int,
     factor: Tensor | None = None,
     e_y: Tensor | None = None,
-    slope: Tensor | None = None,
+    softcap_grad: Tensor | None = None,
 ) -> Tensor:
     n = parts.shape[2]
     c = tiles.tile("combine", parts.device)
     logprob = torch.empty(n, dtype=torch.float32, device=parts.device)
     launch(
         _combine, triton.cdiv(n, c.rows), parts.device,
-        *parts.unbind(), target, logprob, factor, e_y, slope, n, v, parts.shape[1], scale, ignore_index,
+        *parts.unbind(), target, logprob, factor, e_y, softcap_grad, n, v, parts.shape[1], scale, ignore_index,
         ROWS=c.rows, **c.options,
     )  # fmt: skip
     return logprob
@@ -495,18 +497,18 @@ def _tiled_chunk(hidden, weight, target, bias, softcap, scale, ignore_index, log
     v_tiles, blocks = triton.cdiv(v, f.cols), triton.cdiv(n, f.rows)
     e = torch.empty(n, -(-v // 16) * 16, dtype=dtype, device=device)
     parts = torch.empty(3, v_tiles, n, dtype=torch.float32, device=device)
-    slope = None if softcap is None else torch.empty(n, dtype=torch.float32, device=device)
+    softcap_grad = None if softcap is None else torch.empty(n, dtype=torch.float32, device=device)
     launch(
         _tiled_forward, min(blocks * v_tiles, processors * f.programs), device,
         operand(hidden, (f.rows, f.depth), tma), operand(weight, (f.cols, f.depth), tma),
         operand(e[:, :v], (f.rows, f.cols), tma), target, bias,
-        *parts.unbind(), slope, n, v, d, hidden.stride(0), weight.stride(0), e.stride(0), softcap or 1.0, scale,
+        *parts.unbind(), softcap_grad, n, v, d, hidden.stride(0), weight.stride(0), e.stride(0), softcap or 1.0, scale,
         SOFTCAP=softcap is not None, TMA=tma, EVEN=d % f.depth == 0, PRECISION="ieee",
         ROWS=f.rows, COLS=f.cols, DEPTH=f.depth, **f.options,
     )  # fmt: skip
     factor = torch.empty(v_tiles, n, dtype=torch.float32, device=device)
     e_y = torch.empty(n, dtype=torch.float32, device=device)
-    logprob.copy_(_combined(parts, target, v, scale, ignore_index, factor, e_y, slope))
+    logprob.copy_(_combined(parts, target, v, scale, ignore_index, factor, e_y, softcap_grad))
     b, tma = _gemm_tile("tiled_backward", e, weight, None)
     units = triton.cdiv(n, b.rows) * triton.cdiv(d, b.cols)
     splits = split_count(units, triton.cdiv(v, b.depth), processors * b.programs)

@@ -113,7 +113,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 @triton.jit
-def tanh_and_slope(x):
+def tanh_and_grad(x):
     """tanh(x) and 1 − tanh(x)², to fp32 rounding for any x (1e-11 in fp64).
 
     (1 − t)/(1 + t) with t = exp(−2|x|) cancels for small x, where seven terms of the series take over.
@@ -136,8 +136,8 @@ def tanh_and_slope(x):
         )
     )
     y = tl.where(tl.abs(x) < 0.25, x * p, big)
-    slope = 4.0 * t / ((1.0 + t) * (1.0 + t))
-    return y, slope
+    softcap_grad = 4.0 * t / ((1.0 + t) * (1.0 + t))
+    return y, softcap_grad
 
 
 @triton.jit
@@ -168,17 +168,17 @@ def sequence_of(cu_ptr, row, count, steps):
 def capped(x, scale, softcap, SOFTCAP: tl.constexpr):
     """z = cap(scale · x) and dz/dx / scale, which is 1 without a softcap."""
     z = x * scale
-    slope = 1.0
+    softcap_grad = 1.0
     if SOFTCAP:
-        y, slope = tanh_and_slope(z / softcap)
+        y, softcap_grad = tanh_and_grad(z / softcap)
         z = softcap * y
-    return z, slope
+    return z, softcap_grad
 
 
 @triton.jit
-def finite_shift(top):
+def finite_shift(running_max):
     """The maximum to subtract before exp: 0 where every entry so far is −inf, since −inf − (−inf) is NaN."""
-    return tl.where(top == -float("inf"), 0.0, top)
+    return tl.where(running_max == -float("inf"), 0.0, running_max)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Rows moved between packs: `take` reads z out of the encoder's output, `splice` writes the decoder's input.
+"""Rows moved between packs: `pool_last_k` reads z out of the encoder's output, `splice` writes the decoder's input.
 
 Both are gathers in either direction. A backward that would scatter (several pairs read the same z) goes through the
 inverse of the index instead, so that every output row is written once, by one program, in a fixed order.
@@ -18,7 +18,7 @@ from autoregembed.kernels.triton.primitives import launch, sequence_of
 
 
 @triton.jit(do_not_specialize=["B", "T", "outputs"])
-def _take(
+def _pool_last_k(
     hidden_ptr, cu_ptr, index_ptr, out_ptr,  # (T, D), (B+1,), (outputs,) or None, (outputs, K, D)
     B, T, outputs, K, D, stride,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -43,7 +43,7 @@ def _take(
 
 
 @triton.jit(do_not_specialize=["B", "T", "steps"])
-def _take_backward(
+def _pool_last_k_backward(
     grad_ptr, cu_ptr, order_ptr, first_ptr, out_ptr,  # (outputs, K, D), (B+1,), (outputs,), (B+1,), (T, D)
     B, T, steps, K, D,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -77,11 +77,11 @@ def _take_backward(
 
 @triton.jit(do_not_specialize=["B", "S", "T", "V", "steps", "offset"])
 def _splice(
-    z_ptr, embedding_ptr, id_ptr, cu_ptr, source_ptr, out_ptr,  # (B, K, D), (V, D), (T,), (S+1,), (S,) or None, (T, D)
+    z_ptr, embedding_ptr, id_ptr, cu_ptr, z_index_ptr, out_ptr,  # (B, K, D), (V, D), (T,), (S+1,), (S,) or None, (T, D)
     B, S, T, V, steps, K, offset, D, stride, scale: tl.float64,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Row t of pair s, j = t − cu[s] − offset: z[source[s], j] for 0 ≤ j < K, else scale · embedding[id[t]]."""
+    """Row t of pair s, j = t − cu[s] − offset: z[z_index[s], j] for 0 ≤ j < K, else scale · embedding[id[t]]."""
     WORK: tl.constexpr = tl.float64 if embedding_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < T
@@ -90,8 +90,8 @@ def _splice(
     j = row - start - offset
     compress = (j >= 0) & (j < K)
     b = s
-    if source_ptr is not None:
-        b = tl.load(source_ptr + s)
+    if z_index_ptr is not None:
+        b = tl.load(z_index_ptr + s)
     token = tl.load(id_ptr + row, mask=inside & ~compress, other=0).to(tl.int64)
     z_good = inside & placed & compress & (b >= 0) & (b < B)
     token_good = inside & placed & ~compress & (token >= 0) & (token < V)
@@ -150,7 +150,7 @@ def _inverse(index: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | N
     return order, torch.searchsorted(values, torch.arange(size + 1, device=index.device, dtype=values.dtype))
 
 
-def take(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | None) -> Tensor:
+def pool_last_k(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | None) -> Tensor:
     """(T, D), (B+1,), (outputs,) or None -> (outputs, K, D)"""
     b, (t, d) = len(cu_seqlens) - 1, hidden.shape
     outputs = b if index is None else len(index)
@@ -158,14 +158,14 @@ def take(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | None) -> Te
     out = hidden.new_empty(outputs, k, d)
     size = tiles.tile("rows", hidden.device)
     launch(
-        _take, triton.cdiv(outputs * k, size.rows), hidden.device,
+        _pool_last_k, triton.cdiv(outputs * k, size.rows), hidden.device,
         hidden, cu_seqlens, index, out, b, t, outputs, k, d, hidden.stride(0),
         ROWS=size.rows, COLS=size.cols, **size.options,
     )  # fmt: skip
     return out
 
 
-def take_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length: int) -> Tensor:
+def pool_last_k_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length: int) -> Tensor:
     """(outputs, K, D) -> (T, D)"""
     b, (_, k, d) = len(cu_seqlens) - 1, grad.shape
     out = grad.new_empty(length, d)
@@ -173,7 +173,7 @@ def take_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length
         return out.zero_()
     size = tiles.tile("rows", grad.device)
     launch(
-        _take_backward, triton.cdiv(length, size.rows), grad.device,
+        _pool_last_k_backward, triton.cdiv(length, size.rows), grad.device,
         grad.contiguous(), cu_seqlens, *_inverse(index, b), out, b, length, b.bit_length(), k, d,
         ROWS=size.rows, COLS=size.cols, **size.options,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def take_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length
 
 
 def splice(
-    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, scale: float
+    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, z_index: Tensor | None, offset: int, scale: float
 ) -> Tensor:
     """(B, K, D), (V, D), (T,), (S+1,), (S,) or None -> (T, D) in the embedding's dtype"""
     (b, k, d), v, t, s = z.shape, len(embedding), len(ids), len(cu_seqlens) - 1
@@ -192,7 +192,7 @@ def splice(
     size = tiles.tile("rows", z.device)
     launch(
         _splice, triton.cdiv(t, size.rows), z.device,
-        z.contiguous(), embedding, ids, cu_seqlens, source, out,
+        z.contiguous(), embedding, ids, cu_seqlens, z_index, out,
         b, s, t, v, s.bit_length(), k, offset, d, embedding.stride(0), scale,
         ROWS=size.rows, COLS=size.cols, **size.options,
     )  # fmt: skip
@@ -200,7 +200,7 @@ def splice(
 
 
 def splice_backward(
-    grad: Tensor, cu_seqlens: Tensor, source: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
+    grad: Tensor, cu_seqlens: Tensor, z_index: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
 ) -> Tensor:
     """(T, D) -> (B, K, D) in `dtype`"""
     t, d = grad.shape
@@ -208,7 +208,7 @@ def splice_backward(
     size = tiles.tile("rows", grad.device)
     launch(
         _splice_backward, triton.cdiv(b * k, size.rows), grad.device,
-        grad.contiguous(), cu_seqlens, *_inverse(source, b), out, b, t, k, offset, d,
+        grad.contiguous(), cu_seqlens, *_inverse(z_index, b), out, b, t, k, offset, d,
         ROWS=size.rows, COLS=size.cols, **size.options,
     )  # fmt: skip
     return out

@@ -1,6 +1,6 @@
 """Holds a result of `autoregembed bench` against the bars that the kernels were built for; prints one line each.
 
-    python -m bench.bars bench/results/nvidia-h200.json
+    python -m bench.targets bench/results/nvidia-h200.json
 
 A line is PASS, MISS, or OPEN where the result lacks what the bar needs. Exit status 1 for a MISS.
 """
@@ -20,7 +20,7 @@ def _best_ours(rows: list[dict]) -> dict | None:
     return min((r for r in rows if is_ours(r["variant"])), key=lambda r: r["median_ms"], default=None)
 
 
-def bars(found: dict) -> Iterator[tuple[str, str, str]]:
+def targets(found: dict) -> Iterator[tuple[str, str, str]]:
     """(state, what is asked, what was found) of every bar that applies to the device of the result."""
     groups: dict[str, list[dict]] = {}
     for row in found["rows"]:
@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("result", type=Path)
     parser.add_argument("--any-device", action="store_true", help="exit status 0 also where no bar applies")
     options = parser.parse_args()
-    lines = list(bars(load(options.result)))
+    lines = list(targets(load(options.result)))
     for state, asked, found in lines:
         print(f"{state}  {asked}: {found}")
     if not lines:
