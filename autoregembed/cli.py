@@ -110,10 +110,10 @@ def _doctor() -> None:
             table.add_row(f"  impl={route}", state + detail)
         if importlib.util.find_spec("transformers") is None:
             continue
-        from autoregembed.packing import attention_routes
+        from autoregembed.attention import attention_backends
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        for route, state in attention_routes(torch.device(device), dtype).items():
+        for route, state in attention_backends(torch.device(device), dtype).items():
             table.add_row(f"  attention={route} ({str(dtype)[6:]})", state)
     console.print(table)
 
@@ -121,7 +121,7 @@ def _doctor() -> None:
 def _exported(model: str):
     from sentence_transformers import SentenceTransformer
 
-    from autoregembed.checkpoint import wrap_load_errors
+    from autoregembed.models import wrap_load_errors
 
     with wrap_load_errors(model):
         return SentenceTransformer(model, model_kwargs={"use_safetensors": True})  # never a pickle
@@ -137,7 +137,7 @@ def _encode(model: str, texts: str, output: str) -> None:
     """
     from safetensors.torch import save_file
 
-    from autoregembed.checkpoint import atomic_file
+    from autoregembed.files import atomic_file
 
     try:
         with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
@@ -179,7 +179,7 @@ def _evaluate(
         json_file: receives the result too.
     """
     from autoregembed import evaluate
-    from autoregembed.checkpoint import write_json
+    from autoregembed.files import write_json
 
     retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
     missing = [name for name, value in retrieval.items() if value is None]

@@ -286,11 +286,11 @@ def batches(
 
 def drawn(n: int, first: int, count: int, seed: int) -> list[int]:
     """The rows, of n, that training reads as its `first`-th to `first + count`-th."""
-    return [_permutation(n, seed, place // n)[place % n] for place in range(first, first + count)]
+    return [permutation(n, seed, place // n)[place % n] for place in range(first, first + count)]
 
 
 @functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+def permutation(n: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator).tolist()
 

@@ -9,19 +9,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from autoregembed.attention import run_packed, use_packed_attention
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
-from autoregembed.encoder import fit_length, max_positions, plain, require_finite, require_gradients
+from autoregembed.models import base_model, fit_length, is_plain, max_positions, require_finite, require_gradients
 from autoregembed.ops import linear_logprob, splice
-from autoregembed.packing import (
-    Ids,
-    Packed,
-    base_model,
-    check_ids,
-    make_microbatches,
-    pack,
-    run_packed,
-    use_packed_attention,
-)
+from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
 
 Z_NORMS = ("none", "match_rms")
 LOGPROB_REDUCTIONS = ("sum", "mean")
@@ -112,7 +104,7 @@ class Decoder(nn.Module):
         require_finite(model)
         require_gradients(model)
         head = model.get_output_embeddings()
-        if type(head) is not nn.Linear or not plain(head.weight):
+        if type(head) is not nn.Linear or not is_plain(head.weight):
             kind = type(head).__name__ if type(head) is not nn.Linear else type(head.weight.data).__name__
             raise ValueError(
                 f"model: got an lm_head of type {kind}, expected a plain nn.Linear: merge adapters into it "

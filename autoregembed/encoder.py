@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,101 +10,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from autoregembed.attention import run_packed, use_packed_attention
 from autoregembed.distributed import equalize_microbatches
-from autoregembed.ops import pool_last_k
-from autoregembed.packing import (
-    Ids,
-    Packed,
+from autoregembed.models import (
     base_model,
-    check_ids,
-    make_microbatches,
-    pack,
-    run_packed,
-    use_packed_attention,
+    final_norm,
+    fit_length,
+    max_positions,
+    require_finite,
+    require_gradients,
+    scale_output,
 )
-
-
-def max_positions(model: Any) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def fit_length(name: str, length: int | None, positions: int | None, *, default: int = 512) -> int:
-    """`length` if it fits; without one, the default or as many positions as there are.
-
-    Raises:
-        ValueError: more than `positions`.
-    """
-    if length is None:
-        return default if positions is None else min(default, positions)
-    if positions is not None and length > positions:
-        raise ValueError(f"{name}: got {length}, expected at most {positions}, what the model has positions for")
-    return length
-
-
-def final_norm(model: Any) -> nn.Module:
-    """The norm that yields a causal LM's last hidden states (its active copy, when PEFT trains one).
-
-    Raises:
-        ValueError: the base model has no norm behind its layers.
-    """
-    base = base_model(model)
-    width = base.config.get_text_config().hidden_size
-    for module in reversed(list(base.children())):
-        module = getattr(module, "modules_to_save", {"default": module})["default"]
-        weight = getattr(module, "weight", None)
-        if weight is not None and tuple(weight.shape) == (width,):
-            return module
-    raise ValueError(f"model: got no norm behind the layers of {type(base).__name__}, expected one")
-
-
-@torch.no_grad()
-def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
-    """Multiplies the output of a norm by `gain`, through its weight (and bias).
-
-    Raises:
-        ValueError: the norm's output is proportional neither to its weight nor to 1 + weight.
-    """
-    parameters: dict[str, Tensor] = dict(norm.named_parameters(recurse=False))
-    weight = parameters["weight"]
-    gain = gain.to(weight)
-    x = torch.randn(4, len(gain), generator=torch.Generator().manual_seed(0)).to(weight)
-    wanted = norm(x) * gain
-    old = {name: p.clone() for name, p in parameters.items()}
-    for offset in (0.0, 1.0):  # Gemma's norm multiplies by 1 + weight
-        weight.copy_((old["weight"] + offset) * gain - offset)
-        if "bias" in old:
-            parameters["bias"].copy_(old["bias"] * gain)
-        if torch.allclose(norm(x), wanted, rtol=64 * torch.finfo(weight.dtype).eps, atol=1e-6):
-            return
-    for name, value in old.items():
-        parameters[name].copy_(value)
-    raise ValueError(f"model: got a final {type(norm).__name__}, expected one that scales with its weight")
-
-
-def plain(parameter: Tensor) -> bool:
-    """Whether it is no subclass of Tensor with storage of its own kind, such as a quantised one."""
-    return type(parameter.data) is Tensor
-
-
-def require_finite(model: nn.Module) -> None:
-    """Raises ValueError naming the first parameter that holds a NaN or an infinity; quantised ones cannot."""
-    for name, parameter in model.named_parameters():
-        if plain(parameter) and parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
-            raise ValueError(f"model: got a non-finite value in {name}, expected finite weights")
-
-
-def require_gradients(model: nn.Module) -> None:
-    """Raises ValueError for bitsandbytes' 4-bit layers on a CPU.
-
-    An evaluation repacks their weights for its own kernel, and from then on their backward multiplies by garbage.
-    """
-    for name, module in model.named_modules():
-        four_bit = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)
-        if four_bit and module.weight.device.type == "cpu":
-            raise ValueError(
-                f"model: got a {type(module).__name__} on a CPU in {name}, whose gradient is wrong there after an "
-                "evaluation, expected a GPU, or 8 bits (torchao), or model.dequantize()"
-            )
+from autoregembed.ops import pool_last_k
+from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
 
 
 def text_embedding(z: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from autoregembed import data, distributed
 from autoregembed.encoder import Encoder, text_embedding
-from autoregembed.packing import base_model, make_microbatches
+from autoregembed.models import base_model
+from autoregembed.packing import make_microbatches
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 

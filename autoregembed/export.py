@@ -14,10 +14,10 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from autoregembed.checkpoint import CheckpointError, atomic_folder
-from autoregembed.encoder import Encoder, plain
+from autoregembed.encoder import Encoder
+from autoregembed.files import CheckpointError, atomic_folder
 from autoregembed.model_card import Card, model_card
-from autoregembed.packing import base_model
+from autoregembed.models import base_model, is_plain
 
 
 def stock_modules() -> Any:
@@ -36,7 +36,7 @@ def merged(encoder: Encoder) -> Any:
         ValueError: weights in 8 or 4 bits.
     """
     for name, parameter in encoder.model.named_parameters():
-        if not plain(parameter) or not parameter.is_floating_point():
+        if not is_plain(parameter) or not parameter.is_floating_point():
             raise ValueError(
                 f"model: got quantised weights in {name}, expected plain ones, as merging would round them: put "
                 "the adapter onto model.dequantize() (get_peft_model_state_dict, set_peft_model_state_dict)"

@@ -6,18 +6,13 @@ A micro-batch gives its share of the step's loss; the shares add up to the loss 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from rich.console import Console
 from torch import Tensor, nn
 
-from autoregembed import checkpoint, data, distributed
+from autoregembed import distributed
 from autoregembed.config import Config
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, text_embedding
@@ -74,7 +69,7 @@ def contrastive(z: Tensor, queries: int, temperature: float) -> Tensor:
     return info_nce(query, passages, target, temperature=temperature)
 
 
-def _counts(config: Config, rows: list[dict]) -> dict[str, int]:
+def loss_counts(config: Config, rows: list[dict]) -> dict[str, int]:
     """How many tokens, rows, pairs the loss ("loss") and the statistics of these rows are means over."""
     if config.stage == 1:
         return {"loss": sum(len(r["target_ids"]) + 1 for r in rows), "rows": len(rows)}
@@ -133,7 +128,7 @@ class Objective:
 
     def _totals(self, rows: list[dict]) -> dict[str, float]:
         """What the loss and the statistics are means over: counts of all processes, per process (DDP averages)."""
-        counts = _counts(self.config, rows)
+        counts = loss_counts(self.config, rows)
         everywhere = distributed.all_reduce(torch.tensor([*counts.values()], device=self.accelerator.device))
         return {name: max(n, 1) / distributed.world_size() for name, n in zip(counts, everywhere.tolist(), strict=True)}
 
@@ -153,7 +148,7 @@ class Objective:
             a, b, c, r_a, r_c, beta=config.beta, temperature=config.temperature, ref_margin=config.ref_margin,
             negatives=config.negatives, negative_mask=mask,
         )  # fmt: skip
-        share = {name: n / totals[name] for name, n in _counts(config, rows).items()}
+        share = {name: n / totals[name] for name, n in loss_counts(config, rows).items()}
         stats = {
             "align": out.loss.detach() * share["loss"],
             "s1": out.s1 * share["rows"],
@@ -161,80 +156,3 @@ class Objective:
             "accuracy": out.accuracy * share["pairs"],
         }
         return config.alignment_weight * out.loss * share["loss"], stats
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def compute_ref_logps(
-    encoder: nn.Module, decoder: Decoder, rows, token_budget: int = 8192, places: list[int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """r_a (R,) and r_c (R, M) under the present model, NaN where a row has fewer negatives or is not in `places`.
-
-    Every process scores its share, and all of them get all scores.
-    """
-    negatives = [len(t) - 1 for t in rows["target_ids"]]
-    scores = torch.zeros(len(rows), 1 + max(negatives))
-    places = list(range(len(rows))) if places is None else places
-    sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows.select(places)]
-    for part, counts in distributed.shard_microbatches(
-        [[places[i] for i in part] for part in make_microbatches(sizes, token_budget)]
-    ):
-        batch = rows.select(part).to_list()
-        z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])
-        owner = [i for i, r in enumerate(batch) for _ in r["target_ids"]]
-        column = [j for r in batch for j in range(len(r["target_ids"]))]
-        found = decoder.logprob(z, [t for r in batch for t in r["target_ids"]], owner).float().cpu()
-        if counts:
-            scores[[part[i] for i in owner], column] = found
-    scores = distributed.all_reduce(scores.to(_device(encoder))).cpu()
-    scored = torch.zeros(len(rows), dtype=torch.bool).index_fill(0, torch.tensor(places, dtype=torch.int64), True)
-    there = torch.arange(scores.shape[1]) <= torch.tensor(negatives)[:, None]
-    scores.masked_fill_(~(there & scored[:, None]), torch.nan)
-    return scores[:, 0].contiguous(), scores[:, 1:].contiguous()
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def cached_ref_logps(
-    config: Config, encoder, decoder, model: str, rows, read: int, prompt: data.Prompt, console: Console
-) -> tuple[Tensor, Tensor]:
-    """Scores of the first `read` rows of the run, from the file beside the data; those that it lacks are added.
-
-    `model` is the fingerprint of encoder and decoder.
-    """
-
-    def find() -> tuple[dict[str, str], Path, tuple[Tensor, Tensor] | None]:
-        fingerprint = {
-            "data": data.content_fingerprint(rows),
-            "model": model,
-            "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
-        }
-        if config.ref_logps_file:
-            path = Path(config.ref_logps_file)
-        else:
-            local = Path(config.train_data)
-            short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
-            parent = local.parent if local.is_file() else Path(config.output_dir)
-            path = parent / f"{local.name}.reference-{short}.safetensors"
-        return fingerprint, path, checkpoint.load_ref_logps(path, fingerprint) if path.is_file() else None
-
-    # Process 0 looks and tells: the others may not see its disk, and must not find what it is writing.
-    fingerprint, path, known = distributed.broadcast_from_rank0(find)
-    wanted = sorted(set(data.drawn(len(rows), 0, read, config.seed)))
-    if known is not None:
-        wanted = [i for i in wanted if bool(known[0][i].isnan())]
-    if known is not None and not wanted:
-        console.print(f"reference scores: {path}")
-        return known
-    start = time.perf_counter()
-    scores = compute_ref_logps(encoder, decoder, rows, places=wanted)
-    if known is not None:
-        new = ~scores[0].isnan()
-        scores = torch.where(new, scores[0], known[0]), torch.where(new[:, None], scores[1], known[1])
-    distributed.broadcast_from_rank0(lambda: checkpoint.save_ref_logps(path, *scores, fingerprint))
-    console.print(f"reference scores: {len(wanted)} rows in {time.perf_counter() - start:.0f} s, kept in {path}")
-    return scores

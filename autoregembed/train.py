@@ -10,20 +10,17 @@ that of the whole step, so the update does not depend on the cut.
 from __future__ import annotations
 
 import contextlib
-import copy
 import fcntl
 import functools
 import json
 import math
 import os
-import re
 import signal
 import time
 import warnings
 from dataclasses import MISSING, asdict, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -34,15 +31,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from transformers import get_scheduler
 
-from autoregembed import checkpoint, data, distributed
+from autoregembed import checkpoint, data, distributed, files, models
+from autoregembed.build import build_models, create_optimizer
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
-from autoregembed.encoder import Encoder, final_norm
+from autoregembed.encoder import Encoder
 from autoregembed.evaluate import embed, load_sts, sts
 from autoregembed.export import export, merged
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 from autoregembed.model_card import Card
-from autoregembed.objective import Objective, cached_ref_logps, lengths, texts_of
+from autoregembed.objective import Objective, lengths, texts_of
+from autoregembed.reference_scores import cached_ref_logps
 
 
 def make_accelerator(config: Config, precision: str) -> Accelerator:
@@ -109,101 +108,6 @@ def _whole(config: Config, accelerator: Accelerator, wrapped: nn.Module, encoder
     return other
 
 
-def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decoder | None, Any, dict]:
-    """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model.
-
-    All on the CPU, where attention has one route; `config.attention` is for where they will run.
-    """
-    options: dict[str, Any] = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
-    model, tokenizer, recipe = checkpoint.load_causal_lm(config.model, **options)
-    known = len(recipe.get("compress_token_ids", []))
-    k = config.num_compress_tokens or known or 5
-    if known and k != known:
-        raise checkpoint.CheckpointError(
-            f"num_compress_tokens: got {k}, expected {known}, the number {config.model!r} was trained with"
-        )
-    source = config.decoder or recipe.get("decoder") or config.model
-    decoder = None
-    if config.needs_decoder and with_decoder:
-        frozen = copy.deepcopy(model) if source == config.model and not recipe else None
-        if frozen is None:
-            gguf = config.gguf_file if config.decoder else recipe.get("decoder_gguf_file")
-            frozen, _, decoder_recipe = checkpoint.load_causal_lm(source, **{**options, "gguf_file": gguf})
-            if decoder_recipe:
-                raise ConfigError(f"decoder: got {source!r}, a trained encoder; expected the original model")
-        bos_token_id = tokenizer.bos_token_id if config.decoder_add_bos else None
-        if config.decoder_add_bos and bos_token_id is None:
-            raise ConfigError(f"decoder_add_bos: got True, expected False: the tokenizer of {source!r} has no bos")
-        decoder = Decoder(
-            frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_norm=config.z_norm,
-            logprob_reduction=config.logprob_reduction if config.stage == 2 else "sum", attention="sdpa",
-        )  # fmt: skip
-    ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, k)
-    if config.gradient_checkpointing:
-        # The older name is deprecated in Transformers 5.24.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    if config.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        names = {module: name for name, module in model.named_modules()}
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            target_modules=config.lora_targets,
-            trainable_token_indices={names[model.get_input_embeddings()]: ids},
-            # The whole name: PEFT compares ends, and "norm" is the end of every layer's norms.
-            modules_to_save=[names[final_norm(model)]] if config.init_output_rms else None,
-        )
-        model = get_peft_model(model, lora)
-    bos = tokenizer.bos_token_id
-    encoder = Encoder(
-        model,
-        compress_token_ids=ids,
-        bos_token_id=bos,
-        attention="sdpa",
-        own_compress_rows=not config.lora_rank,
-    )
-    for name, parameter in model.named_parameters():
-        if any(re.search(pattern, name) for pattern in config.freeze) and "trainable_tokens" not in name:
-            parameter.requires_grad_(False)
-    if not config.lora_rank and model.get_output_embeddings() is not None:
-        head = model.get_output_embeddings().weight
-        if head is not model.get_input_embeddings().weight:
-            head.requires_grad_(False)  # the encoder never reads it
-    if config.compile:
-        for lm in (model, decoder.model if decoder is not None else None):
-            for layer in getattr(getattr(lm, "model", None), "layers", []):
-                layer.compile(dynamic=True)
-    saved = {
-        "version": 1,
-        "compress_token_ids": ids,
-        "instruction": config.instruction,
-        "z_norm": config.z_norm,
-        "decoder_add_bos": config.decoder_add_bos,
-        "output_rms_initialized": recipe.get("output_rms_initialized", False),
-        "stage": config.stage,
-        "decoder": str(Path(source).resolve()) if Path(source).exists() else source,
-        "decoder_gguf_file": config.gguf_file if (config.decoder or not recipe) else recipe.get("decoder_gguf_file"),
-    }
-    return encoder, decoder, tokenizer, saved
-
-
-def optimiser(encoder: Encoder, config: Config) -> torch.optim.Optimizer:
-    """AdamW with the compress-token embeddings in a group of their own."""
-    compress = [p for n, p in encoder.named_parameters() if p.requires_grad and _is_compress(n)]
-    others = [p for n, p in encoder.named_parameters() if p.requires_grad and not _is_compress(n)]
-    groups = [
-        {"params": others, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": compress, "lr": config.compress_learning_rate or config.learning_rate, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.adam_beta2), fused=True)
-
-
-def _is_compress(name: str) -> bool:
-    return name == "compress_rows" or "trainable_tokens" in name
-
-
 # What a resumed run may have otherwise: places (the contents are compared), what is written when, and how the same
 # update is computed. All else must be as it was.
 _FREE = {
@@ -242,8 +146,8 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
     def begin() -> tuple[Path | None, list[str]]:
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(_sole_run(out))
-        checkpoint.remove_stale_tmp(out)
-        checkpoint.remove_stale_tmp(checkpoint_folder)
+        files.remove_stale_tmp(out)
+        files.remove_stale_tmp(checkpoint_folder)
         if not config.resume_from_checkpoint:
             if next(checkpoint_folder.glob("step-*"), None):
                 raise FileExistsError(
@@ -258,8 +162,8 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
         accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
 
     encoder, decoder, tokenizer, recipe = build_models(config)
-    models: list[Encoder | Decoder] = [encoder] if decoder is None else [encoder, decoder]
-    weights = distributed.broadcast_from_rank0(lambda: checkpoint.weights_fingerprint(*models))
+    lms: list[Encoder | Decoder] = [encoder] if decoder is None else [encoder, decoder]
+    weights = distributed.broadcast_from_rank0(lambda: files.weights_fingerprint(*lms))
     k, max_length = encoder.num_compress_tokens, encoder.fit_max_length(config.max_length)
     targets = decoder.fit_max_target_length(k, config.max_target_length) if decoder else 512
     prompt = data.Prompt(tokenizer, k, encoder.bos_token_id, config.instruction, max_length, targets)
@@ -280,7 +184,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
     encoder.to(place)
     if not sharded:
         with accelerator.autocast():
-            for model in models:
+            for model in lms:
                 model.use_attention(config.attention)
     elif config.attention not in ("auto", "sdpa"):
         raise ConfigError(f"attention: got {config.attention!r}, expected 'auto' or 'sdpa' with FSDP")
@@ -306,9 +210,9 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
     fingerprint = ""
     if config.needs_ref_logps:
         assert decoder is not None
-        fingerprint = distributed.broadcast_from_rank0(lambda: checkpoint.weights_fingerprint(encoder, decoder))
+        fingerprint = distributed.broadcast_from_rank0(lambda: files.weights_fingerprint(encoder, decoder))
         fingerprint += f"-{decoder.z_norm}-{decoder.prefix}-{decoder.logprob_reduction}"
-    wrapped, optimizer = accelerator.prepare(encoder, optimiser(encoder, config))
+    wrapped, optimizer = accelerator.prepare(encoder, create_optimizer(encoder, config))
     if decoder is not None and sharded:
         decoder.shard(accelerator.device)
     reference = None
@@ -352,7 +256,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
                 checkpoint.prune_checkpoints(newest, config.save_total_limit)
             if first == steps and (out / "summary.json").is_file():
                 console.print(f"resume_from_checkpoint: all {steps} steps were done and exported")
-                return checkpoint.read_json(out / "summary.json", "output_dir")
+                return files.read_json(out / "summary.json", "output_dir")
             if first > steps:
                 raise ConfigError(f"max_steps: got {steps}, expected at least {first}, those of {str(newest)!r}")
     if not scores:
@@ -360,7 +264,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
 
     def begin_logs() -> None:
         (out / "summary.json").unlink(missing_ok=True)
-        checkpoint.write_json(out / "config.json", asdict(config))
+        files.write_json(out / "config.json", asdict(config))
         for name in ("metrics.jsonl", "nonfinite.jsonl"):
             _cut_log(out / name, first)
 
@@ -452,14 +356,14 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
 
     def finish() -> None:
         if config.lora_rank:
-            with checkpoint.atomic_folder(out / "adapter", overwrite=True) as folder:
+            with files.atomic_folder(out / "adapter", overwrite=True) as folder:
                 trained.model.save_pretrained(folder, save_embedding_layers=False)  # the K rows are in it
-        checkpoint.save_model(out / "model", merged(trained), tokenizer, recipe)
+        models.save_model(out / "model", merged(trained), tokenizer, recipe)
         export(
             trained, tokenizer, out / "export", max_length=max_length, overwrite=True,
             card=_card(config, recipe["decoder"], scores),
         )  # fmt: skip
-        checkpoint.write_json(out / "summary.json", summary)
+        files.write_json(out / "summary.json", summary)
 
     distributed.broadcast_from_rank0(finish)
     if config.log_with:
@@ -536,7 +440,7 @@ def _cut_log(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
     if kept:
-        with checkpoint.atomic_file(path) as temporary:
+        with files.atomic_file(path) as temporary:
             temporary.write_bytes(b"".join(kept))
     else:
         path.unlink(missing_ok=True)

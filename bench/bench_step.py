@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from autoregembed import Decoder, Encoder, alignment_loss, compression_loss
-from autoregembed.encoder import base_model
+from autoregembed.models import base_model
 from autoregembed.objective import alignment_scores
 
 from . import workload
@@ -34,7 +34,7 @@ class Setup:
     """One model in the roles that both sides give it; encoders share weights, so they get the same gradients."""
 
     def __init__(self, device: str, model: Any, tokenizer: Any, rows: list[dict], describe: str, k: int = COMPRESS):
-        from autoregembed.checkpoint import add_compress_tokens
+        from autoregembed.models import add_compress_tokens
 
         self.device, self.model, self.rows, self.describe = device, model, rows, describe
         frozen = copy.deepcopy(model)

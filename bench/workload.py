@@ -48,7 +48,7 @@ def smollm2(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[An
     """SmolLM2-135M-Instruct and its tokenizer."""
     from transformers.utils import logging
 
-    from autoregembed.checkpoint import load_causal_lm
+    from autoregembed.models import load_causal_lm
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

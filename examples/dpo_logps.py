@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from loading import TRIPLETS
 
 from autoregembed import linear_logprob
-from autoregembed.checkpoint import load_causal_lm
-from autoregembed.packing import base_model
+from autoregembed.models import base_model, load_causal_lm
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 

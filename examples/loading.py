@@ -3,7 +3,7 @@
 import copy
 
 from autoregembed import Decoder, Encoder
-from autoregembed.checkpoint import add_compress_tokens, load_causal_lm
+from autoregembed.models import add_compress_tokens, load_causal_lm
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 # (query, a text that belongs to it, one that does not)

@@ -19,7 +19,7 @@ if _module := os.environ.get("AUTOREGEMBED_NATIVE_MODULE"):
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on CPU tensors
 
-from autoregembed import checkpoint
+from autoregembed import models
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -78,8 +78,8 @@ def model_folder(tmp_path_factory) -> str:
     """A Hugging Face folder of a tiny random Llama with its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
-    checkpoint.save_model(folder, tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True), tokenizer, {})
-    (folder / checkpoint.RECIPE).unlink()
+    models.save_model(folder, tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True), tokenizer, {})
+    (folder / models.RECIPE).unlink()
     return str(folder)
 
 

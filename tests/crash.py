@@ -42,7 +42,7 @@ from conftest import sentence, write_jsonl
 from rich.console import Console
 from safetensors import SafetensorError
 
-from autoregembed import checkpoint
+from autoregembed import checkpoint, models
 from autoregembed.config import Config
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
@@ -61,8 +61,8 @@ COMMON = {
 def prepare(folder: Path) -> None:
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
     model = tiny_model(vocab_size=len(tokenizer), attention_dropout=0.1)  # steps draw random numbers
-    checkpoint.save_model(folder / "lm", model, tokenizer, {})
-    (folder / "lm" / checkpoint.RECIPE).unlink()
+    models.save_model(folder / "lm", model, tokenizer, {})
+    (folder / "lm" / models.RECIPE).unlink()
     texts = [sentence(i, 4 + i % 7) for i in range(60)]
     write_jsonl(folder / "one.jsonl", [{"context": t, "output": t} for t in texts])
     triplets = [{"query": texts[i], "pos": texts[i + 1], "neg": texts[i + 2 : i + 3 + i % 2]} for i in range(20)]
@@ -135,7 +135,7 @@ def check_whole(out: Path) -> int:
     for line in (out / "summary.json", out / "config.json"):
         if line.exists():
             json.loads(line.read_text())
-    for name, files in {"model": ("config.json", checkpoint.RECIPE), "export": ("modules.json", "config.json")}.items():
+    for name, files in {"model": ("config.json", models.RECIPE), "export": ("modules.json", "config.json")}.items():
         if (out / name).exists():
             for file in (*files, "model.safetensors", "tokenizer.json"):
                 assert (out / name / file).stat().st_size > 0

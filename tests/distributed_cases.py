@@ -177,11 +177,10 @@ def gathered_rows() -> None:
 
 def shared_embeddings(case: dict) -> None:
     """Seven texts of which three processes embed a share each; the last round has work for one of them."""
-    from autoregembed import train
     from autoregembed.config import Config
     from autoregembed.evaluate import embed
 
-    encoder, _, tokenizer, _ = train.build_models(Config(**case))
+    encoder, _, tokenizer, _ = build.build_models(Config(**case))
     texts = ["the cat sat", "on a mat", "while rain", "fell", "over old stone bridges", "and boats", "drifted past"]
     alone = embed(encoder, tokenizer, texts, token_budget=1)
     torch.testing.assert_close(embed(encoder, tokenizer, texts, token_budget=1, shared=True), alone, rtol=0, atol=1e-6)
@@ -249,17 +248,18 @@ def refused(case: dict) -> str:
 
 def one_step(cases: list[dict]) -> list[dict]:
     """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
-    from autoregembed import data, distributed, train
+    from autoregembed import build, data, distributed, train
     from autoregembed.config import Config
-    from autoregembed.objective import Objective, _counts, compute_ref_logps, lengths
+    from autoregembed.objective import Objective, lengths, loss_counts
     from autoregembed.packing import make_microbatches
+    from autoregembed.reference_scores import compute_ref_logps
 
     found = []
     for case in cases:
         config = Config(**case)
         accelerator = train.make_accelerator(config, "fp32")
         assert accelerator.num_processes == distributed.world_size() == int(os.environ.get("WORLD_SIZE", "1"))
-        encoder, decoder, tokenizer, _ = train.build_models(config)
+        encoder, decoder, tokenizer, _ = build.build_models(config)
         prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
         rows = (data.compression_rows if config.stage == 1 else data.alignment_rows)(
             data.load_rows(config.train_data), prompt
@@ -267,7 +267,7 @@ def one_step(cases: list[dict]) -> list[dict]:
         encoder.double()
         if decoder is not None:
             decoder.double()
-        wrapped, optimizer = accelerator.prepare(encoder, train.optimiser(encoder, config))
+        wrapped, optimizer = accelerator.prepare(encoder, build.create_optimizer(encoder, config))
         if decoder is not None and accelerator.is_fsdp2:
             decoder.shard(accelerator.device)
         reference = compute_ref_logps(encoder.eval(), decoder, rows, 64) if config.needs_ref_logps else None
@@ -287,7 +287,7 @@ def one_step(cases: list[dict]) -> list[dict]:
                 "norm": float(distributed.to_full_tensor(norm)),
                 "parameters": _numpy(dict(encoder.named_parameters())),
                 "parts": len(make_microbatches(lengths(batch, encoder, config.hard_negatives), config.token_budget)),
-                "counts": _counts(config, batch),
+                "counts": loss_counts(config, batch),
                 "reference": None if reference is None else [r.numpy() for r in reference],
             }
         )

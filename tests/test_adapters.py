@@ -11,7 +11,7 @@ from peft import (
 )
 from torch import nn
 
-from autoregembed import Decoder, Encoder, checkpoint
+from autoregembed import Decoder, Encoder, models
 from autoregembed.encoder import text_embedding
 from autoregembed.export import merged
 from autoregembed.testing import tiny_model, tiny_tokenizer
@@ -132,7 +132,7 @@ def test_adapters_and_compress_tokens_train_and_tied_embeddings_stay_tied(tied, 
     """LoRA, and LoRA over 8-bit layers, through a step of training, merging and saving."""
     tokenizer = tiny_tokenizer()
     model = lm(vocab_size=len(tokenizer), tie_word_embeddings=tied)
-    ids = checkpoint.add_compress_tokens(model, tokenizer, 2)
+    ids = models.add_compress_tokens(model, tokenizer, 2)
     if quantise:
         model = quantised(model)
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], trainable_token_indices={"embed_tokens": ids})
@@ -153,7 +153,7 @@ def test_adapters_and_compress_tokens_train_and_tied_embeddings_stay_tied(tied, 
         with pytest.raises(ValueError, match=r"^model: got quantised weights in"):
             merged(encoder)
         model = lm(vocab_size=len(tokenizer), tie_word_embeddings=tied)
-        checkpoint.add_compress_tokens(model, tokenizer, 2)
+        models.add_compress_tokens(model, tokenizer, 2)
         unquantised = get_peft_model(model, config)
         set_peft_model_state_dict(unquantised, get_peft_model_state_dict(encoder.model, save_embedding_layers=False))
         again = Encoder(unquantised, compress_token_ids=ids, bos_token_id=1)
@@ -162,8 +162,8 @@ def test_adapters_and_compress_tokens_train_and_tied_embeddings_stay_tied(tied, 
         return
     whole = merged(encoder)
     assert (whole.lm_head.weight is whole.get_input_embeddings().weight) is tied
-    checkpoint.save_model(tmp_path / "model", whole, tokenizer, {})
-    again, _, _ = checkpoint.load_causal_lm(str(tmp_path / "model"))
+    models.save_model(tmp_path / "model", whole, tokenizer, {})
+    again, _, _ = models.load_causal_lm(str(tmp_path / "model"))
     assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
     found = Encoder(again, compress_token_ids=ids, bos_token_id=1)([[5, 6, 7], [8, 9]])
     torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)

@@ -3,7 +3,7 @@ import torch
 from conftest import sentence
 from safetensors.torch import load_file, save_file
 
-from autoregembed import checkpoint
+from autoregembed import checkpoint, files, models, reference_scores
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -16,7 +16,7 @@ def test_compress_tokens_lie_behind_the_vocabulary_and_change_nothing_else(tied,
     """Models often have more rows than their tokenizer has tokens; those are used first."""
     before = tiny_model(vocab_size=V + spare, tie_word_embeddings=tied)
     model = tiny_model(vocab_size=V + spare, tie_word_embeddings=tied)
-    ids = checkpoint.add_compress_tokens(model, TOKENIZER, 5)
+    ids = models.add_compress_tokens(model, TOKENIZER, 5)
     assert ids == list(range(V, V + 5))
     old, new = before.get_input_embeddings().weight, model.get_input_embeddings().weight
     assert len(new) == max(V + 5, V + spare)
@@ -28,26 +28,26 @@ def test_compress_tokens_lie_behind_the_vocabulary_and_change_nothing_else(tied,
     assert 0.08 < ((rows - blank) / spread).std() < 0.12, "a tenth of real tokens' spread around a blank"
     assert torch.pdist(rows).min() > 0.05 * torch.pdist(old[:V]).median()
     again = tiny_model(vocab_size=V + spare, tie_word_embeddings=tied)
-    checkpoint.add_compress_tokens(again, TOKENIZER, 5)
+    models.add_compress_tokens(again, TOKENIZER, 5)
     assert torch.equal(again.get_input_embeddings().weight[ids], rows)
 
 
 def test_no_compress_tokens_are_refused():
     with pytest.raises(ValueError, match=r"^num_compress_tokens: got 0"):
-        checkpoint.add_compress_tokens(tiny_model(vocab_size=V), TOKENIZER, 0)
+        models.add_compress_tokens(tiny_model(vocab_size=V), TOKENIZER, 0)
 
 
 def test_a_model_comes_back_as_it_was_with_its_recipe(tmp_path):
     model = tiny_model(vocab_size=V, tie_word_embeddings=True, dtype=torch.bfloat16)
     recipe = {"compress_token_ids": [1, 2], "decoder": "é"}
-    checkpoint.save_model(tmp_path / "m", model, TOKENIZER, recipe)
-    loaded, tokenizer, found = checkpoint.load_causal_lm(str(tmp_path / "m"), dtype=torch.bfloat16)
+    models.save_model(tmp_path / "m", model, TOKENIZER, recipe)
+    loaded, tokenizer, found = models.load_causal_lm(str(tmp_path / "m"), dtype=torch.bfloat16)
     assert found == recipe
-    assert checkpoint.weights_fingerprint(loaded) == checkpoint.weights_fingerprint(model)
+    assert files.weights_fingerprint(loaded) == files.weights_fingerprint(model)
     text = "the cat </s> sat"
     assert tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
-    (tmp_path / "m" / checkpoint.RECIPE).unlink()
-    assert checkpoint.load_causal_lm(str(tmp_path / "m"))[2] == {}
+    (tmp_path / "m" / models.RECIPE).unlink()
+    assert models.load_causal_lm(str(tmp_path / "m"))[2] == {}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_cannot_be_loaded_is_a_checkpoint_error_that_names_it(what, tmp_pat
     if what == "empty folder":
         folder.mkdir()
     elif what != "nothing":
-        checkpoint.save_model(folder, tiny_model(vocab_size=V), TOKENIZER, {"compress_token_ids": [3]})
+        models.save_model(folder, tiny_model(vocab_size=V), TOKENIZER, {"compress_token_ids": [3]})
         if what == "no weights":
             (folder / "model.safetensors").unlink()
         elif what == "a weight less":
@@ -71,38 +71,36 @@ def test_what_cannot_be_loaded_is_a_checkpoint_error_that_names_it(what, tmp_pat
         elif what == "damaged config":
             (folder / "config.json").write_text("{")
         else:
-            (folder / checkpoint.RECIPE).write_text("{")
-    place = (
-        f"{folder}/{checkpoint.RECIPE}', which cannot be read" if "recipe" in what else f"{folder}', which cannot be"
-    )
-    with pytest.raises(checkpoint.CheckpointError, match=rf"^model: got '{place}"):
-        checkpoint.load_causal_lm(str(folder))
+            (folder / models.RECIPE).write_text("{")
+    place = f"{folder}/{models.RECIPE}', which cannot be read" if "recipe" in what else f"{folder}', which cannot be"
+    with pytest.raises(files.CheckpointError, match=rf"^model: got '{place}"):
+        models.load_causal_lm(str(folder))
 
 
 def test_the_fingerprint_of_weights_is_that_of_names_shapes_and_values():
     one = tiny_model()
     same = tiny_model()
-    seen = {checkpoint.weights_fingerprint(one), checkpoint.weights_fingerprint(same)}
+    seen = {files.weights_fingerprint(one), files.weights_fingerprint(same)}
     assert len(seen) == 1
     with torch.no_grad():
         same.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-3
-    seen.add(checkpoint.weights_fingerprint(same))
-    seen.add(checkpoint.weights_fingerprint(tiny_model(dtype=torch.bfloat16)))
-    seen.add(checkpoint.weights_fingerprint(one, one))
-    seen.add(checkpoint.weights_fingerprint(torch.nn.ModuleDict({"renamed": one})))
+    seen.add(files.weights_fingerprint(same))
+    seen.add(files.weights_fingerprint(tiny_model(dtype=torch.bfloat16)))
+    seen.add(files.weights_fingerprint(one, one))
+    seen.add(files.weights_fingerprint(torch.nn.ModuleDict({"renamed": one})))
     assert len(seen) == 5
 
 
 def test_reference_scores_come_back_and_only_for_what_they_belong_to(tmp_path):
     path, mine = tmp_path / "new" / "r.safetensors", {"data": "a", "model": "b", "tokenizer": "c"}
     positive, negatives = torch.tensor([-3.0, -4.5]), torch.tensor([[-1.0, torch.nan], [-2.0, -5.0]])
-    checkpoint.save_ref_logps(path, positive, negatives, mine)
-    found = checkpoint.load_ref_logps(path, mine)
+    reference_scores.save_ref_logps(path, positive, negatives, mine)
+    found = reference_scores.load_ref_logps(path, mine)
     torch.testing.assert_close(found, (positive, negatives), rtol=0, atol=0, equal_nan=True)
     for name in mine:
         other = {**mine, name: "x"}
-        with pytest.raises(checkpoint.RefLogpsMismatch) as error:
-            checkpoint.load_ref_logps(path, other)
+        with pytest.raises(reference_scores.RefLogpsMismatch) as error:
+            reference_scores.load_ref_logps(path, other)
         for key in mine:
             assert f"'{key}': '{mine[key]}'" in str(error.value)
             assert f"'{key}': '{other[key]}'" in str(error.value)
@@ -149,12 +147,12 @@ def test_a_state_goes_on_bit_for_bit(tmp_path):
 def test_a_state_of_another_shape_is_refused_and_changes_nothing(tmp_path):
     checkpoint.save_checkpoint(tmp_path / "s", *trained(), 3, {})
     model, optimizer = trained(width=5)
-    before = checkpoint.weights_fingerprint(model)
+    before = files.weights_fingerprint(model)
     with pytest.raises(
-        checkpoint.CheckpointError, match=r"^resume_from_checkpoint: got 0\.weight with shape \(4, 3\).*\(5, 3\)"
+        files.CheckpointError, match=r"^resume_from_checkpoint: got 0\.weight with shape \(4, 3\).*\(5, 3\)"
     ):
         checkpoint.load_checkpoint(tmp_path / "s", model, optimizer)
-    assert checkpoint.weights_fingerprint(model) == before
+    assert files.weights_fingerprint(model) == before
 
 
 @pytest.mark.parametrize("damage", ["missing", "shorter", "one byte", "no manifest", "manifest of rubbish"])
@@ -181,11 +179,11 @@ def test_damaged_states_are_skipped_with_the_reason(damage, tmp_path):
 
 
 def test_an_interrupted_replacement_leaves_the_old_folder(tmp_path):
-    with checkpoint.atomic_folder(tmp_path / "out") as folder:
+    with files.atomic_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("old")
 
     def interrupted():
-        with checkpoint.atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        with files.atomic_folder(tmp_path / "out", overwrite=True) as folder:
             (folder / "a").write_text("new")
             raise KeyboardInterrupt
 
@@ -193,7 +191,7 @@ def test_an_interrupted_replacement_leaves_the_old_folder(tmp_path):
         interrupted()
     assert (tmp_path / "out" / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    with checkpoint.atomic_folder(tmp_path / "out", overwrite=True) as folder:
+    with files.atomic_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "b").write_text("new")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

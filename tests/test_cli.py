@@ -10,7 +10,7 @@ import yaml
 from conftest import sentence, write_jsonl
 from safetensors.torch import load_file
 
-from autoregembed import Encoder, checkpoint
+from autoregembed import Encoder, models
 from autoregembed.cli import main, read_config
 from autoregembed.config import ConfigError
 from autoregembed.evaluate import embed, load_sts, sts
@@ -34,7 +34,7 @@ def exported(tmp_path_factory):
     """(folder, what the library itself makes of texts)"""
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
     model = tiny_model(vocab_size=len(tokenizer))
-    ids = checkpoint.add_compress_tokens(model, tokenizer, 3)
+    ids = models.add_compress_tokens(model, tokenizer, 3)
     encoder = Encoder(model, compress_token_ids=ids, suffix_ids=tokenizer("\n")["input_ids"], bos_token_id=1)
     folder = export(encoder, tokenizer, tmp_path_factory.mktemp("cli") / "model")
     return str(folder), lambda texts: embed(encoder, tokenizer, texts)
@@ -58,7 +58,12 @@ def test_flags_win_over_the_file(tmp_path):
     with pytest.raises(ConfigError, match=r"config: got '.*', 'another.yaml', expected one YAML file"):
         read_config([file, *flags, "another.yaml"])
     assert (config.stage, config.batch_size, config.output_dir) == (2, 16, "other")
-    assert (config.learning_rate, config.freeze, config.z_norm, config.temperature) == (1e-3, ["embed"], "match_rms", 0.1)
+    assert (config.learning_rate, config.freeze, config.z_norm, config.temperature) == (
+        1e-3,
+        ["embed"],
+        "match_rms",
+        0.1,
+    )
     alone = [x for name, value in FIELDS.items() for x in (f"--{name}", str(value))]
     assert read_config(alone).model == "m"
 

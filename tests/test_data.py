@@ -390,5 +390,5 @@ def test_real_triplets_and_compression_rows(shared, tmp_path):
 
 
 def test_permutations_differ_between_neighbouring_seeds_and_epochs():
-    seen = {tuple(data._permutation(50, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    seen = {tuple(data.permutation(50, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(seen) == 25

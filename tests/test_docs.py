@@ -12,7 +12,17 @@ import yaml
 from conftest import sentence, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from autoregembed import Decoder, Encoder, checkpoint, cli, data, generative_info_nce, linear_logprob
+from autoregembed import (
+    Decoder,
+    Encoder,
+    cli,
+    data,
+    files,
+    generative_info_nce,
+    linear_logprob,
+    models,
+    reference_scores,
+)
 from autoregembed.config import Config
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
@@ -196,17 +206,17 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
     common = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(tmp_path / "out")}
     wild = Config(**common, learning_rate=1e30, max_grad_norm=0, max_steps=9, batch_size=8, precision="fp32")
     yield lambda: train(wild, cli.Console(quiet=True))
-    checkpoint.save_ref_logps(tmp_path / "scores", torch.zeros(1), torch.zeros(1, 1), {"data": "one"})
-    yield lambda: checkpoint.load_ref_logps(tmp_path / "scores", {"data": "another"})
+    reference_scores.save_ref_logps(tmp_path / "scores", torch.zeros(1), torch.zeros(1, 1), {"data": "one"})
+    yield lambda: reference_scores.load_ref_logps(tmp_path / "scores", {"data": "another"})
 
     def used_folder():
-        with checkpoint.atomic_folder(tmp_path):
+        with files.atomic_folder(tmp_path):
             pass
 
     yield used_folder
     yield lambda: encoder.fit_max_length(257)
     yield lambda: encoder([[5] * 300])
-    yield lambda: checkpoint.load_causal_lm(str(tmp_path / "nothing"))
+    yield lambda: models.load_causal_lm(str(tmp_path / "nothing"))
     mixed = tiny_model()
     mixed.config.layer_types = ["full_attention", "conv"]
     yield lambda: Encoder(mixed, compress_token_ids=[3])

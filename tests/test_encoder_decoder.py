@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from autoregembed import Decoder, Encoder, alignment_loss, info_nce
 from autoregembed.bench import harness
 from autoregembed.encoder import text_embedding
-from autoregembed.packing import base_model
+from autoregembed.models import base_model
 from autoregembed.testing import tiny_model
 
 K = 3

@@ -8,7 +8,7 @@ import torch
 from conftest import sentence
 from safetensors.torch import load_file
 
-from autoregembed import Encoder, checkpoint
+from autoregembed import Encoder, files, models
 from autoregembed.evaluate import embed
 from autoregembed.export import export, merged
 from autoregembed.model_card import Card
@@ -29,7 +29,7 @@ TEXTS = [
 
 def encoder_of(tokenizer=TOKENIZER, architecture="llama", bos_token_id=1, dtype=torch.float32, **options) -> Encoder:
     model = tiny_model(architecture, vocab_size=len(tokenizer), dtype=dtype)
-    ids = checkpoint.add_compress_tokens(model, tokenizer, 3)
+    ids = models.add_compress_tokens(model, tokenizer, 3)
     with torch.no_grad():  # far apart, so that a lost or swapped compress token shows
         rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(5)).to(dtype)
         model.get_input_embeddings().weight[ids] += 0.2 * rows
@@ -127,13 +127,13 @@ def test_adapters_are_merged_and_compress_rows_folded_and_the_encoder_stays(tmp_
         own.compress_rows += torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     untrained = embed(encoder_of(), TOKENIZER, TEXTS)
     for i, encoder in enumerate((lora, own)):
-        before = checkpoint.weights_fingerprint(encoder)
+        before = files.weights_fingerprint(encoder)
         expected = embed(encoder, TOKENIZER, TEXTS)
         assert (expected - untrained).abs().max() > 1e-2
         exported = load(export(encoder, TOKENIZER, tmp_path / str(i)))
         found = exported.encode(TEXTS, convert_to_tensor=True)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        assert checkpoint.weights_fingerprint(encoder) == before
+        assert files.weights_fingerprint(encoder) == before
         assert not any("lora" in name for name in merged(encoder).state_dict())
 
 
@@ -190,8 +190,8 @@ def test_slow_tokenizers_are_refused(tmp_path):
 
 
 def test_a_real_tokenizer_and_model(shared, tmp_path):
-    model, tokenizer, _ = checkpoint.load_causal_lm(str(shared / "data" / "stories260K"))
-    ids = checkpoint.add_compress_tokens(model, tokenizer, 5)
+    model, tokenizer, _ = models.load_causal_lm(str(shared / "data" / "stories260K"))
+    ids = models.add_compress_tokens(model, tokenizer, 5)
     suffix = tokenizer("\nTell it again.\n", add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
     encoder = Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=bos)

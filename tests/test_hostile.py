@@ -25,14 +25,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
-from autoregembed import Decoder, Encoder, checkpoint, data, evaluate, ops
+from autoregembed import Decoder, Encoder, checkpoint, data, evaluate, files, models, ops, reference_scores
 from autoregembed.cli import main, read_config
 from autoregembed.config import Config
 from autoregembed.export import export
+from autoregembed.files import CheckpointError, file_fingerprint
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
 
-TYPED = (ValueError, TypeError, IndexError, OSError, checkpoint.CheckpointError, ops.ImplUnavailable)
+TYPED = (ValueError, TypeError, IndexError, OSError, CheckpointError, ops.ImplUnavailable)
 BIG = 2**63 - 1
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
 V = len(TOKENIZER)
@@ -49,9 +50,9 @@ def made(tmp_path_factory) -> Path:
     """A folder with all that is good: model lm/, its export e/, rows, a state, and what a hostile hand starts from."""
     folder = tmp_path_factory.mktemp("hostile")
     model = tiny_model(vocab_size=V)
-    checkpoint.save_model(folder / "lm", model, TOKENIZER, {})
-    (folder / "lm" / checkpoint.RECIPE).unlink()
-    ids = checkpoint.add_compress_tokens(model, TOKENIZER, 3)
+    models.save_model(folder / "lm", model, TOKENIZER, {})
+    (folder / "lm" / models.RECIPE).unlink()
+    ids = models.add_compress_tokens(model, TOKENIZER, 3)
     export(Encoder(model, compress_token_ids=ids, bos_token_id=1), TOKENIZER, folder / "e")
     write_jsonl(folder / "one.jsonl", [{"context": sentence(i, 4), "output": sentence(i, 4)} for i in range(4)])
     write_jsonl(folder / "two.jsonl", [{"query": sentence(i, 4), "pos": sentence(i, 3), "neg": "x"} for i in range(4)])
@@ -487,18 +488,18 @@ def forge(folder: Path, change) -> None:
     """A state whose manifest is in order, since whoever changed it wrote the manifest too; loaded afterwards."""
     state = checkpoint.save_checkpoint(folder / "step-00000001", *trained(), 1, {})
     change(state)
-    names = [n for n in checkpoint._STATE_FILES if (state / n).is_file()]
-    files = {n: [(state / n).stat().st_size, checkpoint._hash(state / n)] for n in names}
-    (state / "manifest.json").write_text(checkpoint._manifest(files))
+    names = [n for n in checkpoint.CHECKPOINT_FILES if (state / n).is_file()]
+    files = {n: [(state / n).stat().st_size, file_fingerprint(state / n)] for n in names}
+    (state / "manifest.json").write_text(checkpoint.manifest_text(files))
     newest, skipped = checkpoint.latest_checkpoint(folder)
     if newest is None:
-        raise checkpoint.CheckpointError(f"resume_from_checkpoint: got {skipped[0]}")
+        raise CheckpointError(f"resume_from_checkpoint: got {skipped[0]}")
     model, optimizer = trained()
-    before = checkpoint.weights_fingerprint(model)
+    before = files.weights_fingerprint(model)
     try:
         checkpoint.load_checkpoint(newest, model, optimizer)
     finally:
-        assert checkpoint.weights_fingerprint(model) == before
+        assert files.weights_fingerprint(model) == before
 
 
 def edit(**changes):
@@ -602,7 +603,7 @@ def manifest_case(what: str, content) -> None:
         newest, skipped = checkpoint.latest_checkpoint(folder)
         assert newest is None
         assert not (folder / "ran").exists()
-        raise checkpoint.CheckpointError(f"resume_from_checkpoint: got {skipped[0]}")
+        raise CheckpointError(f"resume_from_checkpoint: got {skipped[0]}")
 
     case(f"manifest: {what}", call)
 
@@ -612,8 +613,8 @@ def named(name: str):
 
     def content(files, state):
         (state.parent / "evil").write_bytes(b"x")
-        entry = [1, checkpoint._hash(state.parent / "evil")]
-        return checkpoint._manifest({**files, name.format(state.parent): entry}).encode()
+        entry = [1, file_fingerprint(state.parent / "evil")]
+        return checkpoint.manifest_text({**files, name.format(state.parent): entry}).encode()
 
     return content
 
@@ -632,12 +633,12 @@ for _what, _content in {
     "a folder": named("."),
     "itself": named("manifest.json"),
     "files a list": b'{"checksum": "x", "files": [1]}',
-    "sizes as text": lambda f, s: checkpoint._manifest({n: ["x", "y"] for n in f}).encode(),
-    "sizes negative": lambda f, s: checkpoint._manifest({n: [-1, c] for n, (_, c) in f.items()}).encode(),
-    "one number only": lambda f, s: checkpoint._manifest({n: [1] for n in f}).encode(),
+    "sizes as text": lambda f, s: checkpoint.manifest_text({n: ["x", "y"] for n in f}).encode(),
+    "sizes negative": lambda f, s: checkpoint.manifest_text({n: [-1, c] for n, (_, c) in f.items()}).encode(),
+    "one number only": lambda f, s: checkpoint.manifest_text({n: [1] for n in f}).encode(),
     "no checksum": lambda f, s: json.dumps({"files": f}, sort_keys=True).encode(),
-    "spaces added": lambda f, s: checkpoint._manifest(f).encode() + b" ",
-    "too large": b" " * (checkpoint._LARGEST_JSON + 2),
+    "spaces added": lambda f, s: checkpoint.manifest_text(f).encode() + b" ",
+    "too large": b" " * (files.MAX_JSON_BYTES + 2),
 }.items():
     manifest_case(_what, _content)
 
@@ -645,7 +646,7 @@ for _what, _content in {
 def link_case(folder, made):
     checkpoint.save_checkpoint(folder / "elsewhere", *trained(), 1, {})
     (folder / "step-00000001").symlink_to("elsewhere")
-    raise checkpoint.CheckpointError(f"resume_from_checkpoint: got {checkpoint.latest_checkpoint(folder)[1][0]}")
+    raise CheckpointError(f"resume_from_checkpoint: got {checkpoint.latest_checkpoint(folder)[1][0]}")
 
 
 case("state: a link in place of the folder", link_case)
@@ -668,7 +669,7 @@ def model_case(what: str, change, source: str | None = None) -> None:
     def call(folder, made):
         shutil.copytree(made / "lm", folder / "m")
         change(folder / "m")
-        checkpoint.load_causal_lm(source if source is not None else str(folder / "m"))
+        models.load_causal_lm(source if source is not None else str(folder / "m"))
 
     case(f"model: {what}", call)
 
@@ -716,19 +717,19 @@ for _what, _change in {
         f / "model.safetensors",
         metadata={"format": "pt"},
     ),
-    "recipe empty": write(checkpoint.RECIPE, b""),
-    "recipe a list": write(checkpoint.RECIPE, b"[1]"),
-    "recipe nested": write(checkpoint.RECIPE, b"[" * 100000),
-    "recipe ids text": write(checkpoint.RECIPE, b'{"compress_token_ids": "abc"}'),
-    "recipe ids floats": write(checkpoint.RECIPE, b'{"compress_token_ids": [1.5]}'),
-    "recipe decoder a number": write(checkpoint.RECIPE, b'{"compress_token_ids": [3], "decoder": 3}'),
+    "recipe empty": write(models.RECIPE, b""),
+    "recipe a list": write(models.RECIPE, b"[1]"),
+    "recipe nested": write(models.RECIPE, b"[" * 100000),
+    "recipe ids text": write(models.RECIPE, b'{"compress_token_ids": "abc"}'),
+    "recipe ids floats": write(models.RECIPE, b'{"compress_token_ids": [1.5]}'),
+    "recipe decoder a number": write(models.RECIPE, b'{"compress_token_ids": [3], "decoder": 3}'),
 }.items():
     if "not finite" in _what:
 
         def _call(folder, made, change=_change):
             shutil.copytree(made / "lm", folder / "m")
             change(folder / "m")
-            Decoder(checkpoint.load_causal_lm(str(folder / "m"))[0])
+            Decoder(models.load_causal_lm(str(folder / "m"))[0])
 
         case(f"model: {_what}", _call)
     else:
@@ -750,9 +751,9 @@ for _z_index in (
 def reference_case(what: str, change) -> None:
     def call(folder, made):
         path, identity = folder / "r.safetensors", {"data": "a", "model": "b", "tokenizer": "c"}
-        checkpoint.save_ref_logps(path, torch.ones(3), torch.ones(3, 2), identity)
+        reference_scores.save_ref_logps(path, torch.ones(3), torch.ones(3, 2), identity)
         change(path, identity)
-        checkpoint.load_ref_logps(path, identity)
+        reference_scores.load_ref_logps(path, identity)
 
     case(f"ref_logps: {what}", call)
 
@@ -877,7 +878,7 @@ def test_any_bytes_are_rows_or_a_typed_error(content, name, tmp_path):
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=80), file=st.sampled_from([*checkpoint._STATE_FILES, "manifest.json"]))
+@given(content=st.binary(max_size=80), file=st.sampled_from([*checkpoint.CHECKPOINT_FILES, "manifest.json"]))
 def test_any_bytes_in_a_state_are_refused(content, file, tmp_path):
     state = tmp_path / "step-00000001"
     if not state.exists():
@@ -926,5 +927,5 @@ def test_what_is_unusual_but_right_is_read(tmp_path):
     assert list(data.load_rows(str(tmp_path / "a.jsonl"))) == rows
     (tmp_path / "b.csv").write_bytes("\ufeffcontext,output\r\na,b\r\n".encode())
     assert list(data.load_rows(str(tmp_path / "b.csv"))) == [{"context": "a", "output": "b"}]
-    assert "trust_remote_code" in inspect.signature(checkpoint.load_causal_lm).parameters
+    assert "trust_remote_code" in inspect.signature(models.load_causal_lm).parameters
     assert Config(**FIELDS).trust_remote_code is False

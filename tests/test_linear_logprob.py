@@ -673,7 +673,11 @@ SEEDED_BUGS = {
     "no 1/Σ in the gradient": ("/ s, -scale / s", "/ s, -scale + 0 * s", 1),
     "no scale in the gradient": ("/ s, -scale / s", "/ s, -1 / s", 1),
     "no slope of the cap": ("e.mul_(softcap_grad)", "e", 1),
-    "no slope at the target": ("scale * softcap_grad * self.running_sumexp / s,", "scale * self.running_sumexp / s,", 1),
+    "no slope at the target": (
+        "scale * softcap_grad * self.running_sumexp / s,",
+        "scale * self.running_sumexp / s,",
+        1,
+    ),
     "wrong slope of the cap": ("1 - z * z", "1 - z.abs()", 1),
     "off-by-one target": ("    here = ", "    y = y + 1; here = ", 1),
     "target's column forgotten": ("addcmul_(weight[y].to(work), at_target[:, None].to(work))", "add_(0)", 1),
@@ -683,7 +687,11 @@ SEEDED_BUGS = {
     "1 − p as a difference": ("* self.running_sumexp / s,", "* (1 - x_y.exp() / s),", 1),
     "sum not rescaled": ("state.running_sumexp.mul_(rescale)", "state.running_sumexp", 1),
     "gradient not rescaled": ("u[rows] *= ", "_ = ", 1),
-    "bound not kept": ("state.running_max.copy_(torch.where(raised, running_max, state.running_max))", "state.running_max.copy_(running_max)", 1),
+    "bound not kept": (
+        "state.running_max.copy_(torch.where(raised, running_max, state.running_max))",
+        "state.running_max.copy_(running_max)",
+        1,
+    ),
     "bound never raised": (
         "raised = running_max > state.running_max + RESCALE_THRESHOLD",
         "raised = (running_max > state.running_max) & (state.running_max == -math.inf)",

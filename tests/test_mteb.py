@@ -11,7 +11,7 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
-from autoregembed import Encoder, checkpoint, data
+from autoregembed import Encoder, data, models
 from autoregembed.evaluate import embed, retrieval, sts
 from autoregembed.export import export
 from autoregembed.integrations.mteb import MTEBEncoder
@@ -64,7 +64,7 @@ class LocalRetrieval(AbsTaskRetrieval):
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
     model = tiny_model(vocab_size=len(TOKENIZER))
-    ids = checkpoint.add_compress_tokens(model, TOKENIZER, 3)
+    ids = models.add_compress_tokens(model, TOKENIZER, 3)
     return Encoder(model, compress_token_ids=ids, suffix_ids=suffix("Again:"), bos_token_id=1)
 
 

@@ -5,14 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregembed.packing import (
-    attention_routes,
-    base_model,
-    check_ids,
-    pack,
-    run_packed,
-    use_packed_attention,
-)
+from autoregembed.attention import attention_backends, run_packed, use_packed_attention
+from autoregembed.models import base_model
+from autoregembed.packing import check_ids, pack
 from autoregembed.testing import tiny_model
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -146,7 +141,7 @@ def test_an_explicit_route_that_cannot_run_says_why():
     assert model.config._attn_implementation == "sdpa"
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"got cpu and torch\.bfloat16"):
         use_packed_attention(model, "varlen")
-    routes = attention_routes(torch.device("cuda"), torch.float32)
+    routes = attention_backends(torch.device("cuda"), torch.float32)
     assert routes["sdpa"] == "ok"
     assert "torch.float32" in routes["varlen"]
 

@@ -13,9 +13,10 @@ import torch
 from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
-from autoregembed import checkpoint, data
+from autoregembed import data, models
 from autoregembed import train as train_module
 from autoregembed.config import ConfigError
+from autoregembed.files import CheckpointError
 from autoregembed.train import MAX_SKIPPED, train
 
 
@@ -88,9 +89,9 @@ def log_or_half(out: Path) -> list[dict]:
 
 
 def test_dropout_draws_the_same_numbers_after_a_resume(compression_file, model_folder, tmp_path, quiet, monkeypatch):
-    model, tokenizer, _ = checkpoint.load_causal_lm(model_folder)
+    model, tokenizer, _ = models.load_causal_lm(model_folder)
     model.config.attention_dropout = 0.3
-    checkpoint.save_model(tmp_path / "lm", model, tokenizer, {})
+    models.save_model(tmp_path / "lm", model, tokenizer, {})
     options = {"max_steps": 4, "save_steps": 2}
     train(stage1(str(tmp_path / "lm"), compression_file, tmp_path / "whole", **options), quiet)
     config = stage1(str(tmp_path / "lm"), compression_file, tmp_path / "torn", **options)
@@ -130,7 +131,9 @@ def test_a_finished_run_stays_as_it_is(model_folder, compression_file, tmp_path,
     config.resume_from_checkpoint = True
     assert train(config, quiet) == summary
     config.resume_from_checkpoint = False
-    with pytest.raises(FileExistsError, match=r"^output_dir: got checkpoints of an earlier run in .*resume_from_checkpoint: true"):
+    with pytest.raises(
+        FileExistsError, match=r"^output_dir: got checkpoints of an earlier run in .*resume_from_checkpoint: true"
+    ):
         train(config, quiet)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == stamps
     # One that was killed between its last state and its export is exported.
@@ -186,10 +189,10 @@ CHANGES = {
 def test_a_run_is_not_resumed_as_another(field, stopped, tmp_path, quiet):
     folder, fields = stopped
     if field == "model":
-        model, tokenizer, _ = checkpoint.load_causal_lm(fields["model"])
+        model, tokenizer, _ = models.load_causal_lm(fields["model"])
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[0, 0] += 1e-3
-        checkpoint.save_model(tmp_path / "other", model, tokenizer, {})
+        models.save_model(tmp_path / "other", model, tokenizer, {})
         value = str(tmp_path / "other")
     elif field == "train_data":
         rows = [json.loads(line) for line in Path(fields["train_data"]).read_text().splitlines()]
@@ -202,7 +205,7 @@ def test_a_run_is_not_resumed_as_another(field, stopped, tmp_path, quiet):
         rows = [{"query": sentence(i, 5), "pos": sentence(i, 4), "neg": [sentence(i, 3)]} for i in range(16)]
         changed["train_data"] = write_jsonl(tmp_path / "two.jsonl", rows)
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in (folder / "out").rglob("*")}
-    with pytest.raises((checkpoint.CheckpointError, ConfigError), match=rf"^{field}: got .*expected ") as error:
+    with pytest.raises((CheckpointError, ConfigError), match=rf"^{field}: got .*expected ") as error:
         train(train_module.Config(**changed), quiet)
     if field in CHANGES:
         assert f"got {CHANGES[field]!r}" in str(error.value)

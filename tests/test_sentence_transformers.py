@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from transformers import PreTrainedModel
 
-from autoregembed import Decoder, Encoder, checkpoint, data
+from autoregembed import Decoder, Encoder, data, models
 from autoregembed.config import Config
 from autoregembed.export import export, stock_modules
 from autoregembed.integrations.sentence_transformers import (
@@ -22,7 +22,8 @@ from autoregembed.integrations.sentence_transformers import (
     compress_token_ids,
     from_causal_lm,
 )
-from autoregembed.objective import Objective, compute_ref_logps
+from autoregembed.objective import Objective
+from autoregembed.reference_scores import compute_ref_logps
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -45,7 +46,7 @@ def lm() -> torch.nn.Module:
 
 def encoder_of() -> Encoder:
     model = lm()
-    ids = checkpoint.add_compress_tokens(model, TOKENIZER, 3)
+    ids = models.add_compress_tokens(model, TOKENIZER, 3)
     suffix = TOKENIZER("\nAgain:\n", add_special_tokens=False)["input_ids"]
     return Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=1)
 

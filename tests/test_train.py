@@ -9,15 +9,18 @@ import torch
 from conftest import stage1, stage2
 from safetensors.torch import load_file
 
-from autoregembed import checkpoint, data
+from autoregembed import data, files, models, reference_scores
+from autoregembed.build import build_models
 from autoregembed.config import Config, ConfigError
-from autoregembed.encoder import final_norm, scale_output, text_embedding
+from autoregembed.encoder import text_embedding
 from autoregembed.evaluate import embed
 from autoregembed.losses import info_nce
-from autoregembed.objective import Objective, compute_ref_logps, texts_of
+from autoregembed.models import final_norm, scale_output
+from autoregembed.objective import Objective, texts_of
 from autoregembed.packing import make_microbatches
+from autoregembed.reference_scores import compute_ref_logps
 from autoregembed.testing import tiny_model
-from autoregembed.train import Interrupted, build_models, train
+from autoregembed.train import Interrupted, train
 
 
 def objective_of(config: Config, file: str):
@@ -192,13 +195,13 @@ def test_reference_scores_are_cached_and_refused_for_other_data(
     other = tmp_path / "other.jsonl"
     other.write_text(Path(alignment_file).read_text().split("\n", 1)[1])
     config.train_data = str(other)
-    with pytest.raises(checkpoint.RefLogpsMismatch, match=r"'data': '\w+'.*'data': '\w+'"):
+    with pytest.raises(reference_scores.RefLogpsMismatch, match=r"'data': '\w+'.*'data': '\w+'"):
         train(config, quiet)
     config = stage2(model_folder, alignment_file, tmp_path / "two", ref_logps_file=str(kept))
-    with pytest.raises(checkpoint.RefLogpsMismatch, match="model"):
+    with pytest.raises(reference_scores.RefLogpsMismatch, match="model"):
         train(config, quiet)
     kept.write_bytes(b"rubbish")
-    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+    with pytest.raises(files.CheckpointError, match="damaged"):
         train(config, quiet)
 
 
@@ -215,7 +218,7 @@ def test_reference_scores_do_not_depend_on_their_batches(model_folder, alignment
 
 def test_k_mismatch_with_a_checkpoint_is_refused(model_folder, compression_file, tmp_path, quiet):
     model = train(stage1(model_folder, compression_file, tmp_path / "one", num_compress_tokens=3), quiet)["model"]
-    with pytest.raises(checkpoint.CheckpointError, match=r"num_compress_tokens: got 5, expected 3"):
+    with pytest.raises(files.CheckpointError, match=r"num_compress_tokens: got 5, expected 3"):
         build_models(stage2(model, compression_file, "unused", num_compress_tokens=5))
     assert build_models(stage2(model, compression_file, "unused"))[0].num_compress_tokens == 3
 
@@ -228,7 +231,7 @@ def test_an_unwritable_output_folder_fails_at_once(model_folder, compression_fil
 
 def test_a_full_disk_leaves_no_half_written_folder(tmp_path):
     def write():
-        with checkpoint.atomic_folder(tmp_path / "out") as folder:
+        with files.atomic_folder(tmp_path / "out") as folder:
             (folder / "part").write_text("half")
             raise OSError(28, "No space left on device")
 
@@ -240,16 +243,16 @@ def test_a_full_disk_leaves_no_half_written_folder(tmp_path):
 def test_a_folder_in_use_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
-    with pytest.raises(FileExistsError, match="out"), checkpoint.atomic_folder(tmp_path / "out"):
+    with pytest.raises(FileExistsError, match="out"), files.atomic_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "mine").read_text() == "keep"
 
 
 def test_weights_that_are_not_finite_are_refused(model_folder, compression_file, tmp_path, quiet):
-    model, tokenizer, _ = checkpoint.load_causal_lm(model_folder)
+    model, tokenizer, _ = models.load_causal_lm(model_folder)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
-    checkpoint.save_model(tmp_path / "nan", model, tokenizer, {})
+    models.save_model(tmp_path / "nan", model, tokenizer, {})
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         train(stage1(str(tmp_path / "nan"), compression_file, tmp_path / "out"), quiet)
 

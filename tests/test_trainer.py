@@ -13,7 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModel, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from autoregembed import Decoder, Encoder, checkpoint, data
+from autoregembed import Decoder, Encoder, data, models
 from autoregembed.config import Config
 from autoregembed.integrations.transformers import (
     AutoRegEmbedTrainer,
@@ -21,7 +21,8 @@ from autoregembed.integrations.transformers import (
     compression_inputs,
     precompute_ref_logps,
 )
-from autoregembed.objective import Objective, compute_ref_logps
+from autoregembed.objective import Objective
+from autoregembed.reference_scores import compute_ref_logps
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -49,7 +50,7 @@ def lm():
 
 def encoder_of(wrap=lambda model: model) -> Encoder:
     model = lm()
-    ids = checkpoint.add_compress_tokens(model, TOKENIZER, 3)
+    ids = models.add_compress_tokens(model, TOKENIZER, 3)
     return Encoder(wrap(model.model), compress_token_ids=ids, suffix_ids=PROMPT.suffix(), bos_token_id=1)
 
 

@@ -29,7 +29,7 @@ from sentence_transformers.util import all_gather_with_grad
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoregembed import checkpoint, data
+from autoregembed import data, models
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.export import export, stock_modules
@@ -72,13 +72,13 @@ def from_causal_lm(
         folder, max_length, overwrite: as in `autoregembed.export.export`.
         instruction: between text and compress tokens.
         num_compress_tokens: K, for a model without compress tokens.
-        options: `gguf_file` and `trust_remote_code`, as in `checkpoint.load_causal_lm`.
+        options: `gguf_file` and `trust_remote_code`, as in `models.load_causal_lm`.
 
     Raises:
         CheckpointError: `source` cannot be loaded. And the errors of `Encoder` and `export`.
     """
-    model, tokenizer, recipe = checkpoint.load_causal_lm(source, **options)
-    ids = recipe.get("compress_token_ids") or checkpoint.add_compress_tokens(model, tokenizer, num_compress_tokens)
+    model, tokenizer, recipe = models.load_causal_lm(source, **options)
+    ids = recipe.get("compress_token_ids") or models.add_compress_tokens(model, tokenizer, num_compress_tokens)
     bos = tokenizer.bos_token_id
     suffix = data.Prompt(tokenizer, len(ids), bos, instruction).suffix()
     encoder = Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=bos)

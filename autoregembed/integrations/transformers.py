@@ -1,7 +1,7 @@
 """Both stages under Hugging Face's `Trainer`.
 
     model = AutoModel.from_pretrained(NAME)  # no head: the encoder never reads one
-    ids = checkpoint.add_compress_tokens(model, tokenizer, 5)
+    ids = models.add_compress_tokens(model, tokenizer, 5)
     encoder = Encoder(model, compress_token_ids=ids, suffix_ids=prompt.suffix(), bos_token_id=tokenizer.bos_token_id)
     rows = data.alignment_rows(data.load_rows("triplets.jsonl"), prompt)
     rows = precompute_ref_logps(rows, encoder, decoder)
@@ -23,12 +23,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from autoregembed.attention import run_packed
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.losses import alignment_loss
-from autoregembed.objective import alignment_scores, compute_ref_logps, contrastive, texts_of
+from autoregembed.objective import alignment_scores, contrastive, texts_of
 from autoregembed.ops import NEGATIVES, REF_MARGINS, pool_last_k
-from autoregembed.packing import pack, run_packed
+from autoregembed.packing import pack
+from autoregembed.reference_scores import compute_ref_logps
 
 __all__ = ["AutoRegEmbedTrainer", "Collator", "CompressionLossFunction", "compression_inputs", "precompute_ref_logps"]
 

@@ -26,9 +26,10 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from autoregembed.checkpoint import load_causal_lm, write_json
 from autoregembed.cli import read_config
 from autoregembed.evaluate import load_sts, sts, token_mean
+from autoregembed.files import write_json
+from autoregembed.models import load_causal_lm
 from autoregembed.train import train
 
 HERE = Path(__file__).parent

@@ -35,11 +35,13 @@ import yaml
 from rich.console import Console
 
 from autoregembed import data
-from autoregembed.checkpoint import atomic_folder, load_causal_lm, write_json
+from autoregembed.build import build_models
 from autoregembed.config import Config
 from autoregembed.evaluate import embed, load_sts, spearman, sts, token_mean
+from autoregembed.files import atomic_folder, write_json
+from autoregembed.models import load_causal_lm
 from autoregembed.objective import alignment_scores
-from autoregembed.train import build_models, train
+from autoregembed.train import train
 
 HERE = Path(__file__).parent
 SCORES = ("development", "centred", "whitened", "decoder")
