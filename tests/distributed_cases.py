@@ -177,6 +177,7 @@ def gathered_rows() -> None:
 
 def shared_embeddings(case: dict) -> None:
     """Seven texts of which three processes embed a share each; the last round has work for one of them."""
+    from autoregembed import build
     from autoregembed.config import Config
     from autoregembed.evaluate import embed
 

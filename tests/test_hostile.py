@@ -489,8 +489,8 @@ def forge(folder: Path, change) -> None:
     state = checkpoint.save_checkpoint(folder / "step-00000001", *trained(), 1, {})
     change(state)
     names = [n for n in checkpoint.CHECKPOINT_FILES if (state / n).is_file()]
-    files = {n: [(state / n).stat().st_size, file_fingerprint(state / n)] for n in names}
-    (state / "manifest.json").write_text(checkpoint.manifest_text(files))
+    sizes = {n: [(state / n).stat().st_size, file_fingerprint(state / n)] for n in names}
+    (state / "manifest.json").write_text(checkpoint.manifest_text(sizes))
     newest, skipped = checkpoint.latest_checkpoint(folder)
     if newest is None:
         raise CheckpointError(f"resume_from_checkpoint: got {skipped[0]}")
