@@ -18,6 +18,7 @@ from autoregembed.config import Config
 from autoregembed.decoder import Decoder
 from autoregembed.files import CheckpointError, atomic_file, tensor_fingerprint
 from autoregembed.packing import make_microbatches
+from autoregembed.prompt import Prompt, tokenizer_fingerprint
 
 
 class RefLogpsMismatch(CheckpointError):
@@ -58,7 +59,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def cached_ref_logps(
-    config: Config, encoder, decoder, model: str, rows, read: int, prompt: data.Prompt, console: Console
+    config: Config, encoder, decoder, model: str, rows, read: int, prompt: Prompt, console: Console
 ) -> tuple[Tensor, Tensor]:
     """Scores of the first `read` rows of the run, from the file beside the data; those that it lacks are added.
 
@@ -69,7 +70,7 @@ def cached_ref_logps(
         fingerprint = {
             "data": data.content_fingerprint(rows),
             "model": model,
-            "tokenizer": data.tokenizer_fingerprint(prompt.tokenizer),
+            "tokenizer": tokenizer_fingerprint(prompt.tokenizer),
         }
         if config.ref_logps_file:
             path = Path(config.ref_logps_file)

@@ -36,7 +36,7 @@ from autoregembed.build import build_models, create_optimizer
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.evaluate import embed, load_sts, sts
+from autoregembed.evaluate import load_sts, sts
 from autoregembed.export import export, merged
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 from autoregembed.model_card import Card
@@ -103,7 +103,7 @@ def _whole(config: Config, accelerator: Accelerator, wrapped: nn.Module, encoder
         return encoder
     # A sharded module cannot be copied; another one is made as it was, and filled.
     other = build_models(config, with_decoder=False)[0]
-    other.suffix_ids = encoder.suffix_ids
+    other.suffix_ids, other.recipe = encoder.suffix_ids, encoder.recipe
     other.load_state_dict(state)
     return other
 
@@ -192,7 +192,7 @@ def _train(config: Config, console: Console, held: contextlib.ExitStack) -> dict
     def evaluate() -> float | None:
         if pairs is None:
             return None
-        of = functools.partial(embed, encoder, tokenizer, max_length=max_length, shared=True)
+        of = functools.partial(encoder.encode, max_length=max_length, shared=True)
         with accelerator.autocast():
             return sts(of, pairs)["spearman"]
 
