@@ -48,7 +48,7 @@ def read_config(arguments: list[str]):
         raise ConfigError(f"config: got {found}, expected one YAML file, and flags with one value each")
     for i in alone:  # first, so that flags win wherever it stood
         arguments = ["--config", arguments[i], *arguments[:i], *arguments[i + 1 :]]
-    fields = list(Config.__dataclass_fields__)
+    fields = list(inspect.signature(Config).parameters)
     names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
     if "--config" in arguments:
         if arguments[-1] == "--config":

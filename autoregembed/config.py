@@ -1,4 +1,4 @@
-"""The one flat configuration of a run: every field is a line of the YAML and a flag of `autoregembed train`."""
+"""The configuration of a run: every field is a line of the YAML file and a flag of `autoregembed train`."""
 
 from __future__ import annotations
 
@@ -10,94 +10,146 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
-    """A field of the configuration, or a combination of fields, that cannot be meant."""
+    """A field of the configuration has a wrong type or value, or contradicts another field."""
 
 
-def _is(value: object, hint: Any) -> bool:
-    """Whether a value is of a field's type; an int is a float too, a bool is neither."""
+def _matches(value: object, hint: Any) -> bool:
+    """Whether a value has a field's type; an int is a float too, a bool is neither."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return any(type(value) is type(p) and value == p for p in parts)
     if origin in (Union, UnionType):
-        return any(_is(value, part) for part in parts)
+        return any(_matches(value, part) for part in parts)
     if origin is list:
-        return isinstance(value, list) and all(_is(v, parts[0]) for v in value)
+        return isinstance(value, list) and all(_matches(v, parts[0]) for v in value)
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint
 
 
+@dataclass(kw_only=True)
+class Stage2Options:
+    """What the loss of stage 2 is made of: conditional distribution alignment and InfoNCE (arXiv 2502.11401, §3.3).
+
+    Args:
+        alignment_weight: factor of the alignment loss; 0 turns it off, and no decoder is needed.
+        contrastive_weight: factor of InfoNCE over the text embeddings.
+        contrastive_temperature: temperature of InfoNCE.
+        beta: β of the alignment loss.
+        temperature: τ of the alignment loss.
+        ref_margin: how the reference model's margin enters: add (the released code), subtract (as in DPO), none.
+        negatives: independent (one binary loss per negative) or joint (all negatives in one denominator).
+        hard_negatives: encode the negatives too and use them in InfoNCE.
+
+    Raises:
+        ConfigError: a field has a wrong type or value; the message names it.
+    """
+
+    alignment_weight: float = 1.0
+    contrastive_weight: float = 0.0
+    contrastive_temperature: float = 0.05
+    beta: float = 0.1
+    temperature: float = 0.1
+    ref_margin: Literal["add", "subtract", "none"] = "add"
+    negatives: Literal["independent", "joint"] = "independent"
+    hard_negatives: bool = False
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _matches(value, hint):
+                expected = type(self).__dataclass_fields__[name].type
+                raise ConfigError(f"{name}: got {str(value)[:200]!r}, expected {expected}")
+        self._require_at_least(0, "alignment_weight", "contrastive_weight")
+        self._require_positive("beta", "temperature", "contrastive_temperature")
+        if not self.alignment_weight and not self.contrastive_weight:
+            raise ConfigError("alignment_weight: got 0 with contrastive_weight 0, expected one of them above 0")
+
+    def _require_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ConfigError(f"{name}: got {value}, expected at least {least}")
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: got {value}, expected a positive number")
+
+    @property
+    def uses_ref_logps(self) -> bool:
+        """Whether the alignment loss reads reference log-probabilities."""
+        return self.alignment_weight > 0 and self.ref_margin != "none"
+
+
 @dataclass
-class Config:
+class Config(Stage2Options):
     """One training run.
 
     Args:
         stage: 1, information compression; 2, conditional distribution alignment.
-        model: the encoder to start from: a folder or hub id of a causal LM; for stage 2 normally the model of stage 1.
+        model: the encoder to start from: a folder or hub id of a causal LM. Stage 2 normally starts from the model of
+            stage 1.
         train_data: a jsonl, json, csv, tsv or parquet file, or a hub id. Stage 1 rows: context, output, instruction?;
             stage 2 rows: query, pos, neg, instruction? or anchor, positive, negative.
         output_dir: receives model/, export/, checkpoints/, metrics.jsonl and summary.json.
-        decoder: the frozen decoder; default: the one that `model` was trained with, or else `model` itself.
+        decoder: the frozen decoder; default: the one that `model` was trained with, otherwise `model` itself.
         gguf_file: the file inside `model` (and `decoder`) when it is a GGUF folder.
-        trust_remote_code: run model code that a hub repository brings along.
-        instruction: for rows without one of their own, for evaluation and for the export.
-        num_compress_tokens: K; default: that of `model` if it has compress tokens, else 5.
-        max_length: tokens the encoder reads of one text, instruction and compress tokens included; default: 512, or the
-            model's positions if they are fewer.
+        trust_remote_code: run model code that comes with a hub repository.
+        instruction: used for rows without an instruction, for evaluation and for the export.
+        num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
+        max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
+            the model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
         train_split: the split of a hub data set.
         streaming: stream the data; needs `max_steps`, and no reference scores.
-        eval_data: sentence1, sentence2, score rows; Spearman's correlation before, during and after training.
+        eval_data: rows of sentence1, sentence2, score; Spearman's correlation is measured before, during and after
+            training.
         eval_split: its split.
         eval_steps: evaluate every so many steps; 0: only before and after.
-        max_steps: optimiser steps; default: from `num_train_epochs`.
+        max_steps: optimizer steps; default: from `num_train_epochs`.
         num_train_epochs: passes over the data when `max_steps` is not given.
         batch_size: rows of a step on each process.
         token_budget: tokens of one pass of the encoder or the decoder; default: the whole step at once.
-        learning_rate: the peak.
+        learning_rate: the peak learning rate.
         compress_learning_rate: that of the K compress-token embeddings; default: `learning_rate`.
         lr_scheduler_type: cosine, linear or constant, after the warm-up.
         warmup_steps: linear warm-up.
         weight_decay: of AdamW.
         adam_beta2: of AdamW.
-        max_grad_norm: clipping; 0: none.
+        max_grad_norm: gradient clipping; 0: none.
         freeze: regular expressions of encoder parameters that are not trained; the compress tokens always are.
         lora_rank: > 0 trains LoRA adapters and the compress tokens in place of all parameters.
         lora_alpha: scale of the adapters.
         lora_targets: module names, or all-linear.
         z_norm: none, or match_rms: scale z to the RMS of the decoder's input embeddings.
-        decoder_add_bos: the decoder reads bos before z; the released code has none there, and the decoder's attention sink
-            then falls on some vector of z, another one for each text.
-        init_output_rms: scale the encoder's final norm, once before its first training step, so that every dimension of z
-            has the RMS that the decoder's input embeddings have there.
-        alignment_weight: stage 2, factor of the alignment loss.
-        contrastive_weight: stage 2, factor of InfoNCE.
-        logprob_reduction: of the alignment: sum, log p of the whole target (the paper), or mean, per token, which does not favour
-            short targets; β then wants to be larger by the length of a text.
-        beta: β of the alignment.
-        temperature: τ of the alignment.
-        contrastive_temperature: of InfoNCE.
-        ref_margin: add, subtract or none.
-        negatives: independent or joint.
-        hard_negatives: encode the negatives too and give them to InfoNCE.
+        decoder_add_bos: the decoder reads bos before z. The released code has none there, and the decoder's attention
+            sink then falls on one of the vectors of z, a different one for each text.
+        init_output_rms: before the first training step, scale the encoder's final norm so that every dimension of z has
+            the RMS of the decoder's input embeddings.
+        logprob_reduction: how the alignment reads log p of a target: sum over tokens (the paper), or mean, which does
+            not favour short targets; β should then be larger by the length of a text.
         ref_logps_file: reference scores to use; default: kept beside the data, by fingerprint.
-        precision: auto (bf16 where the GPU or CPU multiplies it in hardware, else fp32), fp32, bf16, or fp16 with loss
-            scaling (CUDA only).
+        precision: auto (bf16 where the GPU or CPU multiplies it in hardware, otherwise fp32), fp32, bf16, or fp16 with
+            loss scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
         gradient_checkpointing: recompute the encoder's activations in backward.
         compile: torch.compile the layers of encoder and decoder.
-        seed: of everything.
-        deterministic: torch's deterministic algorithms, so that two runs on the same machine are equal in every bit.
-        on_nonfinite: what happens to a step whose loss or gradient is not finite. It never updates anything, and its
-            rows are written to nonfinite.jsonl. stop: the run ends with FloatingPointError; skip: it goes on with the
-            next rows, the learning rate too (it depends on the step alone), and ends after 10 such steps in a row.
-        save_steps: keep a checkpoint every so many steps and after the last; 0: only on interruption.
-        save_total_limit: how many, the newest; older ones go once the new one has been read back whole.
+        seed: seeds everything.
+        deterministic: use torch's deterministic algorithms, so that two runs on the same machine agree in every bit.
+        on_nonfinite: what happens when the loss or gradient of a step is not finite. Such a step never updates
+            anything, and its rows are written to nonfinite.jsonl. stop: the run ends with FloatingPointError. skip: it
+            continues with the next rows, the learning rate too (it depends on the step alone), and ends after 10 such
+            steps in a row.
+        save_steps: save a checkpoint every so many steps and after the last; 0: only on interruption.
+        save_total_limit: how many checkpoints are kept, the newest; older ones are removed once the new one has been
+            read back whole.
         save_best: keep an export of the best evaluation (`eval_steps`) in best/.
-        resume: auto takes the newest whole checkpoint of `output_dir`, if there is one, and goes on in the same
-            bits; none starts anew, and refuses a folder that holds checkpoints.
+        resume_from_checkpoint: continue from the newest whole checkpoint of `output_dir`, if there is one, in the same
+            bits. Without it the run starts anew and refuses a folder that holds checkpoints.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
-        num_proc: processes that tokenise.
+        num_proc: processes that tokenize.
         license: of the trained model, for its card: an SPDX id such as apache-2.0.
     """
 
@@ -135,15 +187,7 @@ class Config:
     z_norm: Literal["none", "match_rms"] = "none"
     decoder_add_bos: bool = False
     init_output_rms: bool = False
-    alignment_weight: float = 1.0
-    contrastive_weight: float = 0.0
     logprob_reduction: Literal["sum", "mean"] = "sum"
-    beta: float = 0.1
-    temperature: float = 0.1
-    contrastive_temperature: float = 0.05
-    ref_margin: Literal["add", "subtract", "none"] = "add"
-    negatives: Literal["independent", "joint"] = "independent"
-    hard_negatives: bool = False
     ref_logps_file: str | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
@@ -161,38 +205,28 @@ class Config:
     license: str = "unknown"
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(Config).items():
-            value = getattr(self, name)
-            if not _is(value, hint):
-                allowed = Config.__dataclass_fields__[name].type
-                raise ConfigError(f"{name}: got {str(value)[:200]!r}, expected {allowed}")
+        super().__post_init__()
+        for name, value in vars(self).items():
             if isinstance(value, str) and "\0" in value:
-                raise ConfigError(f"{name}: got a null byte in {value!r}, expected texts without")
+                raise ConfigError(f"{name}: got a null byte in {value!r}, expected text without one")
         if self.seed >= 2**31:
             raise ConfigError(f"seed: got {self.seed}, expected less than {2**31}")
-        at_least = {
-            "batch_size": 1, "max_length": 1, "max_target_length": 1, "max_steps": 1, "token_budget": 1,
-            "num_compress_tokens": 1, "save_total_limit": 1, "warmup_steps": 0, "eval_steps": 0, "save_steps": 0,
-            "lora_rank": 0,
-            "weight_decay": 0, "max_grad_norm": 0, "alignment_weight": 0, "contrastive_weight": 0, "seed": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ConfigError(f"{name}: got {value}, expected at least {least}")
-        positive = ("num_train_epochs", "learning_rate", "compress_learning_rate", "beta", "temperature")
-        for name in (*positive, "contrastive_temperature", "lora_alpha", "adam_beta2"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"{name}: got {value}, expected a positive number")
-        if self.stage == 2 and not self.alignment_weight and not self.contrastive_weight:
-            raise ConfigError("alignment_weight: got 0 with contrastive_weight 0, expected one above 0")
+        self._require_at_least(
+            1, "batch_size", "max_length", "max_target_length", "max_steps", "token_budget", "num_compress_tokens",
+            "save_total_limit",
+        )  # fmt: skip
+        self._require_at_least(
+            0, "warmup_steps", "eval_steps", "save_steps", "lora_rank", "weight_decay", "max_grad_norm", "seed"
+        )
+        self._require_positive(
+            "num_train_epochs", "learning_rate", "compress_learning_rate", "lora_alpha", "adam_beta2"
+        )  # fmt: skip
         if self.save_best and not (self.eval_data and self.eval_steps):
-            raise ConfigError("save_best: got True, expected eval_data and eval_steps to be set")
+            raise ConfigError("save_best: got True, expected False unless eval_data and eval_steps are set")
         if self.streaming and self.max_steps is None:
-            raise ConfigError("max_steps: got None with streaming, expected a number")
+            raise ConfigError("max_steps: got None, expected a number; it must be set when streaming")
         if self.streaming and self.needs_ref_logps:
-            raise ConfigError(f"ref_margin: got {self.ref_margin!r} with streaming, expected 'none'")
+            raise ConfigError(f"ref_margin: got {self.ref_margin!r}, expected 'none' when streaming")
         for pattern in self.freeze:
             try:
                 re.compile(pattern)
@@ -205,4 +239,4 @@ class Config:
 
     @property
     def needs_ref_logps(self) -> bool:
-        return self.stage == 2 and self.alignment_weight > 0 and self.ref_margin != "none"
+        return self.stage == 2 and self.uses_ref_logps

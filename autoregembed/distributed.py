@@ -1,7 +1,7 @@
-"""What the processes of one run do together, through torch.distributed.
+"""Collectives among the processes of one run, through torch.distributed.
 
-Every function is a collective: all processes call it, in the same order. In a process that runs alone each of them is
-its plain form, without a call to torch.distributed.
+All processes call every function here, in the same order. In a process that runs alone each function is its plain
+form, without a call to torch.distributed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """The place of this process among them, from 0."""
+    """The index of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_reduce(x: Tensor, op: str = "SUM") -> Tensor:
-    """x summed ("MAX": largest) over processes, elementwise; a new tensor. Its shape and dtype are the same on all."""
+    """The elementwise sum of x ("MAX": maximum) over processes, a new tensor; shape and dtype agree on all."""
     x = x.clone()
     if world_size() > 1:
         dist.all_reduce(x, getattr(dist.ReduceOp, op))
@@ -41,7 +41,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def broadcast_from_rank0(function: Callable[[], T]) -> T:
-    """What `function` returns in process 0, which alone runs it; an exception of it is raised in every process."""
+    """The result of `function`, which runs in process 0 alone; its exception is raised in every process."""
     if world_size() == 1:
         return function()
     found: list[Any] = [None, None]
@@ -56,49 +56,53 @@ def broadcast_from_rank0(function: Callable[[], T]) -> T:
     return found[0]
 
 
-def equalize_microbatches(parts: list[list[int]], device: torch.device) -> list[list[int]]:
-    """`parts` of the places of this process' rows, cut until there are as many as in the process with the most.
+def equalize_microbatches(microbatches: list[list[int]], device: torch.device) -> list[list[int]]:
+    """Splits this process's microbatches until it has as many as the process with the most.
 
     Sharded weights are gathered anew for each pass, so every process must make the same number of passes.
 
+    Args:
+        microbatches: row indices of each microbatch.
+
     Raises:
-        ValueError: this process has fewer rows than another one has parts.
+        ValueError: this process has fewer rows than another one has microbatches.
     """
-    parts = [list(part) for part in parts]
-    wanted = int(all_reduce(torch.tensor(len(parts), device=device), "MAX")) if world_size() > 1 else len(parts)
-    if sum(map(len, parts)) < wanted:
-        raise ValueError(f"rows: got {sum(map(len, parts))} in process {rank()}, expected at least {wanted}")
-    while len(parts) < wanted:
-        place = max(range(len(parts)), key=lambda i: len(parts[i]))
-        part = parts[place]
-        parts[place : place + 1] = [part[: len(part) // 2], part[len(part) // 2 :]]
-    return parts
+    out = [list(microbatch) for microbatch in microbatches]
+    wanted = int(all_reduce(torch.tensor(len(out), device=device), "MAX")) if world_size() > 1 else len(out)
+    if sum(map(len, out)) < wanted:
+        raise ValueError(f"rows: got {sum(map(len, out))} in process {rank()}, expected at least {wanted}")
+    while len(out) < wanted:
+        i = max(range(len(out)), key=lambda i: len(out[i]))
+        longest = out[i]
+        out[i : i + 1] = [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
+    return out
 
 
-def shard_microbatches(parts: list[T]) -> Iterator[tuple[T, bool]]:
-    """The parts that this process works on, every `world_size()`-th, and whether their result counts.
+def shard_microbatches(microbatches: list[T]) -> Iterator[tuple[T, bool]]:
+    """This process's microbatches, every `world_size()`-th, and whether their result counts.
 
-    All processes get the same number: where one would have none left, it repeats the last part, which does not count.
+    All processes get the same number. A process that would have none left repeats the last one, which does not count.
     """
-    for place in range(rank(), rank() + -(-len(parts) // world_size()) * world_size(), world_size()):
-        yield parts[min(place, len(parts) - 1)], place < len(parts)
+    world, count = world_size(), len(microbatches)
+    for i in range(rank(), rank() + -(-count // world) * world, world):
+        yield microbatches[min(i, count - 1)], i < count
 
 
-def _gathered(x: Tensor) -> list[Tensor]:
+def _all_gather(x: Tensor) -> list[Tensor]:
     out = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(out, x)
     return out
 
 
 class _GatherRows(torch.autograd.Function):
-    """Blocks of `most` rows are gathered; the gradient of each block is the sum of all processes' (reduce-scatter)."""
+    """Gathers blocks of `most` rows; the gradient of a block is the sum over all processes (reduce-scatter)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, most: int) -> Tensor:
         ctx.rows = x.shape[0]
         block = x.new_zeros(most, *x.shape[1:])
         block[: len(x)] = x
-        return torch.cat(_gathered(block))
+        return torch.cat(_all_gather(block))
 
     @staticmethod
     @once_differentiable
@@ -109,30 +113,30 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> tuple[Tensor, int]:
-    """The rows of all processes, in their order, and where those of this one begin.
+    """The rows of all processes in rank order, and the index of this process's first row.
 
     Args:
-        x: (R, ...), R of each process its own (0 too), everything else the same.
+        x: (R, ...); R may differ between processes (0 included), everything else agrees.
 
     Returns:
         (sum of R, ...), and the sum of R over the processes before this one. The gradient of x is the sum over
-        processes of their gradients with respect to these rows, so it is that of the *sum* of their losses.
+        processes of their gradients with respect to these rows, hence that of the *sum* of their losses.
     """
     if world_size() == 1:
         return x, 0
-    counts = torch.cat(_gathered(torch.tensor([len(x)], device=x.device))).tolist()
+    counts = torch.cat(_all_gather(torch.tensor([len(x)], device=x.device))).tolist()
     blocks = _GatherRows.apply(x, max(counts)).split(max(counts)) if max(counts) else [x] * world_size()
     rows = torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
     return rows, sum(counts[: rank()])
 
 
 def to_full_tensor(x: Tensor) -> Tensor:
-    """All of a tensor of which each process holds a part (a DTensor, as FSDP2 makes them); any other as it is."""
+    """All of a tensor of which each process holds a shard (a DTensor, as FSDP2 makes them); any other unchanged."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def shard_like(x: Tensor, like: Any) -> Tensor:
-    """Of x, whole and the same in every process, what this one holds of `like`: the inverse of `to_full_tensor`."""
+    """This process's shard of x, sharded as `like` is; the inverse of `to_full_tensor`. x agrees on all processes."""
     if not hasattr(like, "full_tensor"):
         return x
     from torch.distributed.tensor import distribute_tensor

@@ -1,37 +1,32 @@
-"""Loss and gradient of one optimiser step, and the reference scores of stage 2.
+"""The losses of both stages over rows of token ids, and loss and gradient of one optimizer step.
 
-A micro-batch gives its share of the step's loss; the shares add up to the loss of the whole step.
+`stage2_loss` is the one place where alignment and InfoNCE are put together; the loop and the trainers of
+`integrations/` call it.
 """
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from autoregembed import distributed
-from autoregembed.config import Config
+from autoregembed.config import Config, Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, text_embedding
-from autoregembed.losses import alignment_loss, info_nce
+from autoregembed.ops import alignment_loss, info_nce
 from autoregembed.packing import make_microbatches
 
 
-def lengths(rows: list[dict], encoder: Encoder, hard_negatives: bool) -> list[int]:
-    """Encoder tokens of each row."""
-    fixed = encoder.num_compress_tokens + (encoder.bos_token_id is not None)
-    out = []
-    for row in rows:
-        texts, suffixes = texts_of([row], hard_negatives)
-        out.append(sum(len(t) + len(s) + fixed for t, s in zip(texts, suffixes, strict=True)))
-    return out
-
-
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
-    """What the encoder reads: texts (stage 1), or queries, positives and, if asked for, negatives; and suffixes."""
+    """What the encoder reads of rows: texts and their suffixes, as lists of ids.
+
+    Stage 1: the contexts. Stage 2: the queries, then the positives, then with `hard_negatives` all negatives.
+    """
     if "text_ids" in rows[0]:
         return [r["text_ids"] for r in rows], [r["suffix_ids"] for r in rows]
     texts = [r["query_ids"] for r in rows] + [r["positive_ids"] for r in rows]
@@ -42,10 +37,40 @@ def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
     return texts, suffixes
 
 
-def alignment_scores(
-    decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """a (B,), b (B,), c (B, M), mask (B, M) in one decoder call; z (≥ 2B, K, D) holds queries, then positives."""
+def encoder_lengths(rows: list[dict], encoder: Encoder, hard_negatives: bool) -> list[int]:
+    """Encoder tokens of each row."""
+    fixed = encoder.num_compress_tokens + (encoder.bos_token_id is not None)
+    out = []
+    for row in rows:
+        texts, suffixes = texts_of([row], hard_negatives)
+        out.append(sum(len(t) + len(s) + fixed for t, s in zip(texts, suffixes, strict=True)))
+    return out
+
+
+def num_loss_terms(row: dict, negatives: str) -> int:
+    """How many terms a row adds to the mean that the loss is: target tokens with eos in stage 1; in stage 2 its pairs
+    (negatives "independent"), or 1 where it has a negative ("joint")."""
+    if "text_ids" in row:
+        return len(row["target_ids"]) + 1
+    pairs = len(row["target_ids"]) - 1
+    return pairs if negatives == "independent" else min(pairs, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+class PairScores(NamedTuple):
+    """Log-probabilities of stage 2 in nats."""
+
+    a: Tensor  # (B,) log p(positive | z of the query)
+    b: Tensor  # (B,) log p(positive | z of the positive)
+    c: Tensor  # (B, M) log p(negative_j | z of the query), 0 where there is none
+    mask: Tensor  # (B, M) bool, False where a row has no j-th negative
+
+
+def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None) -> PairScores:
+    """Scores of all pairs in one decoder call; z (≥ 2B, K, D) holds the queries, then the positives."""
     b = len(rows)
     targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
     count = torch.tensor([len(r["target_ids"]) - 1 for r in rows])
@@ -54,105 +79,166 @@ def alignment_scores(
     mask = torch.arange(int(count.max()))[None] < count[:, None]
     mask = mask.to(scores.device)
     c = scores.new_zeros(mask.shape).masked_scatter(mask, scores[2 * b :])
-    return scores[:b], scores[b : 2 * b], c, mask
+    return PairScores(scores[:b], scores[b : 2 * b], c, mask)
 
 
-def contrastive(z: Tensor, queries: int, temperature: float) -> Tensor:
-    """InfoNCE of this process' queries against the passages of all processes.
+def contrastive_loss(query: Tensor, passages: Tensor, temperature: float, *, gather: bool = True) -> Tensor:
+    """InfoNCE of this process's queries.
 
-    z (R, K, D) holds `queries` queries, as many positives, then hard negatives.
+    Args:
+        query: (B, D).
+        passages: (P, D), the positives in the order of the queries, then any hard negatives.
+        temperature: positive.
+        gather: score against the passages of all processes, with gradient.
     """
-    embeddings = text_embedding(z.to(torch.promote_types(z.dtype, torch.float32)))
-    query, passages = embeddings.tensor_split([queries])
-    passages, first = distributed.gather_rows(passages)
-    target = first + torch.arange(queries, device=z.device)
+    first = 0
+    if gather:
+        passages, first = distributed.gather_rows(passages)
+    target = first + torch.arange(len(query), device=query.device)
     return info_nce(query, passages, target, temperature=temperature)
 
 
+class Stage2Loss(NamedTuple):
+    """Both parts of the loss, weighted, each () or None where its weight is 0; `stats` is detached."""
+
+    alignment: Tensor | None  # mean over the terms of these rows
+    contrastive: Tensor | None  # mean over these queries
+    stats: dict[str, Tensor]  # align, s1, s2, accuracy, nce: means over rows, pairs or queries
+
+
+def stage2_loss(
+    options: Stage2Options,
+    decoder: Decoder | None,
+    z: Tensor,
+    rows: list[dict],
+    *,
+    ref_logps: tuple[Tensor, Tensor] | None = None,
+    embeddings: Tensor | None = None,
+    token_budget: int | None = None,
+    gather: bool = True,
+) -> Stage2Loss:
+    """The loss of stage 2 over B rows: alignment_weight · alignment and contrastive_weight · InfoNCE.
+
+    Args:
+        options: weights and variants.
+        decoder: the frozen decoder; None where `alignment_weight` is 0.
+        z: (R, K, D), R ≥ 2B: the queries, the positives and, for hard negatives, all negatives (`texts_of`).
+        rows: B rows with `target_ids`, [positive, *negatives] as the decoder scores them.
+        ref_logps: r_a (B,), r_c (B, ≥ M), where `options.uses_ref_logps`.
+        embeddings: (R, D), in the order of z, what InfoNCE compares; by default normalize(mean_k z).
+        token_budget: as in `Decoder.logprob`.
+        gather: InfoNCE takes the passages of all processes.
+
+    Source: arXiv 2502.11401, §3.3.
+    """
+    alignment = contrastive = None
+    stats: dict[str, Tensor] = {}
+    if options.alignment_weight:
+        assert decoder is not None
+        a, b, c, mask = alignment_scores(decoder, z, rows, token_budget)
+        r_a = r_c = None
+        if ref_logps is not None:
+            r_a, r_c = ref_logps[0].to(a.device), ref_logps[1][:, : c.shape[1]].to(a.device)
+        out = alignment_loss(
+            a, b, c, r_a, r_c, beta=options.beta, temperature=options.temperature, ref_margin=options.ref_margin,
+            negatives=options.negatives, negative_mask=mask,
+        )  # fmt: skip
+        alignment = options.alignment_weight * out.loss
+        stats |= {"align": out.loss.detach(), "s1": out.s1, "s2": out.s2, "accuracy": out.accuracy}
+    if options.contrastive_weight:
+        if embeddings is None:
+            embeddings = text_embedding(z.to(torch.promote_types(z.dtype, torch.float32)))
+        query, passages = embeddings.tensor_split([len(rows)])
+        nce = contrastive_loss(query, passages, options.contrastive_temperature, gather=gather)
+        contrastive = options.contrastive_weight * nce
+        stats["nce"] = nce.detach()
+    return Stage2Loss(alignment, contrastive, stats)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One optimizer step of the loop
+
+
 def loss_counts(config: Config, rows: list[dict]) -> dict[str, int]:
-    """How many tokens, rows, pairs the loss ("loss") and the statistics of these rows are means over."""
-    if config.stage == 1:
-        return {"loss": sum(len(r["target_ids"]) + 1 for r in rows), "rows": len(rows)}
-    pairs = sum(len(r["target_ids"]) - 1 for r in rows)
-    joint = sum(len(r["target_ids"]) > 1 for r in rows)
-    return {"loss": pairs if config.negatives == "independent" else joint, "rows": len(rows), "pairs": pairs}
+    """How many terms, rows and pairs the loss ("loss") and the statistics of these rows are means over."""
+    counts = {"loss": sum(num_loss_terms(r, config.negatives) for r in rows), "rows": len(rows)}
+    if config.stage == 2:
+        counts["pairs"] = sum(len(r["target_ids"]) - 1 for r in rows)
+    return counts
+
+
+# What each logged statistic is a mean over.
+_MEAN_OVER = {"align": "loss", "s1": "rows", "s2": "pairs", "accuracy": "pairs", "nce": "rows"}
 
 
 @dataclass
 class Objective:
-    """Loss and gradient of one optimiser step."""
+    """Loss and gradient of one optimizer step; a microbatch gives its share of the step's loss."""
 
     config: Config
     encoder: nn.Module  # perhaps wrapped by accelerate
     decoder: Decoder | None
     accelerator: Accelerator
-    reference: tuple[Tensor, Tensor] | None = None
+    ref_logps: tuple[Tensor, Tensor] | None = None  # r_a (rows of the data,), r_c (rows of the data, M)
 
     def __post_init__(self) -> None:
-        sharded = self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        self.accelerator.unwrap_model(self.encoder).sharded = sharded
+        self.accelerator.unwrap_model(self.encoder).sharded = self._is_sharded
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     def __call__(self, rows: list[dict]) -> dict[str, float]:
         """Accumulates the gradient of the step over `rows`; returns what is logged."""
-        config = self.config
-        inner = self.accelerator.unwrap_model(self.encoder)
-        # Every loss but InfoNCE is a sum over rows, and a sum needs no pass twice: it goes backward part by part.
-        whole = config.stage == 2 and config.contrastive_weight > 0
-        parts = make_microbatches(lengths(rows, inner, config.hard_negatives), None if whole else config.token_budget)
-        if config.token_budget:
-            parts = distributed.equalize_microbatches(parts, self.accelerator.device)
-        micro = [[rows[i] for i in part] for part in parts]
+        microbatches = self._microbatches(rows)
         totals = self._totals(rows)
         log: dict[str, Tensor] = {}
-        for i, part in enumerate(micro):
-            last = i == len(micro) - 1
-            self.accelerator.sync_gradients = last  # DeepSpeed takes its optimiser step inside of `backward`
+        for i, microbatch in enumerate(microbatches):
+            last = i == len(microbatches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
-                z = self.encoder(*texts_of(part, config.hard_negatives), config.token_budget)
-                share, stats = self._share(z, part, totals)
-                if whole:
-                    nce = contrastive(z, len(part), config.contrastive_temperature) * (len(rows) / totals["rows"])
-                    stats["nce"] = nce.detach()
-                    share = share + config.contrastive_weight * nce
-                stats["loss"] = share.detach()
-                self.accelerator.backward(share)
-            for name, value in stats.items():
+                loss, stats = self._share([rows[j] for j in microbatch], totals)
+                self.accelerator.backward(loss)
+            for name, value in {**stats, "loss": loss.detach()}.items():
                 log[name] = log.get(name, 0) + value
         mean = distributed.all_reduce(torch.stack([x.float() for x in log.values()])) / distributed.world_size()
         return dict(zip(log, mean.tolist(), strict=True))
 
+    def _microbatches(self, rows: list[dict]) -> list[list[int]]:
+        config = self.config
+        # InfoNCE needs all embeddings of the step at once (the encoder then caches gradients). Every other loss is a
+        # sum over rows, and goes backward one microbatch at a time.
+        budget = None if config.stage == 2 and config.contrastive_weight > 0 else config.token_budget
+        inner = self.accelerator.unwrap_model(self.encoder)
+        microbatches = make_microbatches(encoder_lengths(rows, inner, config.hard_negatives), budget)
+        if config.token_budget:
+            microbatches = distributed.equalize_microbatches(microbatches, self.accelerator.device)
+        return microbatches
+
     def _no_sync(self):
-        # FSDP would keep whole gradients until the last part; summing the shards of each part costs no memory.
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        return contextlib.nullcontext() if sharded else self.accelerator.no_sync(self.encoder)
+        # FSDP would keep whole gradients until the last microbatch; reducing each one's costs no memory.
+        return contextlib.nullcontext() if self._is_sharded else self.accelerator.no_sync(self.encoder)
 
     def _totals(self, rows: list[dict]) -> dict[str, float]:
-        """What the loss and the statistics are means over: counts of all processes, per process (DDP averages)."""
+        """What loss and statistics are means over: counts of all processes, per process (DDP averages)."""
         counts = loss_counts(self.config, rows)
-        everywhere = distributed.all_reduce(torch.tensor([*counts.values()], device=self.accelerator.device))
-        return {name: max(n, 1) / distributed.world_size() for name, n in zip(counts, everywhere.tolist(), strict=True)}
+        summed = distributed.all_reduce(torch.tensor([*counts.values()], device=self.accelerator.device))
+        return {name: max(n, 1) / distributed.world_size() for name, n in zip(counts, summed.tolist(), strict=True)}
 
-    def _share(self, z: Tensor, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _share(self, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        """These rows' share of the step's loss, and of its statistics."""
         config = self.config
-        if self.decoder is None:
-            return z.sum() * 0, {}
+        z = self.encoder(*texts_of(rows, config.hard_negatives), config.token_budget)
         if config.stage == 1:
+            assert self.decoder is not None
             logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows], token_budget=config.token_budget)
             return -logprob.sum() / totals["loss"], {}
-        a, b, c, mask = alignment_scores(self.decoder, z, rows, config.token_budget)
-        r_a = r_c = None
-        if self.reference is not None:
-            places = torch.tensor([r["row"] for r in rows])
-            r_a, r_c = self.reference[0][places].to(a.device), self.reference[1][places, : c.shape[1]].to(a.device)
-        out = alignment_loss(
-            a, b, c, r_a, r_c, beta=config.beta, temperature=config.temperature, ref_margin=config.ref_margin,
-            negatives=config.negatives, negative_mask=mask,
-        )  # fmt: skip
+        ref_logps = None
+        if self.ref_logps is not None:
+            index = torch.tensor([r["row"] for r in rows])
+            ref_logps = self.ref_logps[0][index], self.ref_logps[1][index]
+        out = stage2_loss(config, self.decoder, z, rows, ref_logps=ref_logps, token_budget=config.token_budget)
         share = {name: n / totals[name] for name, n in loss_counts(config, rows).items()}
-        stats = {
-            "align": out.loss.detach() * share["loss"],
-            "s1": out.s1 * share["rows"],
-            "s2": out.s2 * share["pairs"],
-            "accuracy": out.accuracy * share["pairs"],
-        }
-        return config.alignment_weight * out.loss * share["loss"], stats
+        loss = z.sum() * 0 if out.alignment is None else out.alignment * share["loss"]
+        if out.contrastive is not None:
+            loss = loss + out.contrastive * share["rows"]
+        return loss, {name: value * share[_MEAN_OVER[name]] for name, value in out.stats.items()}

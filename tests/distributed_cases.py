@@ -248,16 +248,16 @@ def refused(case: dict) -> str:
 
 def one_step(cases: list[dict]) -> list[dict]:
     """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
-    from autoregembed import build, data, distributed, train
+    from autoregembed import build, data, distributed, runtime
     from autoregembed.config import Config
-    from autoregembed.objective import Objective, lengths, loss_counts
+    from autoregembed.objective import Objective, encoder_lengths, loss_counts
     from autoregembed.packing import make_microbatches
     from autoregembed.reference_scores import compute_ref_logps
 
     found = []
     for case in cases:
         config = Config(**case)
-        accelerator = train.make_accelerator(config, "fp32")
+        accelerator = runtime.make_accelerator(config, "fp32")
         assert accelerator.num_processes == distributed.world_size() == int(os.environ.get("WORLD_SIZE", "1"))
         encoder, decoder, tokenizer, _ = build.build_models(config)
         prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
@@ -286,7 +286,9 @@ def one_step(cases: list[dict]) -> list[dict]:
                 "gradients": gradients,
                 "norm": float(distributed.to_full_tensor(norm)),
                 "parameters": _numpy(dict(encoder.named_parameters())),
-                "parts": len(make_microbatches(lengths(batch, encoder, config.hard_negatives), config.token_budget)),
+                "parts": len(
+                    make_microbatches(encoder_lengths(batch, encoder, config.hard_negatives), config.token_budget)
+                ),
                 "counts": loss_counts(config, batch),
                 "reference": None if reference is None else [r.numpy() for r in reference],
             }

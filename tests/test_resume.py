@@ -13,7 +13,7 @@ import torch
 from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
-from autoregembed import data, models
+from autoregembed import data, models, runtime
 from autoregembed import train as train_module
 from autoregembed.config import ConfigError
 from autoregembed.files import CheckpointError
@@ -332,7 +332,7 @@ def test_skipped_steps_change_nothing_but_the_place_in_schedule_and_data(
     config = stage1(model_folder, compression_file, tmp_path / "out", **options)
     with monkeypatch.context() as patch:
         if "scaling" in where:
-            patch.setattr(train_module, "Accelerator", Scaled)
+            patch.setattr(runtime, "Accelerator", Scaled)
             patch.setattr(Scaled, "first_scale", 1.0)
         poison(patch, {2, 4}, where)
         summary = train(config, quiet)
@@ -386,7 +386,7 @@ def test_fp16_without_cuda_is_refused(model_folder, compression_file, tmp_path, 
         train(config, quiet)
 
 
-class Scaled(train_module.Accelerator):
+class Scaled(runtime.Accelerator):
     """What fp16 makes of an Accelerator, on a CPU: gradients above 65504 overflow while the scale is too large."""
 
     first_scale = 2.0**24
@@ -407,7 +407,7 @@ class Scaled(train_module.Accelerator):
 def test_loss_scaling_waits_for_a_scale_that_fits_and_resumes(
     model_folder, compression_file, tmp_path, quiet, monkeypatch
 ):
-    monkeypatch.setattr(train_module, "Accelerator", Scaled)
+    monkeypatch.setattr(runtime, "Accelerator", Scaled)
     options = {"max_steps": 20, "save_steps": 1, "learning_rate": 1e-4}
     train(stage1(model_folder, compression_file, tmp_path / "whole", **options), quiet)
     rows = log(tmp_path / "whole")

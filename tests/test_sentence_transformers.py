@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from transformers import PreTrainedModel
 
 from autoregembed import Decoder, Encoder, data, models
-from autoregembed.config import Config
+from autoregembed.config import Config, Stage2Options
 from autoregembed.export import export, stock_modules
 from autoregembed.integrations.sentence_transformers import (
     AutoRegEmbedLoss,
@@ -125,7 +125,7 @@ def test_stage_1_has_the_gradient_of_our_own_loop(model):
 )
 def test_stage_2_has_the_gradient_of_our_own_loop(model, options):
     expected, gradient = own_loop(TRIPLETS, decoder_of(), stage=2, **options)
-    loss = AutoRegEmbedLoss(model, decoder_of(), **options)
+    loss = AutoRegEmbedLoss(model, decoder_of(), Stage2Options(**options))
     rows = TRIPLETS if options.get("ref_margin") == "none" else loss.precompute_ref_logps(TRIPLETS, batch_size=3)
     labels = torch.tensor(rows["label"]) if "label" in rows.column_names else None
     found = loss(features(model, TRIPLETS), labels)
@@ -138,7 +138,7 @@ def test_stage_2_has_the_gradient_of_our_own_loop(model, options):
 
 
 def test_left_padding_gives_the_same_loss(model):
-    loss = AutoRegEmbedLoss(model, decoder_of(), ref_margin="none", contrastive_weight=1.0)
+    loss = AutoRegEmbedLoss(model, decoder_of(), Stage2Options(ref_margin="none", contrastive_weight=1.0))
     right = loss(features(model, TRIPLETS), None)
     model.tokenizer.padding_side = "left"
     left = loss(features(model, TRIPLETS), None)
@@ -196,7 +196,7 @@ def test_the_trainer_trains_saves_and_resumes_an_exported_model(folder, tmp_path
     ends = []
     for resume in (None, str(tmp_path / "0" / "checkpoint-3")):
         model = SentenceTransformer(folder, device="cpu")
-        loss = AutoRegEmbedLoss(model, decoder_of(), contrastive_weight=1.0)
+        loss = AutoRegEmbedLoss(model, decoder_of(), Stage2Options(contrastive_weight=1.0))
         rows = loss.precompute_ref_logps(TRIPLETS)
         frozen, before = values(loss.decoder), values(model)
         arguments = SentenceTransformerTrainingArguments(
@@ -287,7 +287,7 @@ def test_a_model_to_start_from_is_one_call(model_folder, tmp_path):
 
 
 def test_what_a_model_card_says(model):
-    loss = AutoRegEmbedLoss(model, decoder_of(bos_token_id=1), beta=0.2)
+    loss = AutoRegEmbedLoss(model, decoder_of(bos_token_id=1), Stage2Options(beta=0.2))
     config = loss.get_config_dict()
     assert (config["beta"], config["z_norm"], config["decoder_add_bos"]) == (0.2, "match_rms", True)
     assert "2502.11401" in loss.citation
@@ -299,7 +299,11 @@ def test_what_a_model_card_says(model):
     ("call", "error", "message"),
     [
         (lambda m: AutoRegEmbedLoss(m, lm()), TypeError, "decoder: got LlamaForCausalLM"),
-        (lambda m: AutoRegEmbedLoss(m, decoder_of(), ref_margin="sub"), ValueError, "ref_margin: got 'sub'"),
+        (
+            lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options(ref_margin="sub")),
+            ValueError,
+            "ref_margin: got 'sub'",
+        ),
         (lambda m: FusedInfoNCELoss(m, 0.0), ValueError, "scale: got 0.0"),
         (
             lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), None),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from autoregembed import Decoder, Encoder, data, models
-from autoregembed.config import Config
+from autoregembed.config import Config, Stage2Options
 from autoregembed.integrations.transformers import (
     AutoRegEmbedTrainer,
     CompressionLossFunction,
@@ -115,7 +115,9 @@ def test_a_step_is_that_of_our_own_loop_however_it_is_cut(stage, options, cut, t
     encoder, decoder = encoder_of(), decoder_of()
     if stage == 2:
         rows = precompute_ref_logps(rows, encoder, decoder)
-    trainer = AutoRegEmbedTrainer(encoder, decoder, arguments(tmp_path, *cut), train_dataset=rows, **options)
+    trainer = AutoRegEmbedTrainer(
+        encoder, decoder, arguments(tmp_path, *cut), Stage2Options(**options), train_dataset=rows
+    )
     assert trainer.args.remove_unused_columns
     assert_one_step(trainer, *expected)
 
@@ -127,8 +129,8 @@ def test_info_nce_beside_the_alignment(tmp_path):
         encoder_of(),
         decoder_of(),
         arguments(tmp_path, gradient_checkpointing=True),
+        Stage2Options(**options),
         train_dataset=rows_of(2),
-        **options,
     )
     assert_one_step(trainer, *expected)
 
@@ -258,10 +260,18 @@ def test_adapters_and_compress_tokens_are_what_a_checkpoint_holds(tmp_path):
             "encoder: got own_compress_rows=True",
         ),
         (lambda out: AutoRegEmbedTrainer(encoder_of(), None), "decoder: got None"),
-        (lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), ref_margin="sub"), "ref_margin: got 'sub'"),
-        (lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), negatives="all"), "negatives: got 'all'"),
         (
-            lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), arguments(out, 2, 4), contrastive_weight=1.0),
+            lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), options=Stage2Options(ref_margin="sub")),
+            "ref_margin: got 'sub'",
+        ),
+        (
+            lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), options=Stage2Options(negatives="all")),
+            "negatives: got 'all'",
+        ),
+        (
+            lambda out: AutoRegEmbedTrainer(
+                encoder_of(), decoder_of(), arguments(out, 2, 4), Stage2Options(contrastive_weight=1.0)
+            ),
             "gradient_accumulation_steps: got 4, expected 1 with contrastive_weight > 0",
         ),
         (

@@ -19,31 +19,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util import all_gather_with_grad
+from sentence_transformers.base.losses.merged_forward import embed_columns
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.export import stock_modules
-from autoregembed.losses import alignment_loss, compression_loss, info_nce
+from autoregembed.losses import compression_loss
 from autoregembed.model_card import CITATION
-from autoregembed.objective import alignment_scores
-from autoregembed.ops import NEGATIVES, REF_MARGINS
-
-try:
-    from sentence_transformers.base.losses.merged_forward import embed_columns
-except ModuleNotFoundError:  # before version 6
-
-    def embed_columns(model, features_list):
-        return [model(features)["sentence_embedding"] for features in features_list]
-
+from autoregembed.objective import contrastive_loss, stage2_loss
 
 __all__ = [
     "AutoRegEmbedLoss",
@@ -250,45 +242,24 @@ class AutoRegEmbedLoss(_DecoderLoss):
 
     Args:
         model, decoder, max_target_length: as in `InformationCompressionLoss`.
-        beta, temperature, ref_margin, negatives: as in `autoregembed.alignment_loss`.
-        alignment_weight, contrastive_weight: factors of the two losses; with `contrastive_weight` > 0 `forward`
-            returns both by name.
-        contrastive_temperature: of InfoNCE; the inverse of sentence-transformers' `scale`.
-        hard_negatives: encode the negatives too, and give them to InfoNCE.
+        options: weights and variants of the loss. With `contrastive_weight` > 0 `forward` returns both parts by name.
         gather_across_devices: InfoNCE takes negatives from all processes.
 
     Raises:
-        TypeError, ValueError: as in `InformationCompressionLoss`, and for an option that is not allowed.
+        TypeError, ValueError: as in `InformationCompressionLoss`.
     """
 
     def __init__(
         self,
         model: SentenceTransformer,
         decoder: Decoder,
+        options: Stage2Options | None = None,
         *,
-        beta: float = 0.1,
-        temperature: float = 0.1,
-        ref_margin: str = "add",
-        negatives: str = "independent",
-        alignment_weight: float = 1.0,
-        contrastive_weight: float = 0.0,
-        contrastive_temperature: float = 0.05,
-        hard_negatives: bool = False,
         gather_across_devices: bool = False,
         max_target_length: int | None = None,
     ):
         super().__init__(model, decoder, max_target_length)
-        for name, value, allowed in (("ref_margin", ref_margin, REF_MARGINS), ("negatives", negatives, NEGATIVES)):
-            if value not in allowed:
-                raise ValueError(f"{name}: got {value!r}, expected {allowed}")
-        self.beta = beta
-        self.temperature = temperature
-        self.ref_margin = ref_margin
-        self.negatives = negatives
-        self.alignment_weight = alignment_weight
-        self.contrastive_weight = contrastive_weight
-        self.contrastive_temperature = contrastive_temperature
-        self.hard_negatives = hard_negatives
+        self.options = options or Stage2Options()
         self.gather_across_devices = gather_across_devices
 
     def forward(
@@ -299,38 +270,34 @@ class AutoRegEmbedLoss(_DecoderLoss):
             raise ValueError(
                 f"sentence_features: got {len(columns)} columns, expected anchor, positive and at least one negative"
             )
-        r_a, r_c = self._reference(labels, len(columns) - 1, columns[0]["input_ids"])
+        ref_logps = self._ref_logps(labels, len(columns) - 1, columns[0]["input_ids"])
         rows = self._rows(columns)
-        both = [self._read(column) for column in columns[:2]]
-        a, b, c, _ = alignment_scores(self.decoder, torch.cat([z for z, _ in both]), rows)
-        alignment = alignment_loss(
-            a, b, c, r_a, r_c, beta=self.beta, temperature=self.temperature, ref_margin=self.ref_margin,
-            negatives=self.negatives,
-        ).loss  # fmt: skip
-        if not self.contrastive_weight:
-            return self.alignment_weight * alignment
-        candidates = [both[1][1]]
-        if self.hard_negatives:
-            candidates += [self.model(column)["sentence_embedding"] for column in columns[2:]]
-        contrastive = _contrastive(both[0][1], candidates, self.contrastive_temperature, self.gather_across_devices)
-        return {
-            "alignment": self.alignment_weight * alignment,
-            "contrastive": self.contrastive_weight * contrastive,
-        }
+        (z_query, query), (z_positive, positive) = map(self._read, columns[:2])
+        embeddings = [query, positive]
+        if self.options.hard_negatives and self.options.contrastive_weight:
+            embeddings += [self.model(column)["sentence_embedding"] for column in columns[2:]]
+        out = stage2_loss(
+            self.options, self.decoder, torch.cat([z_query, z_positive]), rows, ref_logps=ref_logps,
+            embeddings=torch.cat(embeddings), gather=self.gather_across_devices,
+        )  # fmt: skip
+        parts = {"alignment": out.alignment, "contrastive": out.contrastive}
+        given = {name: part for name, part in parts.items() if part is not None}
+        return given if self.options.contrastive_weight else given["alignment"]
 
     def _rows(self, columns: list[dict[str, Tensor]]) -> list[dict]:
         targets = [self._targets(column) for column in columns[1:]]
         return [{"target_ids": list(row)} for row in zip(*targets, strict=True)]
 
-    def _reference(self, labels: Tensor | None, width: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if self.ref_margin == "none":
-            return None, None
-        wanted = (len(like), width)
-        if labels is None or tuple(labels.shape) != wanted:
+    def _ref_logps(self, labels: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self.options.uses_ref_logps:
+            return None
+        expected = (len(like), width)
+        if labels is None or tuple(labels.shape) != expected:
             found = None if labels is None else tuple(labels.shape)
             raise ValueError(
-                f"labels: got {found}, expected the reference scores {wanted} that ref_margin={self.ref_margin!r} needs: "
-                "of the positive, then of each negative; `precompute_ref_logps` adds them to a dataset as column 'label'"
+                f"labels: got {found}, expected the reference scores {expected} that "
+                f"ref_margin={self.options.ref_margin!r} needs: of the positive, then of each negative; "
+                "`precompute_ref_logps` adds them to a dataset as column 'label'"
             )
         scores = labels.to(like.device, torch.float32)
         return scores[:, 0], scores[:, 1:]
@@ -349,7 +316,6 @@ class AutoRegEmbedLoss(_DecoderLoss):
         names = [n for n in dataset.column_names if n not in ("label", "dataset_name")]
         if len(names) < 3:
             raise ValueError(f"dataset: got columns {names}, expected anchor, positive and at least one negative")
-        preprocess = getattr(self.model, "preprocess", None) or self.model.tokenize  # the name since version 5.4
         device = next(self.model.parameters()).device
         training = self.model.training
         self.model.eval()
@@ -357,7 +323,10 @@ class AutoRegEmbedLoss(_DecoderLoss):
         try:
             for batch in dataset.iter(batch_size=batch_size):
                 columns = [
-                    {k: v.to(device) if isinstance(v, Tensor) else v for k, v in preprocess(batch[name]).items()}
+                    {
+                        k: v.to(device) if isinstance(v, Tensor) else v
+                        for k, v in self.model.preprocess(batch[name]).items()
+                    }
                     for name in names
                 ]
                 targets = [t for row in self._rows(columns) for t in row["target_ids"]]
@@ -369,20 +338,8 @@ class AutoRegEmbedLoss(_DecoderLoss):
         return dataset.add_column("label", scores)
 
     def get_config_dict(self) -> dict[str, Any]:
-        names = ("beta", "temperature", "ref_margin", "negatives", "alignment_weight", "contrastive_weight",
-                 "contrastive_temperature", "hard_negatives", "gather_across_devices")  # fmt: skip
-        return {**{name: getattr(self, name) for name in names}, **self._decoder_config()}
-
-
-def _contrastive(query: Tensor, candidates: list[Tensor], temperature: float, gather: bool) -> Tensor:
-    """InfoNCE of this process' queries; `candidates` holds positives, then hard negatives, column by column."""
-    offset = 0
-    if gather:
-        candidates = [all_gather_with_grad(column) for column in candidates]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            offset = torch.distributed.get_rank() * len(query)
-    target = torch.arange(offset, offset + len(query), device=query.device)
-    return info_nce(query, torch.cat(candidates), target, temperature=temperature)
+        own = {**asdict(self.options), "gather_across_devices": self.gather_across_devices}
+        return {**own, **self._decoder_config()}
 
 
 class FusedInfoNCELoss(nn.Module):
@@ -414,7 +371,9 @@ class FusedInfoNCELoss(nn.Module):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         if len(embeddings) < 2:
             raise ValueError(f"sentence_features: got {len(embeddings)} columns, expected at least 2")
-        return _contrastive(embeddings[0], embeddings[1:], 1 / self.scale, self.gather_across_devices)
+        return contrastive_loss(
+            embeddings[0], torch.cat(embeddings[1:]), self.temperature, gather=self.gather_across_devices
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "gather_across_devices": self.gather_across_devices}

@@ -21,20 +21,21 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
 from autoregembed.attention import run_packed
+from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.losses import alignment_loss
-from autoregembed.objective import alignment_scores, contrastive, texts_of
-from autoregembed.ops import NEGATIVES, REF_MARGINS, pool_last_k
+from autoregembed.objective import num_loss_terms, stage2_loss, texts_of
+from autoregembed.ops import pool_last_k
 from autoregembed.packing import pack
 from autoregembed.reference_scores import compute_ref_logps
 
 __all__ = ["AutoRegEmbedTrainer", "Collator", "CompressionLossFunction", "compression_inputs", "precompute_ref_logps"]
 
-IGNORED = -100  # what Trainer does not count
+IGNORE_INDEX = -100  # what Trainer does not count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ class CompressionLossFunction:
         if labels is None:
             raise ValueError('labels: got None, expected target ids; set label_names=["labels"]')
         self.decoder.to(hidden.device)
-        targets = [[i for i in row if i != IGNORED][:-1] for row in labels.tolist()]
+        targets = [[i for i in row if i != IGNORE_INDEX][:-1] for row in labels.tolist()]
         logprob = self.decoder.logprob(hidden[:, -self.num_compress_tokens :], targets)
         return -logprob.sum() / (self.decoder.num_tokens(targets) if num_items_in_batch is None else num_items_in_batch)
 
@@ -115,47 +116,36 @@ class Rows:
 class Collator:
     """Rows of `data.compression_rows` or `data.alignment_rows` to a batch of `AutoRegEmbedTrainer`: {labels, rows}.
 
-    `labels` has one entry other than −100 for each term that the loss is a mean over, so that the Trainer's own count
-    is the right one: target tokens with eos in stage 1, pairs in stage 2 (rows with a negative, if those are joint).
+    `labels` has one entry other than −100 for each term that the loss is a mean over (`objective.num_loss_terms`), so
+    that the Trainer's own count is the right one.
     """
 
-    def __init__(self, negatives: str = "independent"):
-        if negatives not in NEGATIVES:
-            raise ValueError(f"negatives: got {negatives!r}, expected {NEGATIVES}")
-        self.negatives = negatives
-
-    def _terms(self, row: dict) -> int:
-        if "text_ids" in row:
-            return len(row["target_ids"]) + 1
-        pairs = len(row["target_ids"]) - 1
-        return pairs if self.negatives == "independent" else min(pairs, 1)
+    def __init__(self, options: Stage2Options | None = None):
+        self.negatives = (options or Stage2Options()).negatives
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        terms = torch.tensor([self._terms(row) for row in rows])
-        places = torch.arange(max(1, int(terms.max())))
-        return {"labels": torch.where(places < terms[:, None], 0, IGNORED), "rows": Rows(rows)}
+        terms = torch.tensor([num_loss_terms(row, self.negatives) for row in rows])
+        index = torch.arange(max(1, int(terms.max())))
+        return {"labels": torch.where(index < terms[:, None], 0, IGNORE_INDEX), "rows": Rows(rows)}
 
 
 class AutoRegEmbedTrainer(Trainer):
     """`Trainer` for stage 1 (rows of `data.compression_rows`) and stage 2 (rows of `data.alignment_rows`).
 
-    The gradient does not depend on how a step is cut into micro-batches and processes. Checkpoints hold the encoder's
+    The gradient does not depend on how a step is split into microbatches and processes. Checkpoints hold the encoder's
     model as Transformers or PEFT saves it, never the decoder.
 
     Args:
         encoder: around a base model (`AutoModel`) or a PeftModel of one, without `own_compress_rows`.
         decoder: the frozen decoder; None for stage 2 with `alignment_weight=0`.
         args: as for `Trainer`.
-        beta, temperature, ref_margin, negatives: of stage 2, as in `autoregembed.alignment_loss`; with `ref_margin`
-            other than "none" the rows need a column `ref_logps` (`precompute_ref_logps`).
-        alignment_weight, contrastive_weight: factors of the two losses of stage 2.
-        contrastive_temperature: of InfoNCE.
-        hard_negatives: encode the negatives too, and give them to InfoNCE.
+        options: weights and variants of the loss of stage 2. With `ref_margin` other than "none" the rows need a column
+            `ref_logps` (`precompute_ref_logps`).
         trainer: further arguments of `Trainer`.
 
     Raises:
-        ValueError: a model with a head, an encoder with compress rows of its own, an unknown option, or InfoNCE under
-            gradient accumulation, where its negatives would come from a part of the step.
+        ValueError: a model with a head, an encoder with compress rows of its own, or InfoNCE under gradient
+            accumulation, where its negatives would come from one microbatch of the step.
     """
 
     def __init__(
@@ -163,17 +153,10 @@ class AutoRegEmbedTrainer(Trainer):
         encoder: Encoder,
         decoder: Decoder | None,
         args: TrainingArguments | None = None,
-        *,
-        beta: float = 0.1,
-        temperature: float = 0.1,
-        ref_margin: str = "add",
-        negatives: str = "independent",
-        alignment_weight: float = 1.0,
-        contrastive_weight: float = 0.0,
-        contrastive_temperature: float = 0.05,
-        hard_negatives: bool = False,
+        options: Stage2Options | None = None,
         **trainer: Any,
     ):
+        options = options or Stage2Options()
         if encoder.model.get_output_embeddings() is not None:
             raise ValueError(
                 f"encoder: got a {type(encoder.model).__name__} with a head, expected a base model such as "
@@ -181,27 +164,20 @@ class AutoRegEmbedTrainer(Trainer):
             )
         if encoder.compress_rows is not None:
             raise ValueError("encoder: got own_compress_rows=True, expected False: Trainer would not save them")
-        if ref_margin not in REF_MARGINS:
-            raise ValueError(f"ref_margin: got {ref_margin!r}, expected {REF_MARGINS}")
-        if decoder is None and alignment_weight:
+        if decoder is None and options.alignment_weight:
             raise ValueError("decoder: got None, expected a Decoder, since alignment_weight > 0")
-        if contrastive_weight and args is not None and args.gradient_accumulation_steps > 1:
+        if options.contrastive_weight and args is not None and args.gradient_accumulation_steps > 1:
             raise ValueError(
                 f"gradient_accumulation_steps: got {args.gradient_accumulation_steps}, expected 1 with "
-                "contrastive_weight > 0: in-batch negatives would come from one micro-batch only"
+                "contrastive_weight > 0: in-batch negatives would come from one microbatch only"
             )
         self.encoder = encoder
         self.decoder = decoder
-        self.alignment: dict[str, Any] = {
-            "beta": beta, "temperature": temperature, "ref_margin": ref_margin, "negatives": negatives,
-        }  # fmt: skip
-        self.alignment_weight = alignment_weight
-        self.contrastive_weight = contrastive_weight
-        self.contrastive_temperature = contrastive_temperature
-        self.hard_negatives = hard_negatives
-        trainer.setdefault("data_collator", Collator(negatives))
-        # `compute_loss_func` tells Trainer to count the labels and not to scale for accumulation.
-        super().__init__(encoder.model, args, compute_loss_func=self._share, **trainer)
+        self.options = options
+        trainer.setdefault("data_collator", Collator(options))
+        # `compute_loss_func` tells Trainer to count the labels and not to scale for accumulation; compute_loss below
+        # never calls it.
+        super().__init__(encoder.model, args, compute_loss_func=self._loss_terms, **trainer)
         self.label_names = ["labels"]
         if decoder is not None:
             decoder.to(self.args.device)
@@ -218,41 +194,38 @@ class AutoRegEmbedTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         rows = inputs["rows"].items
-        k = self.encoder.num_compress_tokens
         # Through `model`, which may be wrapped for several processes, and not through the encoder's own.
-        packed = pack(self.encoder.sequences(*texts_of(rows, self.hard_negatives)), self.args.device)
-        z = pool_last_k(
-            run_packed(model, packed, input_ids=packed.ids[None]), packed.cu_seqlens, k, packed.unsort_index
-        )
-        own = (inputs["labels"] != IGNORED).sum()
+        packed = pack(self.encoder.sequences(*texts_of(rows, self.options.hard_negatives)), self.args.device)
+        hidden = run_packed(model, packed, input_ids=packed.ids[None])
+        z = pool_last_k(hidden, packed.cu_seqlens, self.encoder.num_compress_tokens, packed.unsort_index)
         world = 1
         if num_items_in_batch is None:
-            num_items_in_batch = own
+            num_items_in_batch = (inputs["labels"] != IGNORE_INDEX).sum()
         elif self.args.average_tokens_across_devices:
             world = self.accelerator.num_processes  # DDP averages gradients, and the count is that of all processes
-        loss = world * self._share(z, rows, num_items_in_batch)
-        if self.contrastive_weight and "text_ids" not in rows[0]:
-            loss = loss + self.contrastive_weight * contrastive(z, len(rows), self.contrastive_temperature)
+        terms, contrastive = self._loss_terms(z, rows)
+        loss = world * (terms / max(num_items_in_batch, 1))
+        if contrastive is not None:
+            loss = loss + contrastive
         return (loss, {"z": z}) if return_outputs else loss
 
-    def _share(self, z: Tensor, rows: list[dict], num_items_in_batch: Tensor | int) -> Tensor:
-        """These rows' share of a mean over `num_items_in_batch` target tokens or pairs."""
+    def _loss_terms(self, z: Tensor, rows: list[dict]) -> tuple[Tensor, Tensor | None]:
+        """The sum over the terms that the labels count, and InfoNCE, which is no such sum."""
         if "text_ids" in rows[0]:
             assert self.decoder is not None
-            return -self.decoder.logprob(z, [row["target_ids"] for row in rows]).sum() / num_items_in_batch
-        if self.decoder is None or not self.alignment_weight:
-            return z.sum() * 0
-        a, b, c, mask = alignment_scores(self.decoder, z, rows)
-        r_a = r_c = None
-        if self.alignment["ref_margin"] != "none":
-            if any("ref_logps" not in row or len(row["ref_logps"]) != len(row["target_ids"]) for row in rows):
-                raise ValueError(
-                    f"ref_logps: got rows without reference scores, expected with ref_margin {self.alignment['ref_margin']!r} are "
-                    "rows of `precompute_ref_logps`"
-                )
-            r_a = a.new_tensor([row["ref_logps"][0] for row in rows])
-            flat = a.new_tensor([score for row in rows for score in row["ref_logps"][1:]])
-            r_c = torch.zeros_like(c).masked_scatter(mask, flat)
-        loss = alignment_loss(a, b, c, r_a, r_c, negative_mask=mask, **self.alignment).loss
-        terms = mask.sum() if self.alignment["negatives"] == "independent" else mask.any(1).sum()
-        return self.alignment_weight * loss * terms / max(num_items_in_batch, 1)
+            return -self.decoder.logprob(z, [row["target_ids"] for row in rows]).sum(), None
+        out = stage2_loss(self.options, self.decoder, z, rows, ref_logps=self._ref_logps(rows))
+        if out.alignment is None:
+            return z.sum() * 0, out.contrastive
+        return out.alignment * sum(num_loss_terms(row, self.options.negatives) for row in rows), out.contrastive
+
+    def _ref_logps(self, rows: list[dict]) -> tuple[Tensor, Tensor] | None:
+        if not self.options.uses_ref_logps:
+            return None
+        if any("ref_logps" not in row or len(row["ref_logps"]) != len(row["target_ids"]) for row in rows):
+            raise ValueError(
+                f"ref_logps: got rows without reference scores, expected rows of `precompute_ref_logps`, since "
+                f"ref_margin={self.options.ref_margin!r}"
+            )
+        scores = pad_sequence([torch.tensor(row["ref_logps"]) for row in rows], batch_first=True)
+        return scores[:, 0], scores[:, 1:]
