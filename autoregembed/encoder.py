@@ -274,9 +274,9 @@ class Encoder(nn.Module):
         Raises:
             ValueError: this encoder was made without tokenizer or instruction.
         """
-        for name in ("tokenizer", "instruction"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name}: got None, expected one: use from_pretrained, or give it to the constructor")
+        if self.tokenizer is None or self.instruction is None:
+            name = "tokenizer" if self.tokenizer is None else "instruction"
+            raise ValueError(f"{name}: got None, expected one: use from_pretrained, or give the constructor one")
         k, bos = self.num_compress_tokens, self.bos_token_id
         return Prompt(self.tokenizer, k, bos, self.instruction, self.max_length)
 

@@ -147,13 +147,13 @@ def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
     if not 1 <= k < limit:
         raise ValueError(f"num_compress_tokens: got {k}, expected 1..{limit - 1}")
-    used = max(tokenizer.get_vocab().values()) + 1
+    used, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
     ids = list(range(used, used + k))
-    if ids[-1] >= model.get_input_embeddings().weight.shape[0]:
+    if ids[-1] >= rows:
         model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
-        known = weight[:used].float()
+        known = weight[: min(used, rows)].float()  # without the random rows of tokens that the model never had
         noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
         blank = tokenizer(" ", add_special_tokens=False)["input_ids"]
         center = known[blank[0]] if blank else known.mean(0)

@@ -55,7 +55,13 @@ class Prompt:
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text alone: neither truncated nor with what the tokenizer's post-processor writes around a text."""
+    """The ids of a text alone: not truncated, and without the ids that the tokenizer's post-processor adds.
+
+    Raises:
+        ValueError: no tokenizer.
+    """
+    if tokenizer is None:
+        raise ValueError("tokenizer: got None, expected one: use from_pretrained, or give the constructor a tokenizer")
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
 
 
@@ -71,8 +77,6 @@ def batch_token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         ValueError: no tokenizer, or a text without a token (the row is named).
         TypeError: one string, or a text that is none.
     """
-    if tokenizer is None:
-        raise ValueError("tokenizer: got None, expected one: use from_pretrained, or give the constructor a tokenizer")
     if isinstance(texts, str):
         raise TypeError(f"texts: got the string {texts[:40]!r}, expected a list of strings")
     out = []
