@@ -25,7 +25,7 @@ from autoregembed.models import (
 def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decoder | None, Any, dict]:
     """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model.
 
-    The models are on the CPU and attend by SDPA; `config.attention` is for the device that they move to.
+    The models are on the CPU with SDPA attention; `config.attention` applies after they move to their device.
     """
     model, tokenizer, recipe = load_causal_lm(
         config.model, gguf_file=config.gguf_file, trust_remote_code=config.trust_remote_code

@@ -41,17 +41,17 @@ class _PairwiseScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], parts: list[list[int]]) -> Tensor:
+    def forward(ctx, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], microbatches: list[list[int]]) -> Tensor:
         u = torch.empty_like(z)  # (S, K, D)
         scores = []
-        for part in parts:
-            rows = z[part].detach().requires_grad_()
+        for microbatch in microbatches:
+            rows = z[microbatch].detach().requires_grad_()
             with torch.enable_grad():
-                found = score(rows, part)
-                (u[part],) = torch.autograd.grad(found.sum(), rows)
+                found = score(rows, microbatch)
+                (u[microbatch],) = torch.autograd.grad(found.sum(), rows)
             scores.append(found.detach())
         ctx.save_for_backward(u)
-        return _in_order(scores, parts)
+        return _in_order(scores, microbatches)
 
     @staticmethod
     @once_differentiable
@@ -60,8 +60,8 @@ class _PairwiseScores(torch.autograd.Function):
         return (grad[:, None, None] * u).to(u.dtype), None, None
 
 
-def _in_order(scores: list[Tensor], parts: list[list[int]]) -> Tensor:
-    places = torch.tensor([i for part in parts for i in part], device=scores[0].device)
+def _in_order(scores: list[Tensor], microbatches: list[list[int]]) -> Tensor:
+    places = torch.tensor([i for microbatch in microbatches for i in microbatch], device=scores[0].device)
     return torch.cat(scores)[places.argsort()]
 
 
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
     """A frozen causal LM that reads z as K input embeddings and scores target tokens and the closing eos.
 
     The model is put into eval mode and none of its parameters require grad afterwards; gradients flow through it to z.
-    `from_pretrained` makes one that is ready; the constructor takes the parts.
+    `from_pretrained` makes one that is ready; the constructor takes its parts.
 
     Args:
         model: a Hugging Face causal LM, not the encoder's own.
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: Any, *, add_bos: bool = False, **options: Any) -> Decoder:
-        """`from_pretrained` for a causal LM in memory, which is no other module's.
+        """`from_pretrained` for a causal LM in memory, which nothing else may share.
 
         Args:
             model, tokenizer: what `models.load_causal_lm` gives.
@@ -246,10 +246,9 @@ class Decoder(nn.Module):
         return (squares / len(ids)).sqrt().float()
 
     def shard(self, device: torch.device) -> None:
-        """Leaves each process of the run a part of the frozen weights, on `device`; a pass gathers them layer by layer.
+        """Shards the frozen weights over the processes of the run, on `device`; a pass gathers them layer by layer.
 
-        Embedding matrix and head are read by the ops and not by their modules: `logprob` gathers them, one after the
-        other, and frees them.
+        The ops read embedding matrix and head, not their modules: `logprob` gathers one after the other and frees it.
         """
         self.sharded = True
         from torch.distributed.device_mesh import init_device_mesh
@@ -402,19 +401,19 @@ class Decoder(nn.Module):
                 f"targets: got one of {longest} positions with z, expected {limit} (the model's); truncate the target"
             )
         z_index = z_index.to(z.device)
-        parts = make_microbatches([around + len(target) for target in targets], token_budget)
+        microbatches = make_microbatches([around + len(target) for target in targets], token_budget)
         if self.sharded and token_budget is not None:
-            parts = equalize_microbatches(parts, z.device)
-        if len(parts) == 1:
+            microbatches = equalize_microbatches(microbatches, z.device)
+        if len(microbatches) == 1:
             return self._score(z, targets, z_index)
 
-        def score(rows: Tensor, part: list[int]) -> Tensor:
+        def score(rows: Tensor, microbatch: list[int]) -> Tensor:
             chosen = torch.arange(len(rows), device=rows.device)
-            return self._score(rows, [targets[i] for i in part], chosen)
+            return self._score(rows, [targets[i] for i in microbatch], chosen)
 
         if torch.is_grad_enabled() and z.requires_grad:
-            return _PairwiseScores.apply(z[z_index], score, parts)
-        return _in_order([score(z[z_index[part]], part) for part in parts], parts)
+            return _PairwiseScores.apply(z[z_index], score, microbatches)
+        return _in_order([score(z[z_index[microbatch]], microbatch) for microbatch in microbatches], microbatches)
 
     def _score(self, z: Tensor, targets: Sequence[Ids], z_index: Tensor) -> Tensor:
         """`logprob` in one pass, without checks."""

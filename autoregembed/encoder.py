@@ -46,7 +46,7 @@ def text_embedding(z: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """`bos · text · suffix · compress tokens` through a causal LM, packed, to z.
 
-    `from_pretrained` makes one that is ready; the constructor takes the parts.
+    `from_pretrained` makes one that is ready; the constructor takes its parts.
 
     Args:
         model: a Hugging Face causal LM (or its base model, or a PeftModel around one). Its attention is set to a
@@ -344,11 +344,12 @@ class Encoder(nn.Module):
         training = self.training
         self.eval()
         try:
-            parts = make_microbatches([len(s) for s in self.sequences(ids, [suffix] * len(ids))], token_budget)
-            for part, counts in distributed.shard_microbatches(parts) if shared else ((part, True) for part in parts):
-                z = self([ids[i] for i in part], [suffix] * len(part))
+            microbatches = make_microbatches([len(s) for s in self.sequences(ids, [suffix] * len(ids))], token_budget)
+            mine = distributed.shard_microbatches(microbatches) if shared else ((m, True) for m in microbatches)
+            for microbatch, counts in mine:
+                z = self([ids[i] for i in microbatch], [suffix] * len(microbatch))
                 if counts:
-                    out[part] = text_embedding(z.float()).cpu()
+                    out[microbatch] = text_embedding(z.float()).cpu()
         finally:
             self.train(training)
         return distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
@@ -422,17 +423,17 @@ class Encoder(nn.Module):
                 f"ids: got a text of {longest} tokens with its suffix and compress tokens, expected "
                 f"{limit} (the model's positions); truncate the text"
             )
-        parts = make_microbatches([len(s) for s in sequences], token_budget)
+        microbatches = make_microbatches([len(s) for s in sequences], token_budget)
         if self.sharded and token_budget is not None:
-            parts = distributed.equalize_microbatches(parts, embedding.weight.device)
-        if len(parts) == 1:
+            microbatches = distributed.equalize_microbatches(microbatches, embedding.weight.device)
+        if len(microbatches) == 1:
             packed = pack(sequences, embedding.weight.device)
             return self._run(packed.ids, packed)
         z = []
-        for part in parts:
-            packed = pack([sequences[i] for i in part], embedding.weight.device)
+        for microbatch in microbatches:
+            packed = pack([sequences[i] for i in microbatch], embedding.weight.device)
             z.append(checkpoint(self._run, packed.ids, packed, use_reentrant=False))
-        places = torch.tensor([i for part in parts for i in part], device=embedding.weight.device)
+        places = torch.tensor([i for microbatch in microbatches for i in microbatch], device=embedding.weight.device)
         return torch.cat(z)[places.argsort()]
 
     def _run(self, ids: Tensor, packed: Packed) -> Tensor:

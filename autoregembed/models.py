@@ -20,9 +20,9 @@ RECIPE = "autoregembed.json"
 
 @contextlib.contextmanager
 def wrap_load_errors(source: str, name: str = "model") -> Iterator[None]:
-    """What Transformers, tokenizers and safetensors raise over a folder that is damaged or hostile, as CheckpointError.
+    """Turns what Transformers, tokenizers and safetensors raise over a damaged or hostile folder into CheckpointError.
 
-    They raise whatever they stumble over (KeyError, AttributeError, a bare Exception), hence all but a lack of memory.
+    They raise any exception (KeyError, AttributeError, a bare Exception), hence all but MemoryError are caught.
     """
     try:
         yield
@@ -138,11 +138,11 @@ def original_of(source: str, gguf_file: str | None) -> dict[str, str | None]:
 
 
 def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
-    """Makes room for K compress tokens behind the vocabulary; returns their ids.
+    """Adds K compress tokens behind the vocabulary; returns their ids.
 
-    They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start at the
-    embedding of a blank, a tenth of the matrix' spread apart: what the model has read often leaves its activations
-    calm, a random vector does not.
+    They are rows of the embedding matrix, not entries of the tokenizer, so no text can contain one. They start at the
+    embedding of a blank plus noise of a tenth of the matrix' standard deviation: a frequent token keeps the activations
+    in their usual range, a random vector does not.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
     if not 1 <= k < limit:
@@ -311,7 +311,7 @@ def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
 
 
 def is_plain(parameter: Tensor) -> bool:
-    """Whether it is no subclass of Tensor with storage of its own kind, such as a quantised one."""
+    """Whether a parameter is a Tensor and not a subclass with its own storage, such as a quantised one."""
     return type(parameter.data) is Tensor
 
 
@@ -325,7 +325,7 @@ def require_finite(model: nn.Module) -> None:
 def require_gradients(model: nn.Module) -> None:
     """Raises ValueError for bitsandbytes' 4-bit layers on a CPU.
 
-    An evaluation repacks their weights for its own kernel, and from then on their backward multiplies by garbage.
+    An evaluation repacks their weights for its own kernel, and every later backward multiplies by wrong values.
     """
     for name, module in model.named_modules():
         four_bit = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)
