@@ -33,11 +33,11 @@ def _train_parser() -> ArgumentParser:
 
 
 def read_config(arguments: list[str]):
-    """`[CONFIG.yaml] [--field value ...]`, in any order, to a validated `Config`; flags win over the file.
+    """Reads `[CONFIG.yaml] [--field value ...]`, in any order, into a validated `Config`; flags override the file.
 
     Raises:
-        ConfigError: several files, an unknown field, named with the nearest valid one, a value of the wrong type or
-            range.
+        ConfigError: more than one file, an unknown field (the nearest valid one is named), or a value of the wrong
+            type or range.
     """
     from autoregembed.config import Config, ConfigError
 
@@ -45,8 +45,8 @@ def read_config(arguments: list[str]):
     alone = [i for i, a in enumerate(arguments) if not a.startswith("-") and not (i and takes_value[i - 1])]
     if len(alone) > 1:
         found = ", ".join(repr(arguments[i]) for i in alone)
-        raise ConfigError(f"config: got {found}, expected one YAML file, and flags with one value each")
-    for i in alone:  # first, so that flags win wherever it stood
+        raise ConfigError(f"config: got {found}, expected one YAML file, and one value for each flag")
+    for i in alone:  # first, so that flags override it wherever it stands
         arguments = ["--config", arguments[i], *arguments[:i], *arguments[i + 1 :]]
     fields = list(inspect.signature(Config).parameters)
     names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
@@ -57,7 +57,7 @@ def read_config(arguments: list[str]):
         try:
             text = path.read_text(encoding="utf-8")
             if len(text) > 1 << 20 or text.count("[") + text.count("{") > 1000:
-                raise ValueError("it is too large or nested too deeply for a config")
+                raise ValueError("it is too large or too deeply nested for a config")
             # Aliases of aliases make a few lines into gigabytes, and a flat config needs none.
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
                 raise ValueError("it holds a YAML alias")
@@ -84,7 +84,7 @@ def read_config(arguments: list[str]):
 
 
 def _doctor() -> None:
-    """What is installed, which routes run here, and why the others do not."""
+    """What is installed, which backends run here, and why the others do not."""
     import torch
 
     from autoregembed import __version__, ops
@@ -128,7 +128,7 @@ def _exported(model: str):
 
 
 def _encode(model: str, texts: str, output: str) -> None:
-    """Embeds with MODEL, an exported folder, the lines of a text file or of stdin into a .safetensors file.
+    """Embeds the lines of a text file or of stdin with MODEL, an exported folder, into a .safetensors file.
 
     Args:
         model: an exported folder, or any sentence-transformers model.
@@ -184,9 +184,9 @@ def _evaluate(
     retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
     missing = [name for name, value in retrieval.items() if value is None]
     if len(missing) in (1, 2):
-        raise ValueError(f"{missing[0]}: got None, expected a file, since another part of retrieval was given")
+        raise ValueError(f"{missing[0]}: got None, expected a file, since another part of a retrieval task is given")
     if missing and sts is None:
-        raise ValueError("sts: got None, expected a file, unless corpus, queries and qrels are given")
+        raise ValueError("sts: got None, expected a file unless corpus, queries and qrels are given")
     pairs = None if sts is None else evaluate.load_sts(sts, split)
     parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
     exported = _exported(model)
@@ -242,7 +242,7 @@ def _bench(
 
 
 def _named(function: Callable, arguments: list[str]) -> list[str]:
-    """Leading values without a name belong to the required arguments of `function`, in their order."""
+    """Gives leading values the names of the required arguments of `function`, in order."""
     required = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
     values = list(itertools.takewhile(lambda a: a == "-" or not a.startswith("-"), arguments))[: len(required)]
     named = [x for name, value in zip(required, values, strict=False) for x in (f"--{name}", value)]
@@ -252,7 +252,7 @@ def _named(function: Callable, arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status.
 
-    0 done, 1 slower than `bench --compare` allows, 2 bad input, 130 interrupted with the state saved.
+    0: done. 1: slower than `bench --compare` allows. 2: bad input. 130: interrupted, with a checkpoint saved.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = ArgumentParser(prog="autoregembed", description=__doc__)
