@@ -1,18 +1,24 @@
 """Fused training kernels for AutoRegEmbed text embeddings (arXiv 2502.11401)."""
 
 from autoregembed._version import __version__
-from autoregembed.losses import (
+from autoregembed.ops import (
     AlignmentLoss,
     AlignmentOutput,
     CompressionLoss,
     GenerativeInfoNCELoss,
     InfoNCELoss,
     LinearLogprob,
+    PoolLastK,
+    SegmentSum,
+    Splice,
     alignment_loss,
     compression_loss,
     generative_info_nce,
     info_nce,
     linear_logprob,
+    pool_last_k,
+    segment_sum,
+    splice,
 )
 
 __all__ = [
@@ -24,12 +30,18 @@ __all__ = [
     "GenerativeInfoNCELoss",
     "InfoNCELoss",
     "LinearLogprob",
+    "PoolLastK",
+    "SegmentSum",
+    "Splice",
     "__version__",
     "alignment_loss",
     "compression_loss",
     "generative_info_nce",
     "info_nce",
     "linear_logprob",
+    "pool_last_k",
+    "segment_sum",
+    "splice",
 ]
 
 

@@ -103,7 +103,7 @@ def _doctor() -> None:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
         routes = ops.available_impls(device)
-        auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
+        auto = ops.default_impl(device)
         table.add_row("  impl=auto", auto)
         for route, state in routes.items():
             detail = native_linear_logprob.describe() if (route, state) == ("cpp", "ok") else ""

@@ -21,7 +21,7 @@ from autoregembed import checkpoint, data, distributed
 from autoregembed.config import Config
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, text_embedding
-from autoregembed.losses import alignment_loss, info_nce
+from autoregembed.ops import alignment_loss, info_nce
 from autoregembed.packing import make_microbatches
 
 

@@ -13,7 +13,7 @@ from autoregembed import checkpoint, data
 from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import final_norm, scale_output, text_embedding
 from autoregembed.evaluate import embed
-from autoregembed.losses import info_nce
+from autoregembed.ops import info_nce
 from autoregembed.objective import Objective, compute_ref_logps, texts_of
 from autoregembed.packing import make_microbatches
 from autoregembed.testing import tiny_model

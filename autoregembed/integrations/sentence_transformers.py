@@ -33,7 +33,7 @@ from autoregembed import checkpoint, data
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.export import export, stock_modules
-from autoregembed.losses import alignment_loss, compression_loss, info_nce
+from autoregembed.ops import alignment_loss, compression_loss, info_nce
 from autoregembed.model_card import CITATION
 from autoregembed.objective import alignment_scores
 from autoregembed.ops import NEGATIVES, REF_MARGINS

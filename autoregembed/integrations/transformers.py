@@ -25,7 +25,7 @@ from transformers import Trainer, TrainingArguments
 
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.losses import alignment_loss
+from autoregembed.ops import alignment_loss
 from autoregembed.objective import alignment_scores, compute_ref_logps, contrastive, texts_of
 from autoregembed.ops import NEGATIVES, REF_MARGINS, pool_last_k
 from autoregembed.packing import pack, run_packed
