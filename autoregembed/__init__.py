@@ -1,5 +1,7 @@
 """Fused training kernels for AutoRegEmbed text embeddings (arXiv 2502.11401)."""
 
+from typing import TYPE_CHECKING, Any
+
 from autoregembed._version import __version__
 from autoregembed.ops import (
     AlignmentLoss,
@@ -44,15 +46,15 @@ __all__ = [
     "splice",
 ]
 
+if TYPE_CHECKING:
+    from autoregembed.decoder import Decoder
+    from autoregembed.encoder import Encoder
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> Any:
     # Encoder and Decoder need Transformers; everything above runs with torch alone.
-    if name == "Encoder":
-        from autoregembed.encoder import Encoder
+    if name in ("Decoder", "Encoder"):
+        import importlib
 
-        return Encoder
-    if name == "Decoder":
-        from autoregembed.decoder import Decoder
-
-        return Decoder
+        return getattr(importlib.import_module(f"autoregembed.{name.lower()}"), name)
     raise AttributeError(f"module 'autoregembed' has no attribute {name!r}")

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.encoder import fit_length, max_positions, plain, require_finite, require_gradients
-from autoregembed.ops import linear_logprob, splice
+from autoregembed.ops.linear_logprob import linear_logprob
+from autoregembed.ops.splice import splice
 from autoregembed.packing import (
     Ids,
     Packed,

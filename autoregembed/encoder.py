@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed.distributed import equalize_microbatches
-from autoregembed.ops import pool_last_k
+from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import (
     Ids,
     Packed,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ Like = tuple[str, Tensor]  # the name of another argument, and its value
 
 
 def require_tensor(
-    name: str, x: Any, dtypes: tuple[torch.dtype, ...], axes: dict[str, int | None], like: Like | None = None
+    name: str, x: Any, dtypes: tuple[torch.dtype, ...], axes: Mapping[str, int | None], like: Like | None = None
 ) -> None:
     """x is a tensor of one of `dtypes`, on the device of `like`, with these axes.
 

@@ -207,7 +207,7 @@ def linear_logprob(
         require_same_dtype("bias", bias, ("hidden", hidden))
     impl = resolve_impl(impl, hidden.device, hidden.dtype, ("triton", "cpp", "torch"))
     target = target.long()
-    options = {"softcap": softcap, "scale": float(scale), "ignore_index": ignore_index}
+    options: dict[str, Any] = {"softcap": softcap, "scale": float(scale), "ignore_index": ignore_index}
     if impl == "reference":
         require_ids("target", target, v, ignore_index)
         if cu_seqlens is not None:
