@@ -50,7 +50,7 @@ BUGS = [
     ("scorer forgets the bias", HEAD,
      "x += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]\n            if row_norm_ptr",
      "x += 0.0\n            if row_norm_ptr", HEAD, SHAPES),
-    ("combine ignores parts' maxima", HEAD, "other=0.0) * tl.exp(m - shift)", "other=0.0)", HEAD, SHAPES),
+    ("combine ignores parts' maxima", HEAD, "+ part_sumexp * tl.exp(m - shift)", "+ part_sumexp", HEAD, SHAPES),
     ("combine reads one part too few", HEAD, "for part in range(0, parts):\n        at = tl.cast(part, tl.int64) * N"
      " + row\n        m = tl.load", "for part in range(0, parts - 1):\n        at = tl.cast(part, tl.int64) * N + row\n"
      "        m = tl.load", HEAD, "chunks_and_splits"),

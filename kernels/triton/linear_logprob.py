@@ -221,9 +221,8 @@ def _combine(
         m = tl.load(max_ptr + at, mask=inside, other=0.0)
         new_max = tl.maximum(running_max, m)
         shift = finite_shift(new_max)
-        running_sumexp = running_sumexp * tl.exp(running_max - shift) + tl.load(
-            sumexp_ptr + at, mask=inside, other=0.0
-        ) * tl.exp(m - shift)
+        part_sumexp = tl.load(sumexp_ptr + at, mask=inside, other=0.0)
+        running_sumexp = running_sumexp * tl.exp(running_max - shift) + part_sumexp * tl.exp(m - shift)
         z_y = tl.maximum(z_y, tl.load(zy_ptr + at, mask=inside, other=0.0))
         running_max = new_max
     shift = finite_shift(running_max)
