@@ -355,7 +355,7 @@ BAD = {
     "temperature infinite": (ValueError, "temperature: got inf", {"temperature": math.inf}),
     "unknown ref_margin": (ValueError, "ref_margin: got 'sum'", {"ref_margin": "sum"}),
     "unknown negatives": (ValueError, "negatives: got 'all'", {"negatives": "all"}),
-    "unknown route": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
+    "unknown backend": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
 }
 
 

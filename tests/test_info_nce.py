@@ -191,7 +191,7 @@ def test_duplicates_of_the_positive_are_no_negatives_in_chunks_of_any_size(impl,
     torch.testing.assert_close([g.double() for g in gradients], list(exact_gradients), rtol=1e-4, atol=1e-5)
 
 
-def test_a_route_without_passage_ids_refuses_them():
+def test_a_backend_without_passage_ids_refuses_them():
     skip_unless("cpp", torch.float32)
     query, passages, _ = inputs_of(4, 6, 8, dtype=torch.float32)
     with pytest.raises(ops.ImplUnavailable, match="'cpp' has no passage_ids, expected 'auto'"):
@@ -268,7 +268,7 @@ BAD = {
     "target elsewhere": (ValueError, "target: got on meta", {"target": torch.zeros(3, device="meta").long()}),
     "temperature 0": (ValueError, "temperature: got 0", {"temperature": 0}),
     "temperature NaN": (ValueError, "temperature: got nan", {"temperature": math.nan}),
-    "unknown route": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
+    "unknown backend": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
 }
 
 
@@ -277,7 +277,7 @@ BAD = {
 def test_bad_input(name, impl):
     error, message, changes = BAD[name]
     if impl == "triton" and error is IndexError:
-        pytest.skip("the Triton route does not wait for the data: NaN there, see test_triton_info_nce.py")
+        pytest.skip("the Triton backend does not wait for the data: NaN there, see test_triton_info_nce.py")
     query, passages, _ = inputs_of(3, 5, 4, dtype=torch.float32)
     arguments = {"query": query, "passages": passages, "impl": impl, **changes}
     arguments = {

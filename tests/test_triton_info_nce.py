@@ -84,12 +84,12 @@ def test_duplicates_are_no_negatives():
 
 
 @pytest.mark.parametrize("impl", ["torch"])
-def test_the_torch_route_masks_too(impl):
+def test_the_torch_backend_masks_too(impl):
     q, passages, target, ids = problem(9, 30, 12, torch.float32)
     results = []
-    for route in (impl, "reference"):
+    for name in (impl, "reference"):
         leaves = leaf(q, torch.float32), leaf(passages, torch.float32)
-        loss = info_nce(*leaves, target, passage_ids=ids, impl=route)
+        loss = info_nce(*leaves, target, passage_ids=ids, impl=name)
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)

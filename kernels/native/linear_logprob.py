@@ -1,7 +1,8 @@
 """Token log-probabilities of a linear head on a CPU: torch's GEMMs, and between them one C++ kernel per block.
 
-The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py; what differs is the middle
-step, `_native.epilogue` (epilogue.cpp): two passes over a row in cache where torch makes about eight over the block.
+The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py; what differs is the step
+between the GEMMs, `_native.epilogue` (epilogue.cpp): two passes over a row in cache, where torch makes about eight over
+the block.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ def _alignment_loss(
         if SIGN != 0:
             ra = tl.load(ra_ptr + i, mask=i < B, other=0.0)
             signed = margin + SIGN * (ra[:, None] - tl.load(rc_ptr + at, mask=there, other=0.0))
-        s1, slope1 = _sigmoid(beta_w * tl.abs(d))
-        s2, slope2 = _sigmoid(beta_w * signed)
+        s1, s1_grad = _sigmoid(beta_w * tl.abs(d))
+        s2, s2_grad = _sigmoid(beta_w * signed)
         x = (s1[:, None] - s2) / tau
         if JOINT:
             x = tl.where(there, x, -float("inf"))
@@ -95,8 +95,8 @@ def _alignment_loss(
             dx, _ = _sigmoid(x)
             dx = dx * per_pair
         dx = tl.where(there, dx, 0.0) * (beta_w / tau)
-        d1 = slope1 * tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)) * tl.sum(dx, 1)
-        d2 = dx * slope2
+        d1 = s1_grad * tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)) * tl.sum(dx, 1)
+        d2 = dx * s2_grad
         tl.store(da_ptr + i, d1 - tl.sum(d2, 1), mask=i < B)
         tl.store(db_ptr + i, -d1, mask=i < B)
         tl.store(dc_ptr + at, d2, mask=inside)
