@@ -129,7 +129,8 @@ def splice(
     if impl == "triton":
         return _splice(z, embedding, ids, cu_seqlens, z_index, offset, float(embedding_scale))
     require_sequences(cu_seqlens, ids.shape[0], offset + k)
-    ids = ids.index_fill(0, torch_kernel.z_rows(cu_seqlens, offset, k), 0)
+    rows = torch_kernel.z_rows(cu_seqlens, offset, k)
+    ids = ids.index_fill(0, rows, 0)
     require_ids("ids", ids, embedding.shape[0])
     if z_index is not None:
         require_ids("z_index", z_index, b)
@@ -137,7 +138,7 @@ def splice(
         raise ValueError(f"z: got {b}, expected one for each of {s} pairs")
     if impl == "reference":
         return spec.splice(z, embedding, ids, cu_seqlens, z_index, offset=offset, embedding_scale=embedding_scale)
-    return torch_kernel.forward(z, embedding, ids, cu_seqlens, z_index, offset, embedding_scale)
+    return torch_kernel.forward(z, embedding, ids, rows, z_index, embedding_scale)
 
 
 class Splice(nn.Module):

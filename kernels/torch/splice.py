@@ -17,14 +17,13 @@ def forward(
     z: Tensor,  # (B, K, D)
     embedding: Tensor,  # (V, D)
     ids: Tensor,  # (T,) in [0, V), in the places of z as well
-    cu_seqlens: Tensor,  # (S+1,), pairs of at least offset + K rows
+    rows: Tensor,  # (S·K,) the places of z, from `z_rows`
     z_index: Tensor | None,  # (S,)
-    offset: int,
     scale: float,
 ) -> Tensor:
     """(T, D) in the embedding's dtype"""
-    rows = (z if z_index is None else z[z_index]).flatten(0, 1).to(embedding.dtype)
+    source = (z if z_index is None else z[z_index]).flatten(0, 1).to(embedding.dtype)
     embedded = F.embedding(ids, embedding)
     if scale != 1.0:
         embedded = embedded * scale
-    return embedded.index_copy(0, z_rows(cu_seqlens, offset, z.shape[1]), rows)
+    return embedded.index_copy(0, rows, source)
