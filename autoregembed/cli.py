@@ -102,19 +102,19 @@ def _doctor() -> None:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
-        routes = ops.available_impls(device)
-        auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
+        impls = ops.available_impls(device)
+        auto = ops.default_impl(device)
         table.add_row("  impl=auto", auto)
-        for route, state in routes.items():
-            detail = native_linear_logprob.describe() if (route, state) == ("cpp", "ok") else ""
-            table.add_row(f"  impl={route}", state + detail)
+        for impl, state in impls.items():
+            detail = native_linear_logprob.describe() if (impl, state) == ("cpp", "ok") else ""
+            table.add_row(f"  impl={impl}", state + detail)
         if importlib.util.find_spec("transformers") is None:
             continue
         from autoregembed.attention import attention_backends
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        for route, state in attention_backends(torch.device(device), dtype).items():
-            table.add_row(f"  attention={route} ({str(dtype)[6:]})", state)
+        for backend, state in attention_backends(torch.device(device), dtype).items():
+            table.add_row(f"  attention={backend} ({str(dtype)[6:]})", state)
     console.print(table)
 
 

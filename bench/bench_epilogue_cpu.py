@@ -113,12 +113,12 @@ def epilogue(rows: int, v: int, repeat: int, clock: Callable[[], float]) -> None
     }
     copy = torch.empty_like(z)
     floors = {"copy": lambda: copy.copy_(z), "in-place product": lambda: z.mul_(1.0)}
-    kernels = {f"native {level}": level for level in native._native.levels()}
+    kernels = {f"native {level}": level for level in native.extension.levels()}
 
     def at(level):
         def run():
-            native._native.set_level(level)
-            native._middle(z, target, torch_route.State.start(rows, z.device), None, None, 1.0, torch.float32)
+            native.extension.set_level(level)
+            native.softmax_block(z, target, torch_route.State.start(rows, z.device), None, None, 1.0, torch.float32)
 
         return run
 
@@ -131,7 +131,7 @@ def epilogue(rows: int, v: int, repeat: int, clock: Callable[[], float]) -> None
             function()
             if turn:
                 times.setdefault(name, []).append(clock() - start)
-    native._native.set_level(native._native.levels()[0])
+    native.extension.set_level(native.extension.levels()[0])
     medians = {name: statistics.median(values) for name, values in times.items()}
     bandwidth = max(2 * z.nbytes / medians[name] for name in floors)
     best = min(medians[name] for name in torch_forms)
@@ -155,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     clock = time.process_time if options.cpu_time else time.perf_counter
-    print(f"torch {torch.__version__}, {options.threads} threads, {native._native.build_info()}, {clock.__name__}")
+    print(f"torch {torch.__version__}, {options.threads} threads, {native.extension.build_info()}, {clock.__name__}")
     blocks = [(int(rows), int(columns)) for rows, columns in (block.split("x") for block in options.blocks)]
     for n, d, v in (SHAPES[i] for i in options.shapes):
         if options.only != "head":
