@@ -69,7 +69,7 @@ MODELS = {
 
 
 def memory(m: Shape, world_size: int, tokens: int) -> dict[str, float]:
-    """Bytes on each of `world_size` GPUs, by use. One pass of the encoder, and one of the decoder, has `tokens` tokens."""
+    """Bytes on each of `world_size` GPUs, by use; a pass of the encoder or decoder has `tokens` tokens."""
     trained, frozen = m.body + m.table, m.table  # the encoder never reads its head
     return {
         # fp32 weights, gradients and both moments of AdamW; fp32 head
