@@ -2,8 +2,8 @@
 
 A step makes three calls: (query, positive), (positive, positive) and (query, negative_j). Each is a padded encoder pass
 followed by a padded decoder pass, so a query is encoded 1 + M times. The lm_head runs on every position, compress
-tokens and padding included. The (rows, positions, V) logits and their log-softmax stay in the model's dtype. Attention masks come
-from lengths; the released code has `ids != pad`, with pad = eos.
+tokens and padding included. The (rows, positions, V) logits and their log-softmax stay in the model's dtype. Attention
+masks come from lengths; the released code has `ids != pad`, with pad = eos.
 """
 
 from __future__ import annotations
