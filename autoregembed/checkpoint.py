@@ -24,7 +24,7 @@ CHECKPOINT_FILES = ("trainable.safetensors", "optimizer.safetensors", "rng.safet
 
 
 def rng_state() -> dict[str, Tensor]:
-    """The generators that a training step draws from, of this process. Python's and NumPy's are none of them."""
+    """The states of this process's random generators that a training step draws from (not Python's or NumPy's)."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"cpu": torch.get_rng_state(), **cuda}
 
@@ -37,9 +37,9 @@ def save_checkpoint(
     extra: dict,
     rng: Sequence[dict[str, Tensor]] | None = None,
 ) -> Path:
-    """Trainable parameters, optimiser, RNG and step, as safetensors and JSON with a manifest of sizes and checksums.
+    """Writes trainable parameters, optimizer, RNG and step as safetensors and JSON, with a manifest of checksums.
 
-    Where weights are sharded all processes call it; they are gathered, one by one, and process 0 writes.
+    With sharded weights all processes call it: the weights are gathered one by one, and process 0 writes.
 
     Args:
         folder: appears when it is whole and on the disk; named step-… for `latest_checkpoint` to find it.
@@ -79,13 +79,13 @@ def save_checkpoint(
 
 
 def manifest_text(files: dict[str, list]) -> str:
-    """{name: [bytes, xxh3_128]} and the checksum of that: one possible spelling, so that no bit of it is free."""
+    """manifest.json: {name: [bytes, xxh3_128]} and their checksum, in the one spelling that `verify` accepts."""
     body = json.dumps(files, sort_keys=True)
     return json.dumps({"files": files, "checksum": xxhash.xxh3_128_hexdigest(body.encode())}, sort_keys=True)
 
 
 def verify(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None: every byte of it is covered, and nothing may be added."""
+    """Why a checkpoint cannot be trusted, or None. Every byte of it is covered, and no file may be added."""
     try:
         if folder.is_symlink():
             return "it is a symbolic link"
@@ -113,7 +113,7 @@ def verify(folder: Path) -> str | None:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Training states, newest first, whole or not."""
+    """Checkpoints under `folder`, newest first, whole or not."""
     return sorted(folder.glob("step-*"), key=lambda p: p.name, reverse=True)
 
 
@@ -129,7 +129,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def prune_checkpoints(newest: Path, keep: int) -> None:
-    """Removes all states beside `newest`, which has been verified, but the `keep` - 1 before it."""
+    """Keeps `newest`, which has been verified, and the `keep` - 1 before it; removes the others."""
     known = checkpoints_in(newest.parent)
     place = known.index(newest)
     for state in (*known[:place], *known[place + keep :]):  # those that claim to be newer did not verify

@@ -33,11 +33,11 @@ def _train_parser() -> ArgumentParser:
 
 
 def read_config(arguments: list[str]):
-    """`[CONFIG.yaml] [--field value ...]`, in any order, to a validated `Config`; flags win over the file.
+    """Reads `[CONFIG.yaml] [--field value ...]`, in any order, into a validated `Config`; flags override the file.
 
     Raises:
-        ConfigError: several files, an unknown field, named with the nearest valid one, a value of the wrong type or
-            range.
+        ConfigError: more than one file, an unknown field (the nearest valid one is named), or a value of the wrong
+            type or range.
     """
     from autoregembed.config import Config, ConfigError
 
@@ -45,8 +45,8 @@ def read_config(arguments: list[str]):
     alone = [i for i, a in enumerate(arguments) if not a.startswith("-") and not (i and takes_value[i - 1])]
     if len(alone) > 1:
         found = ", ".join(repr(arguments[i]) for i in alone)
-        raise ConfigError(f"config: got {found}, expected one YAML file, and flags with one value each")
-    for i in alone:  # first, so that flags win wherever it stood
+        raise ConfigError(f"config: got {found}, expected one YAML file, and one value for each flag")
+    for i in alone:  # first, so that flags override it wherever it stands
         arguments = ["--config", arguments[i], *arguments[:i], *arguments[i + 1 :]]
     fields = list(inspect.signature(Config).parameters)
     names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
@@ -57,7 +57,7 @@ def read_config(arguments: list[str]):
         try:
             text = path.read_text(encoding="utf-8")
             if len(text) > 1 << 20 or text.count("[") + text.count("{") > 1000:
-                raise ValueError("it is too large or nested too deeply for a config")
+                raise ValueError("it is too large or too deeply nested for a config")
             # Aliases of aliases make a few lines into gigabytes, and a flat config needs none.
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
                 raise ValueError("it holds a YAML alias")
@@ -84,7 +84,7 @@ def read_config(arguments: list[str]):
 
 
 def _doctor() -> None:
-    """What is installed, which routes run here, and why the others do not."""
+    """What is installed, which backends run here, and why the others do not."""
     import torch
 
     from autoregembed import __version__, ops
@@ -102,19 +102,19 @@ def _doctor() -> None:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
-        routes = ops.available_impls(device)
-        auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
+        impls = ops.available_impls(device)
+        auto = ops.default_impl(device)
         table.add_row("  impl=auto", auto)
-        for route, state in routes.items():
-            detail = native_linear_logprob.describe() if (route, state) == ("cpp", "ok") else ""
-            table.add_row(f"  impl={route}", state + detail)
+        for impl, state in impls.items():
+            detail = native_linear_logprob.describe() if (impl, state) == ("cpp", "ok") else ""
+            table.add_row(f"  impl={impl}", state + detail)
         if importlib.util.find_spec("transformers") is None:
             continue
         from autoregembed.attention import attention_backends
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        for route, state in attention_backends(torch.device(device), dtype).items():
-            table.add_row(f"  attention={route} ({str(dtype)[6:]})", state)
+        for backend, state in attention_backends(torch.device(device), dtype).items():
+            table.add_row(f"  attention={backend} ({str(dtype)[6:]})", state)
     console.print(table)
 
 
@@ -128,7 +128,7 @@ def _exported(model: str):
 
 
 def _encode(model: str, texts: str, output: str) -> None:
-    """Embeds with MODEL, an exported folder, the lines of a text file or of stdin into a .safetensors file.
+    """Embeds the lines of a text file or of stdin with MODEL, an exported folder, into a .safetensors file.
 
     Args:
         model: an exported folder, or any sentence-transformers model.
@@ -184,9 +184,9 @@ def _evaluate(
     retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
     missing = [name for name, value in retrieval.items() if value is None]
     if len(missing) in (1, 2):
-        raise ValueError(f"{missing[0]}: got None, expected a file, since another part of retrieval was given")
+        raise ValueError(f"{missing[0]}: got None, expected a file, since another part of a retrieval task is given")
     if missing and sts is None:
-        raise ValueError("sts: got None, expected a file, unless corpus, queries and qrels are given")
+        raise ValueError("sts: got None, expected a file unless corpus, queries and qrels are given")
     pairs = None if sts is None else evaluate.load_sts(sts, split)
     parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
     exported = _exported(model)
@@ -218,31 +218,32 @@ def _bench(
     triplets: str | None = None,
     limit: float | None = None,
 ) -> int:
-    """Times every op and the training step beside peers, floor and roofline.
+    """Times every op and the training step beside baselines, bare GEMMs and roofline.
 
     Args:
-        suite: head (the ops), step (a training step of both stages), integrations (losses for other trainers) or all.
+        suite: ops, step (a training step of both stages), integrations (losses for other trainers) or all.
         device: cpu or cuda; by default a GPU where there is one.
-        json: write the results here.
-        report: write an HTML report here.
-        compare: results of an earlier run; exit status 1 where a time or a memory of ours grew beyond the threshold.
+        json: receives the results.
+        report: receives an HTML report.
+        compare: results of an earlier run; exit status 1 if a time or a peak memory of ours grew beyond the threshold.
         threshold: the allowed growth, as a ratio.
         rounds: of every case.
         rows: triplets of a training step.
-        triplets: a jsonl file of query, pos, neg for the steps.
-        limit: seconds after which no further case is begun.
+        triplets: a jsonl file of query, pos, neg for the steps; by default stretches of news.
+        limit: seconds after which no further case starts.
     """
-    import autoregembed.bench.suite as benchmarks
+    from autoregembed.bench import results
+    from autoregembed.bench.suite import bench
 
-    old = benchmarks.load(Path(compare)) if compare else None
+    old = results.load(Path(compare)) if compare else None
     files = {"json_file": Path(json) if json else None, "report": Path(report) if report else None}
     options = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
-    found = benchmarks.bench(suite, quick=quick, device=device, console=console, **files, **options)
-    return int(old is not None and bool(benchmarks.compare(old, found, threshold, console)))
+    found = bench(suite, quick=quick, device=device, console=console, **files, **options)
+    return int(old is not None and bool(results.compare(old, found, threshold, console)))
 
 
 def _named(function: Callable, arguments: list[str]) -> list[str]:
-    """Leading values without a name belong to the required arguments of `function`, in their order."""
+    """Gives leading values the names of the required arguments of `function`, in order."""
     required = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
     values = list(itertools.takewhile(lambda a: a == "-" or not a.startswith("-"), arguments))[: len(required)]
     named = [x for name, value in zip(required, values, strict=False) for x in (f"--{name}", value)]
@@ -252,7 +253,7 @@ def _named(function: Callable, arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status.
 
-    0 done, 1 slower than `bench --compare` allows, 2 bad input, 130 interrupted with the state saved.
+    0: done. 1: slower than `bench --compare` allows. 2: bad input. 130: interrupted, with a checkpoint saved.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = ArgumentParser(prog="autoregembed", description=__doc__)

@@ -1,4 +1,4 @@
-"""Rows to token ids, once; and the batches of each step, a pure function of seed and step."""
+"""Rows to token ids, done once, and the batches of each step, a pure function of seed and step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEEPEST = 64  # nested lists and objects of a row
 
 
 def load_rows(source: str, split: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
-    """A local jsonl, json, csv, tsv or parquet file (the text forms also gzipped), or a data set of the hub.
+    """Loads a local jsonl, json, csv, tsv or parquet file (text formats may be gzipped), or a data set of the hub.
 
     Raises:
         FileNotFoundError: `source` looks like a file and there is none.
@@ -39,7 +39,7 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
     if path.is_file():
         if builder is None:
             raise ValueError(f"data: got {source!r}, expected files ending in {', '.join(_BUILDERS)} (or .gz)")
-        # The words "NA", "null" and "None" are texts like any other.
+        # "NA", "null" and "None" are ordinary texts.
         options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
         if suffixes[-1].lower() == ".tsv":
             options["delimiter"] = "\t"
@@ -62,7 +62,7 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
 
 
 def _require_readable(path: Path) -> None:
-    """What Arrow's JSON reader does not see: bytes that are no UTF-8, and so many levels that its stack would end."""
+    """Refuses what Arrow's JSON reader misses: bytes that are not UTF-8, and nesting that overflows its stack."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -86,7 +86,11 @@ def _columns(rows: Dataset | IterableDataset) -> list[str]:
 
 
 def require_columns(rows: Dataset | IterableDataset, *alternatives: tuple[str, ...]) -> tuple[str, ...]:
-    """The first of several sets of column names that `rows` has; ValueError naming what is missing otherwise."""
+    """The first of several sets of column names that `rows` has.
+
+    Raises:
+        ValueError: it has none of them; the missing columns of the first set are named.
+    """
     columns = _columns(rows)
     for names in alternatives:
         if set(names) <= set(columns):
@@ -198,7 +202,7 @@ def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
 
 
 def content_fingerprint(rows: Dataset) -> str:
-    """Hash of every id in the tokenised rows, in order: the identity of the data that reference scores belong to."""
+    """Hash of every id in the tokenized rows, in order: the data that reference scores and checkpoints belong to."""
     digest = xxhash.xxh3_128()
     for batch in rows.with_format("arrow").iter(batch_size=1000):
         for column in sorted(batch.column_names):
@@ -225,8 +229,8 @@ def batches(
 ) -> Iterator[list[dict]]:
     """Endless batches of `batch_size` rows for this rank, from optimiser step `start` on.
 
-    A mapped data set is permuted anew every epoch (by seed and epoch) and read without a break between epochs, so the
-    rows of a step depend on the seed and the step alone. Each row carries its place as "row".
+    A map-style data set is permuted anew every epoch (by seed and epoch) and read without a break between epochs, so
+    the rows of a step depend on the seed and the step alone. Each row carries its index as "row".
     """
     if isinstance(rows, IterableDataset):
         yield from _streamed(rows, batch_size, seed=seed, start=start, rank=rank, world=world)
@@ -238,7 +242,7 @@ def batches(
 
 
 def drawn(n: int, first: int, count: int, seed: int) -> list[int]:
-    """The rows, of n, that training reads as its `first`-th to `first + count`-th."""
+    """Indices, of n rows, of the `count` rows that training reads from its `first`-th on."""
     return [permutation(n, seed, place // n)[place % n] for place in range(first, first + count)]
 
 

@@ -25,7 +25,8 @@ from autoregembed.models import (
     require_gradients,
     split_gguf,
 )
-from autoregembed.ops import linear_logprob, splice
+from autoregembed.ops.linear_logprob import linear_logprob
+from autoregembed.ops.splice import splice
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
 from autoregembed.prompt import batch_token_ids
 

@@ -33,7 +33,7 @@ from autoregembed.models import (
     scale_output,
     split_gguf,
 )
-from autoregembed.ops import pool_last_k
+from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
 from autoregembed.prompt import INSTRUCTION, Prompt, batch_token_ids, instruction_ids
 

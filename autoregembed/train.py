@@ -37,7 +37,7 @@ from autoregembed.files import atomic_folder, read_json, remove_stale_tmp, weigh
 from autoregembed.model_card import Card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
-from autoregembed.reference_scores import cached_ref_logps
+from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
 from autoregembed.runtime import (
     HALF_DTYPES,
     Interrupted,
@@ -200,30 +200,31 @@ class Run:
 
     def prepare(self) -> None:
         config, decoder = self.config, self.decoder
-        fingerprint = ""
+        fingerprint: dict[str, str] = {}
         if config.needs_ref_logps:
             assert decoder is not None
-            fingerprint = distributed.broadcast_from_rank0(lambda: weights_fingerprint(self.encoder, decoder))
-            fingerprint += f"-{decoder.z_norm}-{decoder.prefix}-{decoder.logprob_reduction}"
+            fingerprint = distributed.broadcast_from_rank0(
+                lambda: ref_logps_fingerprint(self.encoder, decoder, self.tokenizer, self.rows)
+            )
         self.wrapped, self.optimizer = self.accelerator.prepare(self.encoder, create_optimizer(self.encoder, config))
         if decoder is not None and self.sharded:
             decoder.shard(self.accelerator.device)
         ref_logps = None
         if config.needs_ref_logps:
+            assert decoder is not None
             self.encoder.eval()
             read = self.max_steps * config.batch_size * self.world
             with self.accelerator.autocast():
-                ref_logps = cached_ref_logps(
-                    config, self.encoder, decoder, fingerprint, self.rows, read, self.prompt, self.console
-                )
+                ref_logps = cached_ref_logps(config, self.encoder, decoder, self.rows, fingerprint, read, self.console)
         self.encoder.train()
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.optimizer, config.warmup_steps,
             max(self.max_steps, config.warmup_steps + 1),
         )  # fmt: skip
         self.objective = Objective(config, self.wrapped, decoder, self.accelerator, ref_logps)
+        self.settings = self._settings()
 
-    def settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run that wrote its checkpoint."""
         config = self.config
         settings = {
@@ -247,7 +248,7 @@ class Run:
             return False
         accelerator = self.accelerator
         saved = load_checkpoint(
-            latest, self.encoder, self.optimizer.optimizer, run=self.settings(), rank=accelerator.process_index
+            latest, self.encoder, self.optimizer.optimizer, run=self.settings, rank=accelerator.process_index
         )
         self.state = TrainState(**{f.name: saved[f.name] for f in fields(TrainState)})
         if accelerator.scaler is not None:
@@ -364,7 +365,7 @@ class Run:
     def save_checkpoint(self) -> Path:
         accelerator = self.accelerator
         folder = self.checkpoints / f"step-{self.state.step:08d}"
-        extra = {**asdict(self.state), "run": self.settings()}
+        extra = {**asdict(self.state), "run": self.settings}
         if accelerator.scaler is not None:
             extra["scaler"] = accelerator.scaler.state_dict()
         generators = gather_object([rng_state()])
