@@ -37,6 +37,7 @@ from autoregembed.files import atomic_folder, read_json, remove_stale_tmp, weigh
 from autoregembed.model_card import Card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
+from autoregembed.prompt import Prompt
 from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
 from autoregembed.runtime import (
     HALF_DTYPES,
@@ -148,7 +149,7 @@ class Run:
         config, encoder = self.config, self.encoder
         k, self.max_length = encoder.num_compress_tokens, encoder.fit_max_length(config.max_length)
         targets = self.decoder.fit_max_target_length(k, config.max_target_length) if self.decoder else 512
-        self.prompt = data.Prompt(
+        self.prompt = Prompt(
             self.tokenizer, k, encoder.bos_token_id, config.instruction, self.max_length, targets
         )  # fmt: skip
         encoder.suffix_ids = self.prompt.suffix()

@@ -252,6 +252,7 @@ def one_step(cases: list[dict]) -> list[dict]:
     from autoregembed.config import Config
     from autoregembed.objective import Objective, encoder_lengths, loss_counts
     from autoregembed.packing import make_microbatches
+    from autoregembed.prompt import Prompt
     from autoregembed.reference_scores import compute_ref_logps
 
     found = []
@@ -260,7 +261,7 @@ def one_step(cases: list[dict]) -> list[dict]:
         accelerator = runtime.make_accelerator(config, "fp32")
         assert accelerator.num_processes == distributed.world_size() == int(os.environ.get("WORLD_SIZE", "1"))
         encoder, decoder, tokenizer, _ = build.build_models(config)
-        prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
+        prompt = Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
         rows = (data.compression_rows if config.stage == 1 else data.alignment_rows)(
             data.load_rows(config.train_data), prompt
         )

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from autoregembed import data
 from autoregembed.packing import make_microbatches
+from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
 
 
-def prompt(**options) -> data.Prompt:
+def prompt(**options) -> Prompt:
     fixed = {"tokenizer": TOKENIZER, "num_compress_tokens": 3, "bos_token_id": 1, "instruction": "Again:"}
-    return data.Prompt(**{**fixed, **options})
+    return Prompt(**{**fixed, **options})
 
 
 def ids(text: str) -> list[int]:

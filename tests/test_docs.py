@@ -24,6 +24,7 @@ from autoregembed import (
     reference_scores,
 )
 from autoregembed.config import Config
+from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
 
@@ -194,7 +195,7 @@ def raised(call) -> str:
 
 def triggers(tmp_path: Path, model_folder: str, compression_file: str):
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
-    prompt = data.Prompt(tokenizer, 3, 1, "Again:", 64)
+    prompt = Prompt(tokenizer, 3, 1, "Again:", 64)
     encoder = Encoder(tiny_model(), compress_token_ids=[317, 318, 319])
 
     def rows(*lines: dict):

@@ -30,6 +30,7 @@ from autoregembed.cli import main, read_config
 from autoregembed.config import Config
 from autoregembed.export import export
 from autoregembed.files import CheckpointError, file_fingerprint
+from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
 
@@ -291,8 +292,8 @@ case("encoder: suffix outside", lambda f, m: halves()[0]([[1]], [[999]]))
 # Data
 
 
-def prompt() -> data.Prompt:
-    return data.Prompt(tokenizer=TOKENIZER, num_compress_tokens=3, bos_token_id=1, instruction="x")
+def prompt() -> Prompt:
+    return Prompt(tokenizer=TOKENIZER, num_compress_tokens=3, bos_token_id=1, instruction="x")
 
 
 def load(stage: str, path: Path):

@@ -23,6 +23,7 @@ from autoregembed.integrations.sentence_transformers import (
     from_causal_lm,
 )
 from autoregembed.objective import Objective
+from autoregembed.prompt import Prompt
 from autoregembed.reference_scores import compute_ref_logps
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
@@ -91,7 +92,7 @@ def own_loop(dataset, decoder, **options) -> tuple[float, dict[str, torch.Tensor
     """Loss and gradients of one step of `autoregembed.train` on the same rows and weights."""
     config = Config(model="", train_data="", output_dir="", **options)
     encoder = encoder_of()
-    prompt = data.Prompt(TOKENIZER, 3, 1, "Again:", 256)
+    prompt = Prompt(TOKENIZER, 3, 1, "Again:", 256)
     if config.stage == 1:
         rows = data.compression_rows(dataset, prompt)
     else:

@@ -17,6 +17,7 @@ from autoregembed.models import final_norm, scale_output
 from autoregembed.objective import Objective, texts_of
 from autoregembed.ops import info_nce
 from autoregembed.packing import make_microbatches
+from autoregembed.prompt import Prompt
 from autoregembed.reference_scores import compute_ref_logps
 from autoregembed.testing import tiny_model
 from autoregembed.train import Interrupted, train
@@ -26,7 +27,7 @@ def objective_of(config: Config, file: str):
     from accelerate import Accelerator
 
     encoder, decoder, tokenizer, _ = build_models(config)
-    prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
+    prompt = Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
     tokenise = data.compression_rows if config.stage == 1 else data.alignment_rows
     rows = tokenise(data.load_rows(file), prompt)
     reference = compute_ref_logps(encoder, decoder, rows) if config.needs_ref_logps else None
@@ -205,7 +206,7 @@ def test_reference_scores_are_cached_and_refused_for_other_data(
 def test_reference_scores_do_not_depend_on_their_batches(model_folder, alignment_file):
     config = stage2(model_folder, alignment_file, "unused")
     encoder, decoder, tokenizer, _ = build_models(config)
-    rows = data.alignment_rows(data.load_rows(alignment_file), data.Prompt(tokenizer, 5, encoder.bos_token_id, "x"))
+    rows = data.alignment_rows(data.load_rows(alignment_file), Prompt(tokenizer, 5, encoder.bos_token_id, "x"))
     whole, parts = (compute_ref_logps(encoder.eval(), decoder, rows, budget) for budget in (10**9, 50))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4, equal_nan=True)
@@ -276,7 +277,7 @@ def test_calibrate_gives_z_the_decoders_rms_once(model_folder, compression_file,
         config = stage1(summary["model"], compression_file, "unused")
         encoder, decoder, tokenizer, recipe = build_models(config)
         assert recipe["output_rms_initialized"]
-        prompt = data.Prompt(tokenizer, 5, encoder.bos_token_id, config.instruction)
+        prompt = Prompt(tokenizer, 5, encoder.bos_token_id, config.instruction)
         rows = data.compression_rows(data.load_rows(compression_file), prompt).to_list()
         with torch.no_grad():
             z = encoder(*texts_of(rows, False))

@@ -22,11 +22,12 @@ from autoregembed.integrations.transformers import (
     precompute_ref_logps,
 )
 from autoregembed.objective import Objective
+from autoregembed.prompt import Prompt
 from autoregembed.reference_scores import compute_ref_logps
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
-PROMPT = data.Prompt(TOKENIZER, 3, 1, "Again:", 256)
+PROMPT = Prompt(TOKENIZER, 3, 1, "Again:", 256)
 
 
 def rows_of(stage: int) -> Dataset:
