@@ -81,6 +81,7 @@ setup(
         "autoregembed.kernels.torch": "kernels/torch",
         "autoregembed.kernels.triton": "kernels/triton",
     },
+    package_data={"autoregembed": ["py.typed"]},
     ext_modules=[] if MODE == "0" else [Extension("autoregembed._native", sources=[], optional=MODE != "1")],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -32,7 +33,7 @@ def _train_parser() -> ArgumentParser:
     return parser
 
 
-def read_config(arguments: list[str]):
+def read_config(arguments: list[str]) -> Any:
     """Reads `[CONFIG.yaml] [--field value ...]`, in any order, into a validated `Config`; flags override the file.
 
     Raises:
@@ -118,7 +119,7 @@ def _doctor() -> None:
     console.print(table)
 
 
-def _exported(model: str):
+def _exported(model: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     from autoregembed.models import wrap_load_errors
@@ -191,7 +192,7 @@ def _evaluate(
     parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
     exported = _exported(model)
 
-    def embed(texts: list[str]):
+    def embed(texts: list[str]) -> Any:
         return exported.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
 
     result: dict = {"model": model}

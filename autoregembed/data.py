@@ -8,9 +8,8 @@ import hashlib
 import itertools
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +24,10 @@ from autoregembed.prompt import Prompt
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _DEEPEST = 64  # nested lists and objects of a row
 
+Rows: TypeAlias = Dataset | IterableDataset
 
-def load_rows(source: str, split: str | None = None, streaming: bool = False) -> Dataset | IterableDataset:
+
+def load_rows(source: str, split: str | None = None, streaming: bool = False) -> Rows:
     """Loads a local jsonl, json, csv, tsv or parquet file (text formats may be gzipped), or a data set of the hub.
 
     Raises:
@@ -76,7 +77,7 @@ def _require_readable(path: Path) -> None:
                     raise ValueError(f"line {number} is nested more than {_DEEPEST} deep")
 
 
-def _columns(rows: Dataset | IterableDataset) -> list[str]:
+def _columns(rows: Rows) -> list[str]:
     if rows.column_names is not None:
         return rows.column_names
     first = next(iter(rows), None)
@@ -85,7 +86,7 @@ def _columns(rows: Dataset | IterableDataset) -> list[str]:
     return list(first)
 
 
-def require_columns(rows: Dataset | IterableDataset, *alternatives: tuple[str, ...]) -> tuple[str, ...]:
+def require_columns(rows: Rows, *alternatives: tuple[str, ...]) -> tuple[str, ...]:
     """The first of several sets of column names that `rows` has.
 
     Raises:
@@ -106,13 +107,13 @@ def _nonempty(ids: list, column: str, row: int) -> list:
     return ids
 
 
-def _text(value, column: str, row: int) -> str:
+def _text(value: Any, column: str, row: int) -> str:
     if not isinstance(value, str):
         raise TypeError(f"data: got {value!r} as {column!r} in row {row}, expected a string")
     return value
 
 
-def _texts(value, column: str, row: int) -> list[str]:
+def _texts(value: Any, column: str, row: int) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
         raise TypeError(f"data: got {value!r} as {column!r} in row {row}, expected a string or a list of strings")
@@ -124,7 +125,7 @@ def _instruction(batch: dict, i: int, row: int) -> str | None:
     return value if value is None else _text(value, "instruction", row)
 
 
-def _map(rows, function, prompt: Prompt, version: str, num_proc: int | None):
+def _map(rows: Rows, function: Callable, prompt: Prompt, version: str, num_proc: int | None) -> Rows:
     options = {"batched": True, "with_indices": True, "remove_columns": _columns(rows)}
     if isinstance(rows, IterableDataset):
         return rows.map(function, **options)
@@ -132,16 +133,16 @@ def _map(rows, function, prompt: Prompt, version: str, num_proc: int | None):
     fingerprint = hashlib.sha256(f"{rows._fingerprint}|{prompt.fingerprint()}|{version}".encode()).hexdigest()[:16]
     num_proc = num_proc if num_proc and num_proc > 1 and len(rows) >= 1000 * num_proc else None
     try:
-        return rows.map(function, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenise")
+        return rows.map(function, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenize")
     except UnicodeDecodeError as error:  # of a parquet file
         raise ValueError(f"data: got a text that is no UTF-8, expected UTF-8 texts: {error}") from error
 
 
-def compression_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
+def compression_rows(rows: Rows, prompt: Prompt, *, num_proc: int | None = None) -> Rows:
     """Stage 1: {context, output, instruction?} to {text_ids, suffix_ids, target_ids}, truncated."""
     require_columns(rows, ("context", "output"))
 
-    def tokenise(batch, indices):
+    def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {"text_ids": [], "suffix_ids": [], "target_ids": []}
         for i, row in enumerate(indices):
             suffix = prompt.suffix(_instruction(batch, i, row))
@@ -152,10 +153,10 @@ def compression_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
             out["target_ids"].append(output[: prompt.max_target_length])
         return out
 
-    return _map(rows, tokenise, prompt, "compression-1", num_proc)
+    return _map(rows, tokenize, prompt, "compression-1", num_proc)
 
 
-def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
+def alignment_rows(rows: Rows, prompt: Prompt, *, num_proc: int | None = None) -> Rows:
     """Stage 2: one row per (query, positive) to {query_ids, positive_ids, negative_ids, suffix_ids, target_ids}.
 
     `target_ids` is [positive, *negatives] as the decoder scores them; the others are as the encoder reads them.
@@ -165,7 +166,7 @@ def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
     names = require_columns(rows, ("query", "pos"), ("anchor", "positive"))
     negative = {"pos": "neg", "positive": "negative"}[names[1]]
 
-    def tokenise(batch, indices):
+    def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {
             "query_ids": [],
             "positive_ids": [],
@@ -198,7 +199,7 @@ def alignment_rows(rows, prompt: Prompt, *, num_proc: int | None = None):
                 out["target_ids"].append([t[: prompt.max_target_length] for t in (positive_ids, *negative_ids)])
         return out
 
-    return _map(rows, tokenise, prompt, "alignment-1", num_proc)
+    return _map(rows, tokenize, prompt, "alignment-1", num_proc)
 
 
 def content_fingerprint(rows: Dataset) -> str:
@@ -219,7 +220,7 @@ def content_fingerprint(rows: Dataset) -> str:
 
 
 def batches(
-    rows: Dataset | IterableDataset,
+    rows: Rows,
     batch_size: int,
     *,
     seed: int,
@@ -252,7 +253,9 @@ def permutation(n: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-def _streamed(rows, batch_size: int, *, seed: int, start: int, rank: int, world: int):
+def _streamed(
+    rows: IterableDataset, batch_size: int, *, seed: int, start: int, rank: int, world: int
+) -> Iterator[list[dict]]:
     epoch, skip = 0, start * world * batch_size + rank * batch_size
     batch: list[dict] = []
     place = 0

@@ -98,7 +98,7 @@ class _GatherRows(torch.autograd.Function):
     """Gathers blocks of `most` rows; the gradient of a block is the sum over all processes (reduce-scatter)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, most: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, most: int) -> Tensor:
         ctx.rows = x.shape[0]
         block = x.new_zeros(most, *x.shape[1:])
         block[: len(x)] = x
@@ -106,7 +106,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         block = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
         dist.reduce_scatter(block, list(grad.contiguous().chunk(world_size())))
         return block[: ctx.rows], None

@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         bos_token_id: None for models without one.
         tokenizer: a fast tokenizer, for `tokenize`, `encode` and `save_pretrained`.
         instruction: the text that `suffix_ids` stand for.
-        max_length: tokens of one text with all that surrounds it, where texts are tokenised here; by default 512, or
+        max_length: tokens of one text with all that surrounds it, where texts are tokenized here; by default 512, or
             the model's positions if fewer.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         own_compress_rows: keep the K compress embeddings in a parameter of its own, `compress_rows` (K, D), so that
@@ -324,7 +324,7 @@ class Encoder(nn.Module):
         """normalize(mean_k z) of each text, without dropout and without gradient.
 
         Args:
-            texts: n strings, tokenised as in training.
+            texts: n strings, tokenized as in training.
             instruction, max_length: as in `tokenize`.
             token_budget: tokens of one pass.
             shared: all processes are called with the same texts; each embeds a share of them and gets all embeddings.

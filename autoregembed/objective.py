@@ -214,7 +214,7 @@ class Objective:
             microbatches = distributed.equalize_microbatches(microbatches, self.accelerator.device)
         return microbatches
 
-    def _no_sync(self):
+    def _no_sync(self) -> contextlib.AbstractContextManager:
         # FSDP would keep whole gradients until the last microbatch; reducing each one's costs no memory.
         return contextlib.nullcontext() if self._is_sharded else self.accelerator.no_sync(self.encoder)
 

@@ -12,7 +12,7 @@ INSTRUCTION = "Represent the text."
 
 @dataclass(frozen=True)
 class Prompt:
-    """How text becomes ids: text and suffix are tokenised apart, so truncation never reaches the instruction.
+    """How text becomes ids: text and suffix are tokenized apart, so truncation never reaches the instruction.
 
     The encoder reads `bos · text · "\\n" · instruction · "\\n" · compress tokens`, at most `max_length` tokens; the
     decoder scores at most `max_target_length` target tokens and eos.

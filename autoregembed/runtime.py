@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -134,12 +135,12 @@ def stop_on_signal() -> Iterator[StopFlag]:
     """Turns the first SIGINT or SIGTERM into a flag; a second one acts at once."""
     stop = StopFlag()
 
-    def handler(number, frame):
+    def handler(number: int, frame: Any) -> None:
         stop.signalled = True
         for n, h in previous.items():
             signal.signal(n, h)
 
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, handler)

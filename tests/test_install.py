@@ -48,6 +48,7 @@ def test_the_wheel_holds_the_kernels_under_our_name_only(site):
     assert sources
     assert {f"autoregembed/{n}" for n in sources} <= names
     assert {p.relative_to(REPO).as_posix() for p in (REPO / "autoregembed").rglob("*.py")} <= names
+    assert "autoregembed/py.typed" in names
     assert not any(n.endswith(".so") for n in names)
 
 

@@ -150,7 +150,7 @@ class _DecoderLoss(nn.Module):
     def decoder(self) -> Decoder:
         return self._decoder[0]
 
-    def _apply(self, fn, *args, **kwargs):
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         self.decoder._apply(fn, *args, **kwargs)  # `to(device)` and the like
         return super()._apply(fn, *args, **kwargs)
 
@@ -303,7 +303,7 @@ class AutoRegEmbedLoss(_DecoderLoss):
         return scores[:, 0], scores[:, 1:]
 
     @torch.no_grad()
-    def precompute_ref_logps(self, dataset, batch_size: int = 32):
+    def precompute_ref_logps(self, dataset: Any, batch_size: int = 32) -> Any:
         """`dataset` with the reference scores under the model as it is now in a column `label`.
 
         Args:

@@ -42,7 +42,7 @@ IGNORE_INDEX = -100  # what Trainer does not count
 # Stage 1 in the stock Trainer
 
 
-def compression_inputs(rows, encoder: Encoder, eos_token_id: int):
+def compression_inputs(rows: Dataset, encoder: Encoder, eos_token_id: int) -> Dataset:
     """Rows of `data.compression_rows` to {input_ids, labels}, what `DataCollatorForSeq2Seq` pads.
 
     Give that collator a tokenizer with `padding_side="left"` and the Trainer `label_names=["labels"]`.

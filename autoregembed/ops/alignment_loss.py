@@ -50,19 +50,22 @@ def _alignment_loss(
 
 
 @_alignment_loss.register_fake
-def _alignment_loss_fake(query_positive, positive_positive, query_negatives, *_):
-    scores = (query_positive, positive_positive, query_negatives)
-    return *(query_positive.new_empty(()) for _ in range(4)), *(x.new_empty(x.shape) for x in scores)
+def _alignment_loss_fake(
+    query_positive: Tensor, positive_positive: Tensor, query_negatives: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss, s1, s2, accuracy = (query_positive.new_empty(()) for _ in range(4))
+    a, b, c = (x.new_empty(x.shape) for x in (query_positive, positive_positive, query_negatives))
+    return loss, s1, s2, accuracy, a, b, c
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[4:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 @once_differentiable
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
     return *(grad * x for x in ctx.saved_tensors), *(None,) * 7

@@ -44,13 +44,21 @@ def _info_nce(
 
 
 @_info_nce.register_fake
-def _info_nce_fake(query, passages, target, passage_ids, temperature, query_gradient, passage_gradient):
+def _info_nce_fake(
+    query: Tensor,
+    passages: Tensor,
+    target: Tensor,
+    passage_ids: Tensor | None,
+    temperature: float,
+    query_gradient: bool,
+    passage_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     (b, d), p = query.shape, passages.shape[0]
     loss = query.new_empty((), dtype=torch.promote_types(query.dtype, torch.float32))
     return loss, query.new_empty(b if query_gradient else 0, d), query.new_empty(p if passage_gradient else 0, d)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.wanted = inputs[5:]
     ctx.save_for_backward(*output[1:])
@@ -58,7 +66,7 @@ def _setup_context(ctx, inputs, output):
 
 
 @once_differentiable
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
     both = (grad * x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))

@@ -50,7 +50,17 @@ def _linear_logprob(
 
 
 @_linear_logprob.register_fake
-def _linear_logprob_fake(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl):
+def _linear_logprob_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    with_gradient: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
     n, d = hidden.shape
     logprob = hidden.new_empty(n, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
     return logprob, hidden.new_empty(n if with_gradient else 0, d)
@@ -75,7 +85,17 @@ def _linear_logprob_backward(
 
 
 @_linear_logprob_backward.register_fake
-def _linear_logprob_backward_fake(grad, hidden, weight, target, bias, softcap, scale, ignore_index, impl):
+def _linear_logprob_backward_fake(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(hidden), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
@@ -86,11 +106,11 @@ def _scale_rows(grad: Tensor, u: Tensor) -> Tensor:
 
 
 @_scale_rows.register_fake
-def _scale_rows_fake(grad, u):
+def _scale_rows_fake(grad: Tensor, u: Tensor) -> Tensor:
     return torch.empty_like(u)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl = inputs
     ctx.with_gradient = with_gradient
     ctx.has_bias = bias is not None
@@ -104,7 +124,7 @@ def _setup_context(ctx, inputs, output):
 
 
 @once_differentiable
-def _backward(ctx, grad, _grad_u):
+def _backward(ctx: Any, grad: Tensor | None, _grad_u: Any) -> tuple[Tensor | None, ...]:
     """A frozen head scales the rows of U, which the forward left behind; a trainable one recomputes the logits."""
     none = (None,) * 9
     if grad is None:

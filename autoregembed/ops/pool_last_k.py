@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -30,7 +32,7 @@ def _pool_last_k(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | Non
 
 
 @_pool_last_k.register_fake
-def _pool_last_k_fake(hidden, cu_seqlens, k, index):
+def _pool_last_k_fake(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | None) -> Tensor:
     return hidden.new_empty(cu_seqlens.shape[0] - 1 if index is None else index.shape[0], k, hidden.shape[1])
 
 
@@ -41,18 +43,18 @@ def _pool_last_k_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None
 
 
 @_pool_last_k_backward.register_fake
-def _pool_last_k_backward_fake(grad, cu_seqlens, index, length):
+def _pool_last_k_backward_fake(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length: int) -> Tensor:
     return grad.new_empty(length, grad.shape[2])
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     hidden, cu_seqlens, _, index = inputs
     ctx.save_for_backward(cu_seqlens, index)
     ctx.length = hidden.shape[0]
 
 
 @once_differentiable
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _pool_last_k_backward(grad, *ctx.saved_tensors, ctx.length), None, None, None
 
 

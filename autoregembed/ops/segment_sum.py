@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -25,7 +27,7 @@ def _segment_sum(x: Tensor, cu_seqlens: Tensor, impl: str) -> Tensor:
 
 
 @_segment_sum.register_fake
-def _segment_sum_fake(x, cu_seqlens, impl):
+def _segment_sum_fake(x: Tensor, cu_seqlens: Tensor, impl: str) -> Tensor:
     return x.new_empty(cu_seqlens.shape[0] - 1)
 
 
@@ -38,18 +40,18 @@ def _segment_sum_backward(grad: Tensor, cu_seqlens: Tensor, length: int, impl: s
 
 
 @_segment_sum_backward.register_fake
-def _segment_sum_backward_fake(grad, cu_seqlens, length, impl):
+def _segment_sum_backward_fake(grad: Tensor, cu_seqlens: Tensor, length: int, impl: str) -> Tensor:
     return grad.new_empty(length)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, cu_seqlens, impl = inputs
     ctx.save_for_backward(cu_seqlens)
     ctx.options = x.shape[0], impl
 
 
 @once_differentiable
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _segment_sum_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 

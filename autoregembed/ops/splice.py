@@ -41,7 +41,9 @@ def _splice(
 
 
 @_splice.register_fake
-def _splice_fake(z, embedding, ids, cu_seqlens, z_index, offset, scale):
+def _splice_fake(
+    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, z_index: Tensor | None, offset: int, scale: float
+) -> Tensor:
     return embedding.new_empty(ids.shape[0], embedding.shape[1])
 
 
@@ -60,18 +62,20 @@ def _splice_backward(
 
 
 @_splice_backward.register_fake
-def _splice_backward_fake(grad, cu_seqlens, z_index, offset, b, k, dtype):
+def _splice_backward_fake(
+    grad: Tensor, cu_seqlens: Tensor, z_index: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
+) -> Tensor:
     return grad.new_empty(b, k, grad.shape[1], dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     z, _, _, cu_seqlens, z_index, offset, _ = inputs
     ctx.save_for_backward(cu_seqlens, z_index)
     ctx.options = offset, z.shape[0], z.shape[1], z.dtype
 
 
 @once_differentiable
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _splice_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 6
 
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 # Rows and bytes of logits of a block, and bytes of the rows of W that it meets (in fp32). CPU: all of it stays in the
-# caches; measured by bench/bench_linear_logprob_cpu.py --blocks. Elsewhere: few launches, and thousands of rows, far above
-# the ~300 that make the streaming of W compute-bound.
+# caches; measured by bench/bench_linear_logprob_cpu.py --blocks. Elsewhere: few launches, and thousands of rows, far
+# above the ~300 that make the streaming of W compute-bound.
 ROWS = {"cpu": 1536, "cuda": 8192}
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 WEIGHT_BYTES = {"cpu": 3 << 20, "cuda": 1 << 62}
