@@ -6,12 +6,12 @@ import contextlib
 import contextvars
 import importlib.util
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -115,7 +115,7 @@ def _hidden(model: Any, sequences: Sequence[Ids], *, alone: bool = False, embeds
 
 
 @contextlib.contextmanager
-def packed_forward():
+def packed_forward() -> Iterator[None]:
     """Inside, models build no attention mask: attention is causal within the bounds of `cu_seqlens`."""
     token = _packed_forward.set(True)
     try:
@@ -124,17 +124,17 @@ def packed_forward():
         _packed_forward.reset(token)
 
 
-def run_packed(model: torch.nn.Module, packed: Packed, **inputs: Tensor) -> Tensor:
+def run_packed(model: nn.Module, packed: Packed, **inputs: Tensor) -> Tensor:
     """Last hidden states (T, D) of a base model over one pack; `inputs` is `input_ids=` or `inputs_embeds=`."""
     with packed_forward():
         return model(**inputs, **packed.kwargs()).last_hidden_state.squeeze(0)
 
 
-def _mask(*args, **kwargs):
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return None if _packed_forward.get() else sdpa_mask(*args, **kwargs)
 
 
-def _refuse(attention_mask, kwargs) -> None:
+def _refuse(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     if attention_mask is not None:
         raise ValueError("attention_mask: got one in a packed forward, expected None")
     for name in ("position_bias", "s_aux"):
@@ -159,7 +159,16 @@ def _softcapped(
     return F.dropout(p, dropout) @ v
 
 
-def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,  # (1, H, T, d) of a pack; (B, H, T, d) otherwise, as key and value with their own number of heads
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Causal attention within each sequence of a pack: one SDPA call for every run of equal lengths, no padding."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -201,7 +210,16 @@ def _sdpa(module, query, key, value, attention_mask, dropout=0.0, scaling=None, 
     return torch.cat(out)[None], None  # (1, T, H, d)
 
 
-def _varlen(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def _varlen(
+    module: nn.Module,
+    query: Tensor,  # as in `_sdpa`
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """torch.nn.attention.varlen: one kernel over the whole pack, on CUDA."""
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:

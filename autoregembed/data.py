@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import re
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 

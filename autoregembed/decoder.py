@@ -42,7 +42,9 @@ class _PairwiseScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], microbatches: list[list[int]]) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], microbatches: list[list[int]]
+    ) -> Tensor:
         u = torch.empty_like(z)  # (S, K, D)
         scores = []
         for microbatch in microbatches:
@@ -56,7 +58,7 @@ class _PairwiseScores(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (u,) = ctx.saved_tensors
         return (grad[:, None, None] * u).to(u.dtype), None, None
 

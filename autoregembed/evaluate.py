@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -19,7 +21,7 @@ Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
 
 @torch.inference_mode()
-def token_mean(model, tokenizer, texts: Sequence[str], *, token_budget: int = 4096) -> Tensor:
+def token_mean(model: Any, tokenizer: Any, texts: Sequence[str], *, token_budget: int = 4096) -> Tensor:
     """The usual embedding by an untrained causal LM: the normalised mean of its last hidden states over all tokens.
 
     Returns:
@@ -43,7 +45,7 @@ def token_mean(model, tokenizer, texts: Sequence[str], *, token_budget: int = 40
     return out
 
 
-def load_sts(source: str, split: str | None = None):
+def load_sts(source: str, split: str | None = None) -> Dataset:
     """Rows {sentence1, sentence2, score} of a csv, jsonl, json or parquet file or a hub data set.
 
     Raises:
@@ -89,7 +91,7 @@ def spearman(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
     return float(spearmanr(x, y).statistic)
 
 
-def sts(embed: Embed, pairs) -> dict[str, float]:
+def sts(embed: Embed, pairs: Any) -> dict[str, float]:
     """{"spearman": correlation of cosine similarity with the human scores}; every distinct text is embedded once."""
     first, second, scores = (list(pairs[name]) for name in ("sentence1", "sentence2", "score"))
     texts = list(dict.fromkeys([*first, *second]))
@@ -135,7 +137,7 @@ def retrieval(
     return {name: total / len(wanted) for name, total in totals.items()}
 
 
-def _chunks(items: list, size: int):
+def _chunks(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 

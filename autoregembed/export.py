@@ -49,7 +49,7 @@ def merged(encoder: Encoder) -> Any:
     return model
 
 
-def _tokenizer(encoder: Encoder, tokenizer, max_length: int):
+def _tokenizer(encoder: Encoder, tokenizer: Any, max_length: int) -> PreTrainedTokenizerFast:
     """The tokenizer whose post-processor writes `bos · text · suffix · compress tokens`.
 
     It is of the generic class: some models' own classes write a post-processor anew when they are loaded.
@@ -94,7 +94,7 @@ def _recipe(encoder: Encoder, max_length: int) -> dict[str, Any]:
 
 def export(
     encoder: Encoder,
-    tokenizer,
+    tokenizer: Any,
     folder: str | Path,
     *,
     max_length: int | None = None,

@@ -137,7 +137,7 @@ def original_of(source: str, gguf_file: str | None) -> dict[str, str | None]:
     }
 
 
-def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
+def add_compress_tokens(model: Any, tokenizer: Any, k: int) -> list[int]:
     """Adds K compress tokens behind the vocabulary; returns their ids.
 
     They are rows of the embedding matrix, not entries of the tokenizer, so no text can contain one. They start at the
@@ -227,7 +227,7 @@ def _require_adapter(folder: str | Path) -> None:
         raise CheckpointError(f"adapter: got {str(folder)!r}, expected a folder with adapter_model.safetensors")
 
 
-def save_model(folder: Path, model: Any, tokenizer, recipe: dict, *, overwrite: bool = True) -> Path:
+def save_model(folder: Path, model: Any, tokenizer: Any, recipe: dict, *, overwrite: bool = True) -> Path:
     """Writes a Hugging Face folder with the recipe beside it, whole or not at all."""
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         model.save_pretrained(temporary)

@@ -55,7 +55,7 @@ class MTEBEncoder(AbsEncoder):
         )
 
     def encode(
-        self, inputs, *, task_metadata, hf_split: str, hf_subset: str, prompt_type=None, **kwargs: Any
+        self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **kwargs: Any
     ) -> Tensor:
         """(n, D) float32, rows of norm 1, of the texts that `inputs` yields in batches."""
         texts = [text for batch in inputs for text in batch["text"]]
