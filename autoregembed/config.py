@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from autoregembed.reference import BETA, INFO_NCE_TEMPERATURE, TEMPERATURE
+
 
 class ConfigError(ValueError):
     """A field of the configuration has a wrong type or value, or contradicts another field."""
@@ -47,9 +49,9 @@ class Stage2Options:
 
     alignment_weight: float = 1.0
     contrastive_weight: float = 0.0
-    contrastive_temperature: float = 0.05
-    beta: float = 0.1
-    temperature: float = 0.1
+    contrastive_temperature: float = INFO_NCE_TEMPERATURE
+    beta: float = BETA
+    temperature: float = TEMPERATURE
     ref_margin: Literal["add", "subtract", "none"] = "add"
     negatives: Literal["independent", "joint"] = "independent"
     hard_negatives: bool = False
