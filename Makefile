@@ -2,7 +2,7 @@
 # make test         lint, types, tests
 # make sanitize     the native module's tests under ASan + UBSan, then TSan
 # make docs         the site in build/site
-# make bench        every op and the training step beside peers, floor and roofline
+# make bench        every op and the training step beside baselines, bare GEMMs and roofline
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
@@ -55,12 +55,12 @@ $(BIN)/.docs: $(BIN)/.installed
 docs: $(BIN)/.docs
 	$(BIN)/mkdocs build --strict
 
-# Without dependencies: those of a peer would replace torch by a CUDA build of several GB.
-$(BIN)/.peers: $(BIN)/.data
+# Without dependencies: those of a baseline would replace torch by a CUDA build of several GB.
+$(BIN)/.baselines: $(BIN)/.data
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps cut-cross-entropy==25.1.1
 	touch $@
 
-bench: $(BIN)/.peers
+bench: $(BIN)/.baselines
 	$(BIN)/autoregembed bench --limit 540 --json runs/bench/results.json --report runs/bench/report.html
 
 clean:

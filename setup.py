@@ -72,6 +72,7 @@ setup(
         "autoregembed.kernels.native",
         "autoregembed.kernels.torch",
         "autoregembed.kernels.triton",
+        "autoregembed.ops",
     ],
     package_dir={
         "autoregembed.bench": "bench",

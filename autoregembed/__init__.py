@@ -1,18 +1,26 @@
 """Fused training kernels for AutoRegEmbed text embeddings (arXiv 2502.11401)."""
 
+from typing import TYPE_CHECKING, Any
+
 from autoregembed._version import __version__
-from autoregembed.losses import (
+from autoregembed.ops import (
     AlignmentLoss,
     AlignmentOutput,
     CompressionLoss,
     GenerativeInfoNCELoss,
     InfoNCELoss,
     LinearLogprob,
+    PoolLastK,
+    SegmentSum,
+    Splice,
     alignment_loss,
     compression_loss,
     generative_info_nce,
     info_nce,
     linear_logprob,
+    pool_last_k,
+    segment_sum,
+    splice,
 )
 
 __all__ = [
@@ -24,23 +32,29 @@ __all__ = [
     "GenerativeInfoNCELoss",
     "InfoNCELoss",
     "LinearLogprob",
+    "PoolLastK",
+    "SegmentSum",
+    "Splice",
     "__version__",
     "alignment_loss",
     "compression_loss",
     "generative_info_nce",
     "info_nce",
     "linear_logprob",
+    "pool_last_k",
+    "segment_sum",
+    "splice",
 ]
 
+if TYPE_CHECKING:
+    from autoregembed.decoder import Decoder
+    from autoregembed.encoder import Encoder
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> Any:
     # Encoder and Decoder need Transformers; everything above runs with torch alone.
-    if name == "Encoder":
-        from autoregembed.encoder import Encoder
+    if name in ("Decoder", "Encoder"):
+        import importlib
 
-        return Encoder
-    if name == "Decoder":
-        from autoregembed.decoder import Decoder
-
-        return Decoder
+        return getattr(importlib.import_module(f"autoregembed.{name.lower()}"), name)
     raise AttributeError(f"module 'autoregembed' has no attribute {name!r}")

@@ -102,19 +102,19 @@ def _doctor() -> None:
     for device in devices:
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         table.add_row(f"device {device}", name)
-        routes = ops.available_impls(device)
-        auto = ops._resolve("auto", torch.device(device), torch.float32, tuple(ops._LINEAR_LOGPROB))
+        impls = ops.available_impls(device)
+        auto = ops.default_impl(device)
         table.add_row("  impl=auto", auto)
-        for route, state in routes.items():
-            detail = native_linear_logprob.describe() if (route, state) == ("cpp", "ok") else ""
-            table.add_row(f"  impl={route}", state + detail)
+        for impl, state in impls.items():
+            detail = native_linear_logprob.describe() if (impl, state) == ("cpp", "ok") else ""
+            table.add_row(f"  impl={impl}", state + detail)
         if importlib.util.find_spec("transformers") is None:
             continue
         from autoregembed.attention import attention_backends
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        for route, state in attention_backends(torch.device(device), dtype).items():
-            table.add_row(f"  attention={route} ({str(dtype)[6:]})", state)
+        for backend, state in attention_backends(torch.device(device), dtype).items():
+            table.add_row(f"  attention={backend} ({str(dtype)[6:]})", state)
     console.print(table)
 
 
@@ -218,27 +218,28 @@ def _bench(
     triplets: str | None = None,
     limit: float | None = None,
 ) -> int:
-    """Times every op and the training step beside peers, floor and roofline.
+    """Times every op and the training step beside baselines, bare GEMMs and roofline.
 
     Args:
-        suite: head (the ops), step (a training step of both stages), integrations (losses for other trainers) or all.
+        suite: ops, step (a training step of both stages), integrations (losses for other trainers) or all.
         device: cpu or cuda; by default a GPU where there is one.
-        json: write the results here.
-        report: write an HTML report here.
-        compare: results of an earlier run; exit status 1 where a time or a memory of ours grew beyond the threshold.
+        json: receives the results.
+        report: receives an HTML report.
+        compare: results of an earlier run; exit status 1 if a time or a peak memory of ours grew beyond the threshold.
         threshold: the allowed growth, as a ratio.
         rounds: of every case.
         rows: triplets of a training step.
-        triplets: a jsonl file of query, pos, neg for the steps.
-        limit: seconds after which no further case is begun.
+        triplets: a jsonl file of query, pos, neg for the steps; by default stretches of news.
+        limit: seconds after which no further case starts.
     """
-    import autoregembed.bench.suite as benchmarks
+    from autoregembed.bench import results
+    from autoregembed.bench.suite import bench
 
-    old = benchmarks.load(Path(compare)) if compare else None
+    old = results.load(Path(compare)) if compare else None
     files = {"json_file": Path(json) if json else None, "report": Path(report) if report else None}
     options = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
-    found = benchmarks.bench(suite, quick=quick, device=device, console=console, **files, **options)
-    return int(old is not None and bool(benchmarks.compare(old, found, threshold, console)))
+    found = bench(suite, quick=quick, device=device, console=console, **files, **options)
+    return int(old is not None and bool(results.compare(old, found, threshold, console)))
 
 
 def _named(function: Callable, arguments: list[str]) -> list[str]:

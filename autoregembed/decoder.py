@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from autoregembed.attention import run_packed, use_packed_attention
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.models import base_model, fit_length, is_plain, max_positions, require_finite, require_gradients
-from autoregembed.ops import linear_logprob, splice
+from autoregembed.ops.linear_logprob import linear_logprob
+from autoregembed.ops.splice import splice
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
 
 Z_NORMS = ("none", "match_rms")
@@ -62,7 +63,7 @@ class Decoder(nn.Module):
         bos_token_id: read before z. None: z comes first (the released code).
         z_norm: "none" feeds z as it comes (the released code); "match_rms" scales every compressed vector to the RMS of
             the model's input embeddings, since the last hidden states of an LM are an order of magnitude larger.
-        logprob_reduction: of a target's tokens and eos: "sum" (the paper), or "mean", which does not grow with the length.
+        logprob_reduction: of a target's tokens and eos: "sum" (the paper), or "mean", independent of length.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         impl: the route of `linear_logprob`.
 

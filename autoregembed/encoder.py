@@ -21,7 +21,7 @@ from autoregembed.models import (
     require_gradients,
     scale_output,
 )
-from autoregembed.ops import pool_last_k
+from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
 
 

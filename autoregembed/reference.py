@@ -13,6 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Defaults of the ops, the config and the trainers.
+BETA = 0.1  # β of alignment_loss
+TEMPERATURE = 0.1  # τ of alignment_loss
+INFO_NCE_TEMPERATURE = 0.05
+GENERATIVE_TEMPERATURE = 1.0  # nats
+
 
 def linear_logprob(
     hidden: Tensor,  # (N, D)
@@ -36,9 +42,25 @@ def linear_logprob(
     logprob = torch.where(valid, z_y - logits.logsumexp(1), 0.0)
     if cu_seqlens is None:
         return logprob
-    bounds = cu_seqlens.tolist()
-    sums = [logprob[i:j].sum() for i, j in itertools.pairwise(bounds)]
-    return torch.stack(sums) if sums else logprob.sum()[None][:0]
+    return segment_sum(logprob, cu_seqlens)
+
+
+def segment_sum(
+    x: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+) -> Tensor:
+    """Σ x[cu_seqlens[i] : cu_seqlens[i + 1]] for every sequence i, (S,)."""
+    sums = [x[i:j].sum() for i, j in itertools.pairwise(cu_seqlens.tolist())]
+    return torch.stack(sums) if sums else x.sum()[None][:0]
+
+
+def compression_loss(
+    logprob: Tensor,  # (S,)   log p(output | z)
+    num_tokens: Tensor | int,  # (S,) or their total
+) -> Tensor:
+    """−Σ logprob / Σ num_tokens, nats per token."""
+    total = num_tokens.sum().clamp(min=1) if isinstance(num_tokens, Tensor) else max(num_tokens, 1)
+    return -logprob.sum() / total
 
 
 def alignment_loss(
@@ -48,8 +70,8 @@ def alignment_loss(
     reference_positive: Tensor | None = None,  # (B,)    r_a
     reference_negatives: Tensor | None = None,  # (B, M)  r_c
     *,
-    beta: float = 0.1,
-    temperature: float = 0.1,
+    beta: float = BETA,
+    temperature: float = TEMPERATURE,
     ref_margin: str = "add",
     negatives: str = "independent",
     mask: Tensor | None = None,  # (B, M) bool, False where there is no negative
@@ -92,7 +114,7 @@ def info_nce(
     passages: Tensor,  # (P, D)
     target: Tensor | None = None,  # (B,)
     *,
-    temperature: float = 0.05,
+    temperature: float = INFO_NCE_TEMPERATURE,
     passage_ids: Tensor | None = None,  # (P,)
 ) -> Tensor:
     """Mean over queries of −log softmax(cos(q, passages) / temperature)[target]; target i → passage i by default.
@@ -115,7 +137,7 @@ def generative_info_nce(
     scores: Tensor,  # (B, P)  log p(d_j | z_i)
     target: Tensor | None = None,  # (B,)
     *,
-    temperature: float = 1.0,
+    temperature: float = GENERATIVE_TEMPERATURE,
     num_tokens: Tensor | None = None,  # (P,)
     mask: Tensor | None = None,  # (B, P) bool, False where the pair has no score
     passage_ids: Tensor | None = None,  # (P,)
@@ -159,7 +181,7 @@ def splice(
     offset: int = 0,
     embedding_scale: float = 1.0,
 ) -> Tensor:
-    """Per pair: embedding rows of `offset` ids, the K rows of z[z_index[s]], embedding rows of the other ids; (T, D)."""
+    """Per pair s: embedding rows of `offset` ids, the K rows of z[z_index[s]], embedding rows of the rest; (T, D)."""
     chosen = range(len(cu_seqlens) - 1) if z_index is None else z_index.tolist()
     rows = []
     for (start, end), b in zip(itertools.pairwise(cu_seqlens.tolist()), chosen, strict=True):

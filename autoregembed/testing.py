@@ -1,4 +1,4 @@
-"""For tests, ours and yours: the numeric rule, and real but tiny models and tokenizers that need no download."""
+"""For tests of this package and of code that uses it: the numeric rule, and tiny models and tokenizers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def assert_accurate(
     assert error <= bound, f"error {error:.3g} above {bound:.3g} (eager fp32: {eager_error:.3g}, max {largest:.3g})"
 
 
-def tiny_model(architecture: str = "llama", *, vocab_size: int = 320, dtype: torch.dtype = torch.float32, **options):
+def tiny_model(
+    architecture: str = "llama", *, vocab_size: int = 320, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
     """A seeded random causal LM of a Hugging Face architecture: 2 layers, D = 32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -59,7 +61,7 @@ def tiny_model(architecture: str = "llama", *, vocab_size: int = 320, dtype: tor
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def tiny_tokenizer(texts: Iterable[str] = ()):
+def tiny_tokenizer(texts: Iterable[str] = ()) -> Any:
     """A byte-level BPE tokenizer with <unk>, <s>, </s> as ids 0, 1, 2, trained on `texts`; at most 320 ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

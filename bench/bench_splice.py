@@ -1,91 +1,51 @@
-"""Take (the K compress rows out of the packed encoder output) and splice (z into the decoder's packed input)."""
+"""splice: z and the frozen embedding rows of the targets into the decoder's packed input, forward and backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoregembed import ops
+from autoregembed import ops, reference
 
-from .harness import OURS, Case, Variant, relative_error, replay
+from .harness import OURS, Case, ForwardBackward, Inputs, training_dtype
+from .workload import packed_shape, ragged_bounds
 
 K = 5
 
 
-def _pack(sequences: int, length: int, device: str) -> Tensor:
-    """cu_seqlens of ragged sequences of `length` tokens on average, K at least."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(K + 1, 2 * length - K, (sequences,), generator=generator)
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
+def _eager(z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, z_index: Tensor) -> Tensor:
+    rows = cu_seqlens[:-1].long()[:, None] + torch.arange(K, device=z.device)
+    return embedding[ids].index_copy(0, rows.flatten(), z[z_index].flatten(0, 1))
 
 
-def _case(op: str, shape: dict[str, int], device: str, dtype: torch.dtype, rounds: int) -> Case:
-    made: dict[str, Any] = {}
+def splice_case(s: int, length: int, d: int, device: str) -> Case:
+    """S pairs of L positions on average; two pairs share a z."""
+    dtype = training_dtype(device)
 
-    def prepare(case: Case) -> None:
-        s, d = shape["S"], shape["D"]
-        cu = _pack(s, shape["L"], device)
-        t = int(cu[-1])
-        z_index = torch.arange(s, device=device) // 2
-        ids = torch.arange(t, device=device) % 1000
-        x = torch.randn(*((t, d) if op == "pool_last_k" else (s // 2 + 1, K, d)), device=device).to(dtype)
-        upstream = torch.randn(*((s, K, d) if op == "pool_last_k" else (t, d)), device=device).to(dtype)
-        embedding = torch.randn(1000, d, device=device).to(dtype)
-        rows = cu[1:].long()[:, None] - K if op == "pool_last_k" else cu[:-1].long()[:, None]
-        rows = rows + torch.arange(K, device=device)
-        made.update(cu=cu, z_index=z_index, ids=ids, x=x, upstream=upstream, embedding=embedding, rows=rows)
-        moved = 2 * s * K * d if op == "pool_last_k" else 2 * t * d
-        case.bytes = float(dtype.itemsize * (moved + x.numel() + s * K * d))
+    def make() -> Inputs:
+        cu_seqlens = ragged_bounds(s, length, device, least=K + 1)
+        t = int(cu_seqlens[-1])
+        z, embedding, upstream = (
+            torch.randn(*shape, device=device).to(dtype) for shape in ((s // 2 + 1, K, d), (1000, d), (t, d))
+        )
+        ids, z_index = torch.arange(t, device=device) % 1000, torch.arange(s, device=device) // 2
+        return Inputs([z], (embedding, ids, cu_seqlens, z_index), upstream)
 
-    def ours(x: Tensor) -> Tensor:
-        if op == "pool_last_k":
-            return ops.pool_last_k(x, made["cu"], K)
-        return ops.splice(x, made["embedding"], made["ids"], made["cu"], made["z_index"])
+    def prepare(case: Case) -> None:  # T rows read and written; the gradient of K rows of every pair, summed over pairs
+        z, upstream = job.inputs().leaves[0], job.inputs().upstream
+        assert upstream is not None
+        case.bytes = float(dtype.itemsize * (2 * upstream.numel() + z.numel() + s * K * d))
 
-    def eager(x: Tensor) -> Tensor:
-        if op == "pool_last_k":
-            return x[made["rows"]]
-        values = x[made["z_index"]].flatten(0, 1)
-        return made["embedding"][made["ids"]].index_copy(0, made["rows"].flatten(), values)
-
-    def call(function: Callable[[Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor | None]]:
-        def run() -> tuple[Tensor, Tensor | None]:
-            x = made["x"].detach().requires_grad_()
-            out = function(x)
-            out.backward(made["upstream"])
-            return out.detach(), x.grad
-
-        return run
-
-    def check(name: str, outputs: tuple[Tensor, Tensor]) -> float:
-        x = made["x"].double().requires_grad_()
-        made["embedding"], kept = made["embedding"].double(), made["embedding"]
-        exact = eager(x)
-        made["embedding"] = kept
-        (gradient,) = torch.autograd.grad(exact, x, made["upstream"].double())
-        assert relative_error(outputs[0], exact.detach()) == 0, "rows are copied, they cannot differ"
-        error = relative_error(outputs[1], gradient)
-        assert error <= 4 * torch.finfo(dtype).eps, f"relative error {error:.0e}"
-        return error
-
-    variants = {OURS: Variant(lambda: call(ours)), "eager": Variant(lambda: call(eager), torch.__version__)}
+    job = ForwardBackward(make, reference.splice, 4 * torch.finfo(dtype).eps, value_tolerance=0.0)
     return Case(
-        suite="head", op=op, job="gradient", shape={**shape, "K": K}, dtype=str(dtype)[6:], inputs="ragged pack",
-        variants=variants, flops=0.0, bytes=0.0, prepare=prepare, check=check, rounds=rounds, device=device,
+        op="splice", shape={"S": s, "L": length, "D": d, "K": K}, dtype=dtype, inputs="ragged pack",
+        variants={OURS: job.variant(lambda: ops.splice), **job.eager(_eager)},
+        flops=0.0, bytes=0.0, prepare=prepare, check=job.check, rounds=21, device=device,
     )  # fmt: skip
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
-    gpu = device.startswith("cuda")
-    dtype = torch.bfloat16 if gpu else torch.float32
-    shape = {"S": 8, "L": 12, "D": 32} if quick else {"S": 768, "L": 32, "D": 4096 if gpu else 576}
-    for op in ("pool_last_k", "splice"):
-        yield partial(_case, op, shape, device, dtype, 3 if quick else 21)
-
-
-def test_splice(variant, benchmark):
-    replay(variant, benchmark)
+    yield partial(splice_case, *packed_shape(device, quick), device)

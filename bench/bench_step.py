@@ -1,9 +1,9 @@
-"""A whole training step of both stages on SmolLM2-135M: ours beside the released algorithm, same model, same texts.
+"""A training step of both stages on SmolLM2-135M: ours beside the released algorithm, same model, same texts.
 
-Both sides run forward, backward and nothing else, in fp32 (bf16 on a GPU), all parameters of the encoder trainable, z
-as it comes, `micro` rows at a time, since 64 rows of the released algorithm's activations and logits take more than
-25 GB. Its rows of stage 2 are padded to the longest of the whole batch, as its collator does, and of stage 1 to the
-longest of the slice. `details` splits our step by place, the optimiser's update with it.
+Both sides run forward and backward alone, in fp32 (bf16 on a GPU). All parameters of the encoder are trainable and z is
+not normalised. A micro-batch has `micro` rows, since activations and logits of 64 rows take more than 25 GB in the
+released algorithm. It pads rows of stage 2 to the longest of the whole batch, as its collator does, and rows of stage 1
+to the longest of the micro-batch. `details` splits our step by place and adds the optimiser's update.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from autoregembed.objective import alignment_scores
 
 from . import workload
 from .baselines.released import Released
-from .harness import OURS, Case, Variant, replay, synchronise
+from .harness import OURS, Case, Variant, is_gpu, synchronise, training_dtype
 
 BETA = TEMPERATURE = 0.1
 COMPRESS = 5
 
 
 class Setup:
-    """One model in the roles that both sides give it; encoders share weights, so they get the same gradients."""
+    """The encoder and decoder of both sides. The encoders share their weights, hence their gradients."""
 
     def __init__(self, device: str, model: Any, tokenizer: Any, rows: list[dict], describe: str, k: int = COMPRESS):
         from autoregembed.models import add_compress_tokens
@@ -41,7 +41,7 @@ class Setup:
         compress = add_compress_tokens(model, tokenizer, k)
         options = {"compress_token_ids": compress, "bos_token_id": tokenizer.bos_token_id}
         eos = tokenizer.eos_token_id
-        # Packed attention is set on a model, so each side has a copy of the modules over the same parameters.
+        # Packed attention is a setting of a model, so each side has its own modules over the same parameters.
         self.encoder = Encoder(model, **options)
         self.decoder = Decoder(frozen, eos_token_id=eos)
         self.released = Released(_twin(base_model(model)), _twin(frozen), eos_token_id=eos, **options)
@@ -52,19 +52,25 @@ class Setup:
             (-60 - 20 * torch.rand(len(rows), negatives, generator=generator)).to(device),
         )
 
-    def parts(self, size: int) -> list[slice]:
+    def microbatches(self, size: int) -> list[slice]:
         return [slice(i, i + size) for i in range(0, len(self.rows), size)]
 
-    def stage1_rows(self, part: slice) -> list[dict]:
-        """The query is written again from its own z."""
-        return [{"text_ids": r["query_ids"], "suffix_ids": r["suffix_ids"], "target_ids": r["query_ids"]}
-                for r in self.rows[part]]  # fmt: skip
+    @property
+    def num_query_tokens(self) -> int:
+        """With every query's eos."""
+        return sum(len(r["query_ids"]) + 1 for r in self.rows)
+
+    def witness(self) -> Tensor:
+        """The gradient of one encoder parameter."""
+        gradient = base_model(self.model).layers[0].mlp.down_proj.weight.grad
+        assert gradient is not None
+        return gradient.clone()
 
 
 def nli(device: str, quick: bool, rows: int, triplets: str | None) -> Setup:
     """SmolLM2-135M, or a tiny random model for a quick run, and NLI triplets."""
     texts, describe = workload.triplets(rows, triplets)
-    dtype = _dtype(device)
+    dtype = training_dtype(device)
     if quick:
         from autoregembed.testing import tiny_model, tiny_tokenizer
 
@@ -76,12 +82,12 @@ def nli(device: str, quick: bool, rows: int, triplets: str | None) -> Setup:
 
 
 def uniform(device: str, rows: int, k: int, m: int, length: int) -> Setup:
-    """A random Llama of 4 layers, D = 256, V = 8192, and random texts that all have `length` tokens: for curves."""
+    """A random Llama of 4 layers, D = 256, V = 8192, and random texts of `length` tokens, for curves."""
     from autoregembed.testing import tiny_model, tiny_tokenizer
 
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64}
     model = tiny_model(
-        vocab_size=8192, dtype=_dtype(device), max_position_embeddings=4096, initializer_range=0.02, **sizes
+        vocab_size=8192, dtype=training_dtype(device), max_position_embeddings=4096, initializer_range=0.02, **sizes
     )
     generator = torch.Generator().manual_seed(0)
 
@@ -95,12 +101,8 @@ def uniform(device: str, rows: int, k: int, m: int, length: int) -> Setup:
     return Setup(device, model.to(device), tiny_tokenizer(), made, "random 4-layer Llama, D=256, V=8192", k)
 
 
-def _dtype(device: str) -> torch.dtype:
-    return torch.bfloat16 if device.startswith("cuda") else torch.float32
-
-
 def _twin(model: Any) -> Any:
-    """A copy of the modules that holds the same parameters, with Transformers' own attention."""
+    """A copy of the modules over the same parameters, with Transformers' own attention."""
     memo = {id(p): p for p in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo)
     twin.set_attn_implementation("sdpa")
@@ -108,92 +110,81 @@ def _twin(model: Any) -> Any:
 
 
 class Marks:
-    """Seconds by place of one step, from hooks on tensors at the borders of encoder, decoder and head."""
+    """Seconds by place of one step, from hooks on tensors at the borders of encoder, decoder and LM head."""
 
     def __init__(self, device: str):
-        self.device, self.seconds = device, {}  # type: ignore[var-annotated]
-        self.last = 0.0
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.start()
 
     def start(self) -> None:
         synchronise(self.device)
         self.last = time.perf_counter()
 
     def __call__(self, place: str) -> None:
-        synchronise(self.device)
-        now = time.perf_counter()
-        self.seconds[place] = self.seconds.get(place, 0.0) + now - self.last
-        self.last = now
+        before = self.last
+        self.start()
+        self.seconds[place] = self.seconds.get(place, 0.0) + self.last - before
+
+    def on_decoder_output(self, _module: Any, _inputs: Any, output: Any) -> None:
+        """A forward hook of the decoder's base model."""
+        self("decoder, forward")
+        if output.last_hidden_state.requires_grad:
+            output.last_hidden_state.register_hook(lambda g: self("head and loss"))
 
 
 def ours(setup: Setup, stage: int, micro: int, marks: Marks | None = None) -> tuple[Tensor, Tensor]:
-    """Loss of the step, and the gradient of one encoder parameter as a witness; the caller drops the gradients."""
+    """Loss of the step, and the gradient of one encoder parameter; the caller drops the gradients."""
     encoder, decoder = setup.encoder, setup.decoder
     total = torch.zeros((), device=setup.device)
-    tokens = sum(len(r["query_ids"]) + 1 for r in setup.rows)
-    hook = None
-    if marks is not None:
-        assert marks is not None
-
-        def entered_head(_module, _inputs, output):
-            marks("decoder, forward")
-            if output.last_hidden_state.requires_grad:
-                output.last_hidden_state.register_hook(lambda g: marks("head and loss"))
-
-        hook = base_model(decoder.model).register_forward_hook(entered_head)
-    for part in setup.parts(micro):
+    hook = base_model(decoder.model).register_forward_hook(marks.on_decoder_output) if marks else None
+    for part in setup.microbatches(micro):
         rows = setup.rows[part]
-        if marks is not None:
+        if marks:
             marks.start()
         suffixes = [r["suffix_ids"] for r in rows]
-        texts = [r["query_ids"] for r in rows]
-        z = encoder(texts, suffixes) if stage == 1 else encoder(
-            texts + [r["positive_ids"] for r in rows], suffixes * 2
-        )  # fmt: skip
-        if marks is not None:
+        queries = [r["query_ids"] for r in rows]
+        positives = [r["positive_ids"] for r in rows]
+        z = encoder(queries, suffixes) if stage == 1 else encoder(queries + positives, suffixes * 2)
+        if marks:
             marks("encoder, forward")
             z.register_hook(lambda g: marks("decoder, backward"))
         if stage == 1:
-            logprob = decoder.logprob(z, texts)
-            loss = compression_loss(logprob, tokens)
+            loss = compression_loss(decoder.logprob(z, queries), setup.num_query_tokens)
         else:
             a, b, c, mask = alignment_scores(decoder, z, rows)
             r_a, r_c = (r[part] for r in setup.reference)
             out = alignment_loss(a, b, c, r_a, r_c, beta=BETA, temperature=TEMPERATURE, negative_mask=mask)
             loss = out.loss * (len(rows) / len(setup.rows))
         loss.backward()
-        if marks is not None:
+        if marks:
             marks("encoder, backward")
         total += loss.detach()
     if hook is not None:
         hook.remove()
-    return total, _witness(setup)
+    return total, setup.witness()
 
 
 def released(setup: Setup, stage: int, micro: int) -> tuple[Tensor, Tensor]:
+    """`ours` by the released algorithm. In stage 1 the target of a query is the query itself."""
     total = torch.zeros((), device=setup.device)
-    tokens = sum(len(r["query_ids"]) + 1 for r in setup.rows)
-    for part in setup.parts(micro):
+    for part in setup.microbatches(micro):
         rows = setup.rows[part]
         if stage == 1:
-            share = sum(len(r["query_ids"]) + 1 for r in rows) / tokens
-            loss = setup.released.compression_loss(setup.stage1_rows(part)) * share
+            texts = [{**r, "text_ids": r["query_ids"], "target_ids": r["query_ids"]} for r in rows]
+            weight = sum(len(r["query_ids"]) + 1 for r in rows) / setup.num_query_tokens
+            loss = setup.released.compression_loss(texts) * weight
         else:
             r_a, r_c = (r[part] for r in setup.reference)
             loss = setup.released.alignment_loss(rows, r_a, r_c, beta=BETA, temperature=TEMPERATURE, batch=setup.rows)
             loss = loss * (len(rows) / len(setup.rows))
         loss.backward()
         total += loss.detach()
-    return total, _witness(setup)
-
-
-def _witness(setup: Setup) -> Tensor:
-    gradient = base_model(setup.model).layers[0].mlp.down_proj.weight.grad
-    assert gradient is not None
-    return gradient.clone()
+    return total, setup.witness()
 
 
 def breakdown(setup: Setup, stage: int, micro: int) -> dict[str, float]:
-    """Milliseconds by place of our step and of one AdamW update after it; the median of three."""
+    """Milliseconds by place of our step, and of the AdamW update after it: medians of three steps."""
     optimiser = torch.optim.AdamW([p for p in setup.encoder.parameters() if p.requires_grad], lr=0.0)
     runs = []
     for _ in range(3):
@@ -208,7 +199,7 @@ def breakdown(setup: Setup, stage: int, micro: int) -> dict[str, float]:
 
 
 def _work(setup: Setup, stage: int) -> tuple[float, float]:
-    """FLOPs without any recomputation or padding, and bytes of weights and gradients, of one step."""
+    """FLOPs of one step without recomputation and padding, and bytes of weights and gradients."""
     layers = sum(p.numel() for n, p in base_model(setup.model).named_parameters() if "embed" not in n)
     head = setup.model.get_output_embeddings().weight.numel()
     k = setup.encoder.num_compress_tokens
@@ -238,8 +229,8 @@ def step_case(
     rounds: int = 5,
     curve: str | None = None,
 ) -> Case:
-    """One stage; `setup()` loads the model, at first use. `shape` has at least B and micro."""
-    dtype, micro = _dtype(device), shape["micro"]
+    """One stage; `setup()` loads the model at first use. `shape` has at least B and micro."""
+    dtype, micro = training_dtype(device), shape["micro"]
     first: list[tuple[Tensor, Tensor]] = []
 
     def prepare(case: Case) -> None:
@@ -250,23 +241,23 @@ def step_case(
         case.tokens = sum(len(r["query_ids"]) + (len(r["positive_ids"]) if stage == 2 else 0) for r in made.rows)
 
     def check(name: str, outputs: tuple[Tensor, Tensor]) -> float:
-        """Both sides agree: the loss to 1e-4, the gradient to 4e-3 of its largest entry; bf16: a hundred times that.
+        """Both sides agree: the loss to 1e-4, the gradient to 4e-3 of its largest entry; in bf16 a hundred times that.
 
-        With z as it comes fp32 itself is 1.3e-3 from float64 here, on either side.
+        The fp32 gradient of either side is 1.3e-3 from float64 here, since z is not normalised.
         """
         loss, gradient = (o.double().cpu() for o in outputs)
         assert bool(gradient.isfinite().all()), "a NaN in the gradient"
         first.append((loss, gradient))
-        room = 1 if dtype == torch.float32 else 100
+        factor = 1 if dtype == torch.float32 else 100
         error = float((loss - first[0][0]).abs() / first[0][0].abs())
-        assert error <= 1e-4 * room, f"loss {float(loss):.6f}, released {float(first[0][0]):.6f}"
+        assert error <= 1e-4 * factor, f"loss {float(loss):.6f}, released {float(first[0][0]):.6f}"
         difference = float((gradient - first[0][1]).abs().max() / first[0][1].abs().max())
-        assert difference <= 4e-3 * room, f"gradient off by {difference:.1e} of its largest entry"
+        assert difference <= 4e-3 * factor, f"gradient off by {difference:.1e} of its largest entry"
         return max(error, difference)
 
     def call(step: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         out = step(setup(), stage, micro)
-        setup().model.zero_grad(set_to_none=True)  # none are alive before a call, so its peak counts its own
+        setup().model.zero_grad(set_to_none=True)  # the peak of a call then counts all gradients
         return out
 
     variants = {
@@ -274,36 +265,26 @@ def step_case(
         OURS: Variant(lambda: partial(call, ours)),
     }
     return Case(
-        suite="step", op="step", job=f"stage{stage}", shape=shape, dtype=str(dtype)[6:], inputs="", variants=variants,
-        flops=0.0, bytes=0.0, prepare=prepare, check=check, baseline="released", rounds=rounds, device=device,
+        suite="step", op="step", job=f"stage{stage}", shape=shape, dtype=dtype, variants=variants,
+        flops=0.0, bytes=0.0, prepare=prepare, check=check, relative_to="released", rounds=rounds, device=device,
         curve=curve, details={} if curve else {OURS: lambda: breakdown(setup(), stage, micro)},
     )  # fmt: skip
 
 
 def cases(device: str, quick: bool = False, rows: int | None = None, triplets: str | None = None) -> Iterator[Callable]:
-    b = rows or (4 if quick else 6 if device == "cpu" else 64)
-    micro = min(b, 2 if quick else 16 if device == "cpu" else b)
+    gpu = is_gpu(device)
+    b = rows or (4 if quick else 64 if gpu else 6)
+    micro = min(b, 2 if quick else b if gpu else 16)
     setup = functools.cache(partial(nli, device, quick, b, triplets))
     shape = {"B": b, "micro": micro, "K": COMPRESS, "M": 1}
     for stage in (2, 1):
-        yield partial(step_case, setup, stage, device, shape, rounds=3 if device == "cpu" else 11)
+        yield partial(step_case, setup, stage, device, shape, rounds=11 if gpu else 3)
     if quick:
         return
-    b = 4 if device == "cpu" else 8
+    b = 8 if gpu else 4
     points = [("K", k, 1, 32) for k in (1, 4, 16)] + [("M", 4, m, 32) for m in (1, 3, 7)]
-    points += [("L", 4, 1, length) for length in (32, 128, 512, *([2048] if device != "cpu" else []))]
+    points += [("L", 4, 1, length) for length in (32, 128, 512, *([2048] if gpu else []))]
     for letter, k, m, length in points:
         shape = {"B": b, "micro": b, "K": k, "M": m, "L": length}
-        yield partial(
-            step_case,
-            functools.cache(partial(uniform, device, b, k, m, length)),
-            2,
-            device,
-            shape,
-            rounds=3,
-            curve=letter,
-        )
-
-
-def test_step(variant, benchmark):
-    replay(variant, benchmark)
+        setup = functools.cache(partial(uniform, device, b, k, m, length))
+        yield partial(step_case, setup, 2, device, shape, rounds=3, curve=letter)

@@ -24,7 +24,7 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call on meta tensors) for every kernel, dtype and option that changes the compiled code."""
-    from autoregembed.kernels.triton import alignment, info_nce, splice
+    from autoregembed.kernels.triton import alignment_loss, info_nce, pool_last_k, segment_sum, splice
     from autoregembed.kernels.triton import linear_logprob as head
 
     def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -59,8 +59,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     )  # fmt: skip
     for dtype in (FP32, FP64):
         yield (
-            f"sequence_sum {dtype}",
-            lambda dtype=dtype: head.sequence_sum(meta(2048, dtype=dtype), meta(65, dtype=torch.int32)),
+            f"segment_sum {dtype}",
+            lambda dtype=dtype: segment_sum.forward(meta(2048, dtype=dtype), meta(65, dtype=torch.int32)),
         )
     for dtype in (BF16, FP32):
         yield (
@@ -68,14 +68,14 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             lambda dtype=dtype: head.scale_rows(meta(2048, dtype=FP32), meta(2048, 896, dtype=dtype)),
         )
 
-    yield "sequence_expand", lambda: head.sequence_expand(meta(64, dtype=FP32), meta(65, dtype=torch.int32), 2048)
+    yield "segment_sum backward", lambda: segment_sum.backward(meta(64, dtype=FP32), meta(65, dtype=torch.int32), 2048)
     for reference, negatives in (("add", "independent"), ("none", "joint")):
         for dtype, m in ((FP32, 7), (FP64, 1), (FP32, 300)):
             a, c = meta(512, dtype=dtype), meta(512, m, dtype=dtype)
             mask = meta(512, m, dtype=torch.bool) if m == 7 else None
             yield (
-                f"alignment {reference} {negatives} {dtype} M={m}",
-                lambda a=a, c=c, mask=mask, r=reference, n=negatives: alignment.forward(
+                f"alignment_loss {reference} {negatives} {dtype} M={m}",
+                lambda a=a, c=c, mask=mask, r=reference, n=negatives: alignment_loss.forward(
                     a, a, c, a, c, mask, 0.1, 0.1, r, n
                 ),
             )
@@ -83,12 +83,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (BF16, FP32, FP64):
         for chosen in (index, None):
             x, z, ids = meta(4096, 896, dtype=dtype), meta(64, 5, 896, dtype=dtype), meta(4096, dtype=torch.int64)
-            yield f"pool_last_k {dtype}", lambda x=x, i=chosen: splice.pool_last_k(x, cu, 5, i)
-            yield f"pool_last_k backward {dtype}", lambda z=z, i=chosen: splice.pool_last_k_backward(z, cu, i, 4096)
-            yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.splice(z, x, d, cu, i, 1, 1.0)
+            yield f"pool_last_k {dtype}", lambda x=x, i=chosen: pool_last_k.forward(x, cu, 5, i)
+            yield f"pool_last_k backward {dtype}", lambda z=z, i=chosen: pool_last_k.backward(z, cu, i, 4096)
+            yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.forward(z, x, d, cu, i, 1, 1.0)
             yield (
                 f"splice backward {dtype}",
-                lambda x=x, i=chosen, t=dtype: splice.splice_backward(x, cu, i, 1, 64, 5, t),
+                lambda x=x, i=chosen, t=dtype: splice.backward(x, cu, i, 1, 64, 5, t),
             )
     for dtype in (BF16, FP32, FP64):
         for d, p in ((4096, 16384), (8192, 20000)):
@@ -134,14 +134,10 @@ def launches(arch: str) -> dict[tuple, tuple[str, Any, dict]]:
         key = (kernel.__name__, *map(str, (signature, constants, attributes, compile_options)))
         found.setdefault(key, (current, source, compile_options.__dict__))
 
-    tiles._override = arch
-    try:
-        with primitives.recording(record):
-            for name, call in cases():
-                current = name
-                call()
-    finally:
-        tiles._override = None
+    with tiles.pretend(arch), primitives.recording(record):
+        for name, call in cases():
+            current = name
+            call()
     return found
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything a GPU can tell, in one call: tests of the kernels, compute-sanitizer, all benchmarks, one JSON.
+# Tests of the kernels, compute-sanitizer, all benchmarks and their targets on a GPU, in one call and one JSON.
 #
 #   bench/gpu.sh                        on a machine with a GPU and the library installed
-#   WHEELS=folder bench/gpu.sh          first makes .venv-gpu from the wheels in that folder, without network
-#   QUICK=1 bench/gpu.sh                tiny sizes, on any machine: whether the script itself runs
+#   WHEELS=folder bench/gpu.sh          first creates .venv-gpu from the wheels in that folder, without network
+#   QUICK=1 bench/gpu.sh                tiny sizes, on any machine, to test this script
 #
-# PYTHON names the interpreter; LIMIT the seconds for everything (480). A part that fails does not stop the others:
-# its state is in the last lines and the exit status.
+# PYTHON is the interpreter, LIMIT the time limit of the whole run in seconds (480). A failed part does not stop the
+# others; the last line names it, and the exit status is 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -23,7 +23,7 @@ fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} AUTOREGEMBED_NATIVE=0
 device=$("$PYTHON" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")') || exit 1
 if [[ $device == cpu && -z $QUICK ]]; then
-    echo "no GPU in reach; QUICK=1 runs everything at tiny sizes on the CPU" >&2
+    echo "no GPU found; QUICK=1 runs everything at tiny sizes on the CPU" >&2
     exit 2
 fi
 name=$("$PYTHON" -c 'import re, torch; d = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
@@ -32,7 +32,7 @@ results=bench/results
 if [[ -n $QUICK ]]; then results=$(mktemp -d); fi
 mkdir -p "$results"
 
-part() { # name, share of the time that is left in percent, command
+part() { # name, percentage of the remaining time, command
     local title=$1 left=$((LIMIT - SECONDS + begin)) share=$2
     shift 2
     if ((left < 10)); then
@@ -52,15 +52,15 @@ sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sani
 if [[ -n $sanitizer && $device == cuda ]]; then
     for tool in memcheck racecheck; do
         part "compute-sanitizer $tool" 25 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-            "$PYTHON" -m autoregembed bench --suite head --quick --rounds 1 --device cuda
+            "$PYTHON" -m autoregembed bench --suite ops --quick --rounds 1 --device cuda
     done
 else
-    echo "== compute-sanitizer: not on this machine"
+    echo "== compute-sanitizer: not available here"
 fi
 part "benchmarks" 95 "$PYTHON" -m autoregembed bench --suite all --device "$device" ${QUICK:+--quick} \
     --limit $(((LIMIT - SECONDS + begin) * 80 / 100)) \
     --json "$results/$name.json" --report "$results/$name.html"
-part "bars" 100 "$PYTHON" -m bench.targets "$results/$name.json" ${QUICK:+--any-device}
+part "targets" 100 "$PYTHON" -m bench.targets "$results/$name.json" ${QUICK:+--any-device}
 
 echo "== $((SECONDS - begin)) s; results in $results/$name.json"
 printf '== failed: %s\n' "${failed[@]:-nothing}"

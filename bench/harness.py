@@ -1,99 +1,143 @@
-"""How every number is made: interleaved rounds, cold caches, outputs checked in float64 before any timing.
+"""How every number is made: interleaved rounds, cold caches, and outputs checked in float64 before any timing.
 
-A `Case` is one job on one input with several variants that all do it: ours by route, peers, and "floor",
-the bare GEMMs. Round r runs every variant once, in an order that rotates with r, so that drift of the machine falls on
-all alike; a ratio is the median over rounds of the quotient within a round.
+A `Case` is one job on one input. All its variants do that job: ours, one per backend; the baselines, which are other
+implementations; and `GEMM_ONLY`, the bare matrix products. Round r runs every variant once, in an order that rotates
+with r, so that drift of the machine affects all variants alike. A ratio is the median over rounds of the quotient
+within a round.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import importlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .workload import Unavailable
-
-FLOOR = "floor"
+GEMM_ONLY = "gemm_only"
 OURS = "autoregembed"
+
+
+class Unavailable(RuntimeError):
+    """This machine lacks an input or a baseline; the table shows the message as the reason."""
 
 
 def is_ours(variant: str) -> bool:
     return variant.startswith(OURS)
 
 
+def is_gpu(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def training_dtype(device: str) -> torch.dtype:
+    """bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if is_gpu(device) else torch.float32
+
+
+def version(distribution: str) -> str:
+    """The installed version, "" where the distribution is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def require(module: str, distribution: str) -> Any:
+    """Imports a baseline's module; raises Unavailable where that fails."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(str(error) if version(distribution) else f"{distribution} is not installed") from error
+
+
+def require_gpu(device: str, distribution: str) -> None:
+    if not is_gpu(device):
+        raise Unavailable(f"{distribution} needs a GPU")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cases
+
+
 @dataclass
 class Variant:
-    """`build()` returns the timed call, which returns its outputs, or raises Unavailable with the reason."""
+    """`build()` returns the timed call, which returns its outputs; it raises Unavailable with the reason."""
 
     build: Callable[[], Callable[[], Any]]
     version: str = ""
     note: str = ""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Case:
     """One job on one input.
 
     Args:
-        suite: "head" or "step"; `op` and `job` say what within it.
-        shape: the letters of the design and their sizes.
-        dtype, inputs: in words.
-        variants: by name; names that begin with "autoregembed" are ours, "floor" is the bare GEMMs.
+        op: the name of the op; `job` says what of it is timed.
+        shape: sizes by letter (B, D, K, M, N, P, S, V as in the documentation).
+        variants: by name. Names that begin with "autoregembed" are ours; "gemm_only" is the bare GEMMs.
         flops, bytes: the least that the job needs, counted analytically.
-        prepare: makes the inputs and fills in what is known only then (`inputs`, `flops`, `bytes`, `tokens`); may raise
-            Unavailable. A case is cheap to build before that.
-        check: outputs to their largest error relative to the float64 result's largest value; raises AssertionError
-            where they are wrong. None: checked elsewhere (say so in `note`).
-        baseline: what "speed-up" is relative to.
-        curve: the letter that this case is a point of a scaling curve over, or None.
-        tokens: of one call, for tokens per second.
+        inputs: describes the inputs in words.
+        suite: "ops", "step" or "integrations".
+        prepare: makes the inputs and sets what is known only then (`inputs`, `flops`, `bytes`, `tokens`). It may raise
+            Unavailable. Before this call a case allocates nothing.
+        check: (variant, outputs) to the largest error relative to the largest float64 value; raises AssertionError for
+            wrong outputs.
+        relative_to: the variant that "speed-up" is relative to.
+        curve: the letter whose scaling curve this case is a point of, or None.
+        tokens: tokens of one call, for tokens per second.
         details: by variant, milliseconds by place of one call.
+        cold: whether the caches are flushed before every call.
     """
 
-    suite: str
     op: str
-    job: str
     shape: dict[str, int]
-    dtype: str
-    inputs: str
     variants: dict[str, Variant]
     flops: float
     bytes: float
+    device: str
+    dtype: torch.dtype = torch.float32
+    inputs: str = ""
+    suite: str = "ops"
+    job: str = "gradient"
     prepare: Callable[[Case], None] | None = None
     check: Callable[[str, Any], float] | None = None
-    baseline: str = "eager"
+    relative_to: str = "eager"
     curve: str | None = None
     rounds: int = 5
-    device: str = "cpu"
     tokens: int = 0
     details: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
+    cold: bool = True
 
     @property
     def name(self) -> str:
         shape = " ".join(f"{k}={v}" for k, v in self.shape.items())
-        name = f"{self.op} {self.job} {shape} {self.dtype} {self.device.split(':')[0]}"
+        name = f"{self.op} {self.job} {shape} {dtype_name(self.dtype)} {self.device.split(':')[0]}"
         return f"{name}, curve over {self.curve}" if self.curve else name
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass
 class Row:
-    """One variant of one case; times in milliseconds, memory in bytes, `None` where there is none."""
+    """The result of one variant of one case; times in milliseconds, memory in bytes, None where there is no value."""
 
     case: str
     suite: str
@@ -111,9 +155,9 @@ class Row:
     median_ms: float | None = None
     iqr_ms: float | None = None
     samples_ms: list[float] = field(default_factory=list)
-    ratio_to_floor: float | None = None
+    ratio_to_gemm_only: float | None = None
     speedup: float | None = None
-    baseline: str = ""
+    relative_to: str = ""
     roofline: float | None = None
     flops: float = 0.0
     bytes: float = 0.0
@@ -125,11 +169,112 @@ class Row:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Parts of a case
+
+
+class Inputs(NamedTuple):
+    """Arguments of a differentiable function, in the order (*leaves, *constants)."""
+
+    leaves: list[Tensor]  # their gradients are computed
+    constants: tuple[Tensor, ...] = ()
+    upstream: Tensor | None = None  # the output's gradient; None for a scalar output
+
+
+class ForwardBackward:
+    """A differentiable job: its variants, and the check of their outputs against the specification in float64.
+
+    Args:
+        make: makes the inputs; called once, at first use.
+        specification: (*leaves, *constants) to the output. Floating-point arguments are float64.
+        tolerance: the largest allowed error of an output or gradient, relative to its largest float64 value.
+        value_tolerance: the same for the output alone, where it differs.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Inputs],
+        specification: Callable[..., Tensor],
+        tolerance: float,
+        value_tolerance: float | None = None,
+    ):
+        self.inputs = functools.cache(make)
+        self.specification = specification
+        self.tolerances = tolerance if value_tolerance is None else value_tolerance, tolerance
+        self.exact: list[Tensor] = []
+
+    def variant(self, build: Callable[[], Callable[..., Any]], version: str = "", note: str = "") -> Variant:
+        """Forward and backward of the function that `build()` returns; outputs (value, *gradients of the leaves).
+
+        A function may return a tuple; its first element is the output.
+        """
+
+        def call() -> Callable[[], tuple[Tensor, ...]]:
+            function = build()
+            leaves, constants, upstream = self.inputs()
+
+            def run():
+                fresh = [x.detach().requires_grad_() for x in leaves]
+                out = function(*fresh, *constants)
+                out = out if isinstance(out, Tensor) else out[0]
+                out.backward(None if upstream is None else upstream.to(out.dtype))
+                return out.detach(), *(x.grad for x in fresh)
+
+            return run
+
+        return Variant(call, version, note)
+
+    def eager(self, function: Callable[..., Any], compiled: bool = False) -> dict[str, Variant]:
+        """Plain PyTorch, and the same under torch.compile."""
+        variants = {"eager": self.variant(lambda: function, torch.__version__)}
+        if compiled:
+            variants["compiled"] = self.variant(lambda: torch.compile(function, dynamic=False), torch.__version__)
+        return variants
+
+    def check(self, name: str, outputs: tuple[Tensor, ...]) -> float:
+        if not self.exact:
+            leaves, constants, upstream = self.inputs()
+            leaves = [x.detach().double().requires_grad_() for x in leaves]
+            out = self.specification(*leaves, *(x.double() if x.is_floating_point() else x for x in constants))
+            gradients = torch.autograd.grad(out, leaves, None if upstream is None else upstream.double())
+            self.exact = [out.detach(), *gradients]
+        errors = [relative_error(x, y) for x, y in zip(outputs, self.exact, strict=True)]
+        for error, allowed in ((errors[0], self.tolerances[0]), (max(errors[1:]), self.tolerances[1])):
+            assert error <= allowed, f"relative error {error:.1e}, expected at most {allowed:.1e}"
+        return max(errors)
+
+
+def gemm_only(operands: Callable[[], tuple[Tensor, Tensor]], count: int) -> Variant:
+    """The first `count` of the GEMMs z = a bᵀ, z b (gradient of a) and zᵀ a (gradient of b), into existing buffers."""
+
+    def build() -> Callable[[], None]:
+        a, b = operands()
+        z = a.new_empty(len(a), len(b))
+        products = [(a, b.T, z)]
+        products += [(x, y, torch.empty_like(out)) for x, y, out in ((z, b, a), (z.T, a, b))[: count - 1]]
+
+        def gemms() -> None:
+            for x, y, out in products:
+                torch.mm(x, y, out=out)
+
+        return gemms
+
+    return Variant(build, note=f"{count} bare GEMMs")
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """max|found − exact| / max|exact|; raises AssertionError for a NaN or another shape."""
+    assert found.shape == exact.shape, f"shape {tuple(found.shape)}, expected {tuple(exact.shape)}"
+    error = (found.double() - exact).abs().max().item() / max(exact.abs().max().item(), 1e-300)
+    assert error == error, "a NaN in the output"
+    return error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Clocks, caches, memory
 
 
 def synchronise(device: str) -> None:
-    if device.startswith("cuda"):
+    if is_gpu(device):
         torch.cuda.synchronize()
 
 
@@ -137,17 +282,18 @@ _flush: dict[str, Tensor] = {}
 
 
 def flush_cache(device: str) -> None:
-    """Writes a buffer larger than the last-level cache, so that every timed call finds its inputs in main memory."""
+    """Writes a buffer larger than the last-level cache, so that a timed call finds its inputs in main memory."""
     kind = device.split(":")[0]
     if kind not in _flush:
         _flush[kind] = torch.empty((256 if kind == "cuda" else 64) << 18, device=device)
     _flush[kind].zero_()
 
 
-def timed(call: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one call with cold caches: CUDA events on a GPU, the monotonic clock elsewhere."""
-    flush_cache(device)
-    if device.startswith("cuda"):
+def timed(call: Callable[[], Any], device: str, cold: bool = True) -> float:
+    """Milliseconds of one call, by CUDA events on a GPU and by the monotonic clock elsewhere."""
+    if cold:
+        flush_cache(device)
+    if is_gpu(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -160,14 +306,14 @@ def timed(call: Callable[[], Any], device: str) -> float:
 
 
 def peak_memory(call: Callable[[], Any], device: str) -> tuple[int, int | None]:
-    """Largest number of bytes alive in tensors during one call, above what was alive before it; and reserved bytes.
+    """Peak bytes of the tensors alive during one call beyond those alive before it, and peak reserved bytes.
 
-    On a GPU: CUDA's caching allocator, allocated and reserved. On a CPU: the allocations and frees that
-    torch.profiler records, summed in time; memory that a library takes without torch's allocator is not seen.
+    On a GPU, both come from CUDA's caching allocator. On a CPU, the first is the running sum of the allocations and
+    frees that torch.profiler records; it does not see memory that a library takes without torch's allocator.
     """
     gc.collect()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints a line at every start and stop
-    if device.startswith("cuda"):
+    if is_gpu(device):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
@@ -191,21 +337,21 @@ def peak_memory(call: Callable[[], Any], device: str) -> tuple[int, int | None]:
 
 
 def settle_process() -> None:
-    """Before any timing: denormals are zero, and glibc keeps what is freed, as CUDA's caching allocator does.
+    """Flushes denormals to zero and makes glibc keep freed memory, as CUDA's caching allocator does.
 
-    By default glibc returns every large block to the kernel, and a call pays page faults for what it allocates: eager's
-    head took anything from 1.3 to 1.9 of the floor on one machine, and 1.05 with this, run after run.
+    By default glibc returns every large block to the kernel, and every call pays page faults for what it allocates. On
+    one machine eager linear_logprob took 1.3 to 1.9 times the bare GEMMs by default, and 1.05 times with this setting.
     """
     torch.set_flush_denormal(True)
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose top is never given back
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside, torch.empty comes filled with NaN, so an output that nobody wrote is seen."""
+    """Makes torch.empty return NaN, so that an unwritten output is detected."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -217,7 +363,7 @@ def poisoned() -> Iterator[None]:
 
 @dataclass
 class Machine:
-    """Measured rates: the two lines of the roofline."""
+    """The measured rates of a machine: the two lines of the roofline."""
 
     device: str
     flops_per_second: dict[str, float] = field(default_factory=dict)
@@ -231,7 +377,7 @@ class Machine:
             a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             times = [timed(partial(torch.mm, a, b, out=out), device) for _ in range(7)]
-            machine.flops_per_second[str(dtype)[6:]] = 2 * size**3 / (1e-3 * min(times))
+            machine.flops_per_second[dtype_name(dtype)] = 2 * size**3 / (1e-3 * min(times))
         elements = (16 if quick else 64) << 20 if device == "cpu" else 1 << 28
         x, y = torch.zeros(elements, device=device), torch.empty(elements, device=device)
         times = [timed(partial(torch.add, x, 1.0, out=y), device) for _ in range(7)]
@@ -239,22 +385,60 @@ class Machine:
         return machine
 
     def roofline(self, flops: float, data: float, dtype: str) -> float:
-        """The least milliseconds that `flops` and `data` bytes take here, the slower of the two."""
+        """The milliseconds that `flops` FLOPs or `data` bytes take at the measured rates, whichever is longer."""
         return 1e3 * max(flops / self.flops_per_second[dtype], data / self.bytes_per_second)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Running a case
 
 
 def run(
     case: Case, machine: Machine, *, rounds: int | None = None, seconds: float = 0.0, memory: bool = True
 ) -> list[Row]:
-    """Checks, weighs and times every variant of a case.
+    """Checks every variant of a case, then measures its memory and its time.
 
-    `rounds` in place of the case's own number; after them further ones, up to 101, until `seconds` have passed, so that
-    short calls get the rounds that their scatter needs.
+    Args:
+        rounds: replaces the case's own number of rounds.
+        seconds: further rounds follow until this time has passed, up to 101 rounds in all: short calls scatter more.
+        memory: whether to measure peak memory.
+
+    Raises:
+        AssertionError: an output of ours is wrong.
     """
-    rounds = rounds or case.rounds
+    rows, calls = _check_variants(case)
+    for name, call in calls.items():  # doubles as the warm-up
+        if memory and name != GEMM_ONLY:
+            rows[name].peak_bytes, rows[name].reserved_bytes = peak_memory(call, case.device)
+        else:
+            call()
+    synchronise(case.device)
+    samples = _time_interleaved(case, calls, rounds or case.rounds, seconds)
+
+    def ratio(a: str, b: str) -> float:
+        return statistics.median(x / y for x, y in zip(samples[a], samples[b], strict=True))
+
+    for name, times in samples.items():
+        row = rows[name]
+        row.samples_ms = [round(t, 5) for t in times]
+        row.median_ms = statistics.median(times)
+        quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [0.0] * 3
+        row.iqr_ms = quartiles[2] - quartiles[0]
+        row.flops, row.bytes = case.flops, case.bytes
+        row.roofline = machine.roofline(case.flops, case.bytes, row.dtype) / row.median_ms
+        if GEMM_ONLY in samples:
+            row.ratio_to_gemm_only = ratio(name, GEMM_ONLY)
+        if case.relative_to in samples:
+            row.speedup = ratio(case.relative_to, name)
+        if case.tokens:
+            row.tokens_per_second = 1e3 * case.tokens / row.median_ms
+        if name in case.details:
+            row.details = case.details[name]()
+    return list(rows.values())
+
+
+def _check_variants(case: Case) -> tuple[dict[str, Row], dict[str, Callable[[], Any]]]:
+    """One row per variant, and the calls of the variants that run here with the right result."""
     rows: dict[str, Row] = {}
     calls: dict[str, Callable[[], Any]] = {}
     missing = None
@@ -265,173 +449,53 @@ def run(
         missing = reason
     for name, variant in case.variants.items():
         rows[name] = Row(
-            case=case.name, suite=case.suite, op=case.op, job=case.job, shape=case.shape, dtype=case.dtype,
+            case=case.name, suite=case.suite, op=case.op, job=case.job, shape=case.shape, dtype=dtype_name(case.dtype),
             device=case.device, inputs=case.inputs, curve=case.curve, variant=name, version=variant.version,
-            note=variant.note, baseline=case.baseline,
+            note=variant.note, relative_to=case.relative_to,
         )  # fmt: skip
         try:
             if missing is not None:
                 raise missing
             call = variant.build()
-            # Only ours: a compiled peer would be compiled for deterministic mode, and then again.
+            # Only ours: torch.compile would compile a baseline for deterministic mode, and then again.
             with poisoned() if is_ours(name) else contextlib.nullcontext():
                 outputs = call()
             synchronise(case.device)
-            if case.check is not None and name != FLOOR:
+            if case.check is not None and name != GEMM_ONLY:
                 rows[name].error = case.check(name, outputs)
             del outputs
+            calls[name] = call
         except Unavailable as reason:
             rows[name].skipped = str(reason)
-        except AssertionError as wrong:
-            if is_ours(name):
-                raise
-            rows[name].skipped = f"wrong result: {wrong}"
         except Exception as error:
             if is_ours(name):
                 raise
-            rows[name].skipped = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        else:
-            calls[name] = call
+            message = next(iter(str(error).splitlines()), "")
+            wrong = isinstance(error, AssertionError)
+            rows[name].skipped = f"wrong result: {message}" if wrong else f"failed: {type(error).__name__}: {message}"
+    return rows, calls
+
+
+def _time_interleaved(
+    case: Case, calls: dict[str, Callable[[], Any]], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds of every call of every variant, in the order of the rounds."""
     names = list(calls)
-    for name in names:  # the warm-up too
-        if memory and name != FLOOR:
-            rows[name].peak_bytes, rows[name].reserved_bytes = peak_memory(calls[name], case.device)
-        else:
-            calls[name]()
-    synchronise(case.device)
     samples: dict[str, list[float]] = {name: [] for name in names}
     enabled = gc.isenabled()
     gc.disable()
-    gc.freeze()  # the collections between rounds look at what the calls left, not at torch's and the compiler's objects
+    gc.freeze()  # a collection between rounds then visits only what the calls left behind
     begin = time.monotonic()
     try:
         i = 0
-        while i < rounds or (i < 101 and time.monotonic() - begin < seconds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                samples[name].append(timed(calls[name], case.device))
+        while names and (i < rounds or (i < 101 and time.monotonic() - begin < seconds)):
+            first = i % len(names)
+            for name in names[first:] + names[:first]:
+                samples[name].append(timed(calls[name], case.device, case.cold))
             gc.collect()
             i += 1
     finally:
         gc.unfreeze()
         if enabled:
             gc.enable()
-
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(samples[a], samples[b], strict=True))
-
-    for name in names:
-        row, times = rows[name], samples[name]
-        row.samples_ms = [round(t, 5) for t in times]
-        row.median_ms = statistics.median(times)
-        quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [0.0] * 3
-        row.iqr_ms = quartiles[2] - quartiles[0]
-        row.flops, row.bytes = case.flops, case.bytes
-        row.roofline = machine.roofline(case.flops, case.bytes, case.dtype) / row.median_ms
-        if FLOOR in samples:
-            row.ratio_to_floor = ratio(name, FLOOR)
-        if case.baseline in samples:
-            row.speedup = ratio(case.baseline, name)
-        if case.tokens:
-            row.tokens_per_second = 1e3 * case.tokens / row.median_ms
-        if name in case.details:
-            row.details = case.details[name]()
-    return list(rows.values())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# pytest-benchmark
-
-
-class VirtualClock:
-    """A timer for pytest-benchmark that advances by recorded samples.
-
-    pytest-benchmark times one function at a time; here variants run interleaved, on a GPU by events. So a case is
-    measured as a whole, and each of its tests replays its samples: the statistics are those of the real calls.
-    """
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-clock = VirtualClock()
-
-
-def replay(row: Row, benchmark: Any) -> None:
-    """Feeds one variant's samples to pytest-benchmark, with everything else that is known of it as extra_info."""
-    import pytest
-
-    if row.skipped is not None:
-        pytest.skip(row.skipped)
-    samples = iter([*row.samples_ms, 0.0])  # pytest-benchmark calls once more at the end
-
-    def advance() -> None:
-        clock.now += 1e-3 * next(samples)
-
-    benchmark.group = row.case
-    benchmark.extra_info.update({k: v for k, v in asdict(row).items() if k != "samples_ms" and v not in (None, {}, "")})
-    benchmark.pedantic(advance, rounds=len(row.samples_ms))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Correctness
-
-
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """max|found − exact| / max|exact|; raises AssertionError for a NaN or another shape."""
-    assert found.shape == exact.shape, f"shape {tuple(found.shape)}, expected {tuple(exact.shape)}"
-    error = (found.double() - exact).abs().max().item() / max(exact.abs().max().item(), 1e-300)
-    assert error == error, "a NaN in the output"
-    return error
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Hardware, versions, commit
-
-
-def version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment(machine: Machine) -> dict[str, Any]:
-    root = Path(__file__).resolve().parents[1]
-
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    hardware: dict[str, Any] = {"processor": _processor(), "threads": torch.get_num_threads()}
-    hardware["capability"] = torch.backends.cpu.get_cpu_capability()
-    if machine.device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(0)
-        hardware.update(gpu=properties.name, gpu_memory=properties.total_memory, cuda=torch.version.cuda)
-    packages = ("autoregembed", "torch", "triton", "transformers", "numpy", "cut-cross-entropy", "liger-kernel", "trl",
-                "quack-kernels", "inf-cl", "sentence-transformers", "flash-attn")  # fmt: skip
-    commit = git("rev-parse", "HEAD") if (root / "CMakeLists.txt").is_file() else ""
-    return {
-        "device": machine.device,
-        "hardware": hardware,
-        "measured": asdict(machine),
-        "versions": {p: version(p) for p in packages if version(p)},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "commit": commit + ("+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else ""),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    return samples

@@ -1,4 +1,4 @@
-"""One HTML file without references to anything outside it: the tables, and plots as embedded SVG."""
+"""One self-contained HTML file: tables, and plots as embedded SVG."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import harness
-from .suite import _size, _time, summary
+from .harness import GEMM_ONLY, is_ours
+from .results import by_case, fastest_first, format_details, format_number, format_size, format_time, summary
 
-OURS, PEER, FLOOR = "#0b6e4f", "#9aa5b1", "#e0a100"
+# Colours
+OURS, BASELINE, GEMMS = "#0b6e4f", "#9aa5b1", "#e0a100"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #1c2330 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem } figure { margin: 1rem 0 }
@@ -43,12 +44,12 @@ def _svg(draw: Callable[[Any], None], width: float, height: float, columns: int 
 
 
 def _colour(variant: str) -> str:
-    return OURS if harness.is_ours(variant) else FLOOR if variant == harness.FLOOR else PEER
+    return OURS if is_ours(variant) else GEMMS if variant == GEMM_ONLY else BASELINE
 
 
 def _bars(rows: list[dict]) -> str:
     """Time (left) and peak memory (right) of every variant of a case, fastest first."""
-    done = sorted((r for r in rows if r["median_ms"] is not None), key=lambda r: -r["median_ms"])
+    done = fastest_first(rows)[::-1]  # the axis points upwards
 
     def draw(axes: Any) -> None:
         left, right = axes
@@ -59,20 +60,20 @@ def _bars(rows: list[dict]) -> str:
         left.set_yticks(places, [r["variant"] for r in done])
         left.set_xlim(0, 1.22 * max(r["median_ms"] + r["iqr_ms"] / 2 for r in done))
         for i, r in enumerate(done):
-            label = _time(r["median_ms"])
-            if r["ratio_to_floor"] is not None:
-                label += f"  {r['ratio_to_floor']:.2f}×" * (r["variant"] != harness.FLOOR)
-            elif r["speedup"] is not None and r["variant"] != r["baseline"]:
+            label = format_time(r["median_ms"])
+            if r["ratio_to_gemm_only"] is not None:
+                label += f"  {r['ratio_to_gemm_only']:.2f}×" * (r["variant"] != GEMM_ONLY)
+            elif r["speedup"] is not None and r["variant"] != r["relative_to"]:
                 label += f"  speed-up {r['speedup']:.2f}"
             left.annotate(label, (r["median_ms"] + r["iqr_ms"] / 2, i), (4, 0), textcoords="offset points", va="center")
-        left.set(title="time (line: IQR; ×: of the floor)", xlabel="ms")
+        left.set(title="time (line: IQR; ×: of the bare GEMMs)", xlabel="ms")
         sizes = [(r["peak_bytes"] or 0) / 2**20 for r in done]
         right.barh(places, sizes, color=colours, height=0.7)
         right.set_yticks(places, [])
         right.set_xlim(0, 1.25 * max(*sizes, 1e-9))
         for i, (r, size) in enumerate(zip(done, sizes, strict=True)):
             if r["peak_bytes"]:
-                right.annotate(_size(r["peak_bytes"]), (size, i), (4, 0), textcoords="offset points", va="center")
+                right.annotate(format_size(r["peak_bytes"]), (size, i), (4, 0), textcoords="offset points", va="center")
         right.set(title="peak memory of the call", xlabel="MB")
 
     return _svg(draw, 10.5, 0.9 + 0.32 * len(done), 2)
@@ -109,7 +110,7 @@ def _curve(rows: list[dict], letter: str) -> str:
 
 
 def _roofline(found: dict, device_dtype: str) -> str:
-    """FLOP/s reached against FLOPs per byte, below the two measured lines."""
+    """FLOP/s of every variant against FLOPs per byte, below the two measured lines."""
     peak, bandwidth = found["measured"]["flops_per_second"][device_dtype], found["measured"]["bytes_per_second"]
     rows = [
         r
@@ -122,7 +123,7 @@ def _roofline(found: dict, device_dtype: str) -> str:
         low, high = min(*intensities, peak / bandwidth) / 2, max(*intensities, peak / bandwidth) * 2
         line = [low, peak / bandwidth, high]
         axis.plot(line, [min(peak, x * bandwidth) / 1e9 for x in line], color="#1c2330", linewidth=1)
-        for kind, name in ((PEER, "peers"), (FLOOR, "bare GEMMs"), (OURS, "ours")):
+        for kind, name in ((BASELINE, "baselines"), (GEMMS, "bare GEMMs"), (OURS, "ours")):
             points = [(x, r["flops"] / r["median_ms"] / 1e6) for x, r in zip(intensities, rows, strict=True)
                       if _colour(r["variant"]) == kind]  # fmt: skip
             if points:
@@ -135,87 +136,82 @@ def _roofline(found: dict, device_dtype: str) -> str:
 
 
 def _table(rows: list[dict]) -> str:
-    baseline = html.escape(rows[0]["baseline"])
-    head = ["", "median", "IQR", "× floor", f"× faster than {baseline}", "roofline", "peak memory", "error", "version"]
-    lines = ["<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>"]
-    for r in sorted((r for r in rows if r["median_ms"] is not None), key=lambda r: r["median_ms"]):
+    speedup = f"× faster than {rows[0]['relative_to']}"
+    head = ["", "median", "IQR", "× GEMMs", speedup, "roofline", "peak memory", "error", "version"]
+    lines = []
+    for r in fastest_first(rows):
         cells = [
-            html.escape(r["variant"]), _time(r["median_ms"]), _time(r["iqr_ms"]),
-            f"{r['ratio_to_floor']:.2f}" if r["ratio_to_floor"] is not None else "",
-            f"{r['speedup']:.2f}" if r["speedup"] is not None else "",
-            f"{100 * r['roofline']:.0f}%", _size(r["peak_bytes"]) if r["peak_bytes"] is not None else "",
-            f"{r['error']:.0e}" if r["error"] is not None else "", html.escape(r["version"]),
+            r["variant"], format_time(r["median_ms"]), format_time(r["iqr_ms"]),
+            format_number(r["ratio_to_gemm_only"]), format_number(r["speedup"]), f"{100 * r['roofline']:.0f}%",
+            format_size(r["peak_bytes"]), format_number(r["error"], ".0e"), r["version"],
         ]  # fmt: skip
-        style = ' class="ours"' if harness.is_ours(r["variant"]) else ""
-        lines.append(f"<tr{style}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    lines.append("</table>")
-    for r in rows:
-        if r["skipped"]:
-            lines.append(f'<div class="note">{html.escape(r["variant"])}: {html.escape(r["skipped"])}</div>')
-        if r["details"]:
-            total = sum(r["details"].values())
-            places = ", ".join(f"{k} {_time(v)} ({100 * v / total:.0f}%)" for k, v in r["details"].items())
-            lines.append(f'<div class="note">{html.escape(r["variant"])}: {html.escape(places)}</div>')
-    return "\n".join(lines)
+        lines.append((cells, is_ours(r["variant"])))
+    notes = [f"{r['variant']}: {r['skipped']}" for r in rows if r["skipped"]]
+    notes += [format_details(r) for r in rows if r["details"]]
+    return "\n".join([_html_table(head, lines), *(f'<div class="note">{html.escape(note)}</div>' for note in notes)])
+
+
+def _html_table(head: list[str], lines: list[tuple[list[str], bool]]) -> str:
+    """`lines`: cells, and whether the line is emphasised."""
+    rows = ["<table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
+    for cells, emphasised in lines:
+        style = ' class="ours"' if emphasised else ""
+        rows.append(f"<tr{style}>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
+    return "\n".join([*rows, "</table>"])
 
 
 def _overview(groups: dict[str, list[dict]]) -> str:
-    """One line a case: our default route beside the fastest other implementation."""
-    head = ["ours", "× floor", "× faster", "than the fastest peer", "memory, ours", "peer’s"]
-    lines = ["<table><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr>"]
+    """One line a case: our default backend beside the fastest baseline."""
+    head = ["ours", "× GEMMs", "× faster", "than the fastest baseline", "memory, ours", "baseline’s"]
+    lines = []
     for name, rows in groups.items():
         done = [r for r in rows if r["median_ms"] is not None]
-        ours = next((r for r in done if harness.is_ours(r["variant"])), None)
-        peers = (r for r in done if _colour(r["variant"]) == PEER)
-        peer = min(peers, key=lambda r: r["median_ms"], default=None)
+        ours = next((r for r in done if is_ours(r["variant"])), None)
+        baseline = next((r for r in fastest_first(rows) if _colour(r["variant"]) == BASELINE), None)
         if ours is None:
+            lines.append(([f"{name}: not run", *[""] * 5], False))
             continue
-        cells = [html.escape(name), f"{ours['ratio_to_floor']:.2f}" if ours["ratio_to_floor"] is not None else ""]
-        cells += [f"{peer['median_ms'] / ours['median_ms']:.2f}", html.escape(peer["variant"])] if peer else ["", ""]
-        cells += [_size(r["peak_bytes"]) if r and r["peak_bytes"] is not None else "" for r in (ours, peer)]
-        lines.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+        gain = [f"{baseline['median_ms'] / ours['median_ms']:.2f}", baseline["variant"]] if baseline else ["", ""]
+        sizes = [format_size(r["peak_bytes"]) if r else "" for r in (ours, baseline)]
+        lines.append(([name, format_number(ours["ratio_to_gemm_only"]), *gain, *sizes], False))
+    return _html_table(head, lines)
 
 
 def write_report(found: dict, path: Path) -> None:
     """Writes the report of `suite.bench`'s results."""
-    groups: dict[str, list[dict]] = {}
+    groups = by_case([row for row in found["rows"] if not row["curve"]])
     curves: dict[str, list[dict]] = {}
     for row in found["rows"]:
         if row["curve"]:
             fixed = " ".join(f"{k}={v}" for k, v in row["shape"].items() if k != row["curve"])
-            curves.setdefault(f"{row['op']} {row['job']} against {row['curve']} ({fixed}, {row['dtype']})", []).append(
-                row
-            )
-        else:
-            groups.setdefault(row["case"], []).append(row)
-    parts = [
+            title = f"{row['op']} {row['job']} against {row['curve']} ({fixed}, {row['dtype']})"
+            curves.setdefault(title, []).append(row)
+    sections = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>autoregembed benchmarks</title>',
         f"<style>{STYLE}</style><h1>autoregembed benchmarks</h1>",
         f"<p>{html.escape(summary(found))}<br>{html.escape(found['time'])}"
-        + (" · <b>quick run: tiny sizes, no number here means anything</b>" if found["quick"] else "")
+        + (" · <b>quick run: tiny sizes, the numbers mean nothing</b>" if found["quick"] else "")
         + "</p>",
-        '<p class="note">Variants of a case run interleaved, with cold caches, after their outputs were checked in '
-        "float64. “Floor” is the bare matrix products of the job; roofline is the time that the least FLOPs and bytes "
-        "of the job take at this machine’s measured rates, over the median; memory is what the call holds at its "
-        "peak.</p>",
+        '<p class="note">The outputs of all variants are checked in float64. Then the variants of a case run '
+        "interleaved, with cold caches. “gemm_only” is the bare matrix products of the job. Roofline is the time that "
+        "the least FLOPs and bytes of the job take at this machine’s measured rates, over the median. Memory is the "
+        "peak of the call.</p>",
         _overview(groups),
     ]
     for name, rows in groups.items():
-        parts.append(f"<h2>{html.escape(name)}</h2><p class=note>{html.escape(rows[0]['inputs'])}</p>")
+        sections.append(f"<h2>{html.escape(name)}</h2><p class=note>{html.escape(rows[0]['inputs'])}</p>")
         if any(r["median_ms"] is not None for r in rows):
-            parts.append(f"<figure>{_bars(rows)}</figure>")
-        parts.append(_table(rows))
+            sections.append(f"<figure>{_bars(rows)}</figure>")
+        sections.append(_table(rows))
     if curves:
-        parts.append("<h2>How cost grows</h2>")
+        sections.append("<h2>Scaling curves</h2>")
     for name, rows in curves.items():
         if len({r["shape"][rows[0]["curve"]] for r in rows}) > 1:
-            parts.append(
-                f"<figure>{_curve(rows, rows[0]['curve'])}<figcaption>{html.escape(name)}</figcaption></figure>"
-            )
-    parts.append("<h2>Roofline</h2>")
+            plot = _curve(rows, rows[0]["curve"])
+            sections.append(f"<figure>{plot}<figcaption>{html.escape(name)}</figcaption></figure>")
+    sections.append("<h2>Roofline</h2>")
     for dtype in found["measured"]["flops_per_second"]:
         if any(r["dtype"] == dtype and r["median_ms"] is not None for r in found["rows"]):
-            parts.append(f"<figure>{_roofline(found, dtype)}<figcaption>{dtype}</figcaption></figure>")
+            sections.append(f"<figure>{_roofline(found, dtype)}<figcaption>{dtype}</figcaption></figure>")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts) + "</html>\n", encoding="utf-8")
+    path.write_text("\n".join(sections) + "</html>\n", encoding="utf-8")

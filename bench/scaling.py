@@ -1,4 +1,4 @@
-"""Memory and communication of a stage-2 step under FSDP2, computed from shapes; nothing here is measured.
+"""Memory and communication of a stage-2 step under FSDP2: computed from shapes, not measured.
 
 python bench/scaling.py            # the tables of docs/distributed.md
 """
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 GB = 1e9
 BF16, FP32 = 2, 4
-CHUNK = 512 << 20  # bytes of fp32 logits that the head holds at a time
+CHUNK = 512 << 20  # bytes of fp32 logits alive at a time in linear_logprob
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder-only transformer with gated MLP and an untied head."""
+    """A decoder-only transformer with gated MLP and an untied LM head."""
 
     layers: int
     hidden: int  # D
@@ -40,7 +40,7 @@ class Shape:
 
     @property
     def table(self) -> int:
-        """Parameters of the embedding matrix, and of the head."""
+        """Parameters of the embedding matrix; the LM head has as many."""
         return self.vocabulary * self.hidden
 
     @property
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def kept_by_decoder(self) -> int:
-        """Values that a layer with frozen weights keeps of one token for its backward.
+        """Values per token that a layer with frozen weights keeps for its backward.
 
         Inputs of two norms; q, k, v and the output of attention; gate, up and silu(gate).
         """
@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def kept_by_layer(self) -> int:
-        """The same for trainable weights: the inputs of the linear layers besides."""
+        """The same with trainable weights, which also need the inputs of the linear layers."""
         return self.kept_by_decoder + 2 * self.hidden + self.heads * self.head_size + self.mlp
 
 
@@ -68,14 +68,14 @@ MODELS = {
 }
 
 
-def memory(m: Shape, world: int, tokens: int) -> dict[str, float]:
-    """Bytes on each of `world` GPUs, by use; `tokens` of one pass, of the encoder and of the decoder."""
+def memory(m: Shape, world_size: int, tokens: int) -> dict[str, float]:
+    """Bytes on each of `world_size` GPUs, by use; a pass of the encoder or decoder has `tokens` tokens."""
     trained, frozen = m.body + m.table, m.table  # the encoder never reads its head
     return {
         # fp32 weights, gradients and both moments of AdamW; fp32 head
-        "encoder": (trained * 4 * FP32 + frozen * FP32) / world,
-        "decoder": m.total * BF16 / world,
-        # This layer and the next, of encoder or decoder; the encoder's root group (embedding and head) with the
+        "encoder": (trained * 4 * FP32 + frozen * FP32) / world_size,
+        "decoder": m.total * BF16 / world_size,
+        # Two layers at a time, of encoder or decoder; the encoder's root group (embedding and LM head) with the
         # gradient of its embedding; one of the decoder's two tables.
         "gathered": (2 * m.layer + 3 * m.table + m.table) * BF16,
         # Encoder with gradient checkpointing: inputs of its layers and one layer in full.
@@ -85,44 +85,45 @@ def memory(m: Shape, world: int, tokens: int) -> dict[str, float]:
     }
 
 
-def communication(m: Shape, world: int, parts: int, rows: int, negatives: int) -> dict[str, float]:
-    """Bytes that each GPU sends in one step of `parts` micro-batches, with ring collectives: (W − 1) / W of each sum.
+def communication(m: Shape, world_size: int, microbatches: int, rows: int, negatives: int) -> dict[str, float]:
+    """Bytes that each GPU sends in one step, with ring collectives: (W − 1) / W of each sum.
 
-    Encoder: weights gathered in forward, its layers again in backward, gradients reduce-scattered. The cut of InfoNCE
-    makes one more forward. Decoder: layers in both directions, two tables. InfoNCE: passages, and their gradients.
+    Encoder: weights gathered in forward, layers gathered again in backward, gradients reduce-scattered. InfoNCE over
+    several micro-batches adds one forward. Decoder: layers in both directions, two tables. InfoNCE: passages and their
+    gradients.
     """
-    ring = (world - 1) / world
-    again = parts > 1
+    ring = (world_size - 1) / world_size
+    again = microbatches > 1
     encoder = (1 + again) * m.total + m.body + (m.body + m.table)
     decoder = 2 * m.body + 2 * m.table
-    passages = world * rows * (1 + negatives) * m.hidden
+    passages = world_size * rows * (1 + negatives) * m.hidden
     return {
-        "encoder": ring * parts * encoder * BF16,
-        "decoder": ring * parts * decoder * BF16,
+        "encoder": ring * microbatches * encoder * BF16,
+        "decoder": ring * microbatches * decoder * BF16,
         "InfoNCE": ring * 2 * passages * FP32,
     }
 
 
-def flops(m: Shape, tokens: int, parts: int) -> float:
+def flops(m: Shape, tokens: int, microbatches: int) -> float:
     """Matrix FLOPs of one GPU in one step, without attention's own products.
 
-    Per parameter and token: encoder 2 forward, 2 again in backward (checkpointing), 4 backward, 2 for the cut of
-    InfoNCE; decoder 2 forward, 2 backward; head 4.
+    Per parameter and token: encoder 2 forward, 2 for recomputation in backward, 4 backward, 2 for InfoNCE over several
+    micro-batches; decoder 2 forward, 2 backward; LM head 4.
     """
-    return parts * tokens * ((8 + 2 * (parts > 1)) * m.body + 4 * m.body + 4 * m.table)
+    return microbatches * tokens * ((8 + 2 * (microbatches > 1)) * m.body + 4 * m.body + 4 * m.table)
 
 
 def host(m: Shape, processes: int) -> float:
-    """Bytes of main memory on a node while it starts: each process reads encoder and decoder whole, in fp32."""
+    """Bytes of main memory on a node at startup: each process reads the whole encoder and decoder in fp32."""
     return processes * 2 * m.total * FP32
 
 
 def tables(rows: int, negatives: int, budgets: dict[str, int], worlds: list[int]) -> str:
     lines = []
     for name, m in MODELS.items():
-        tokens, parts = budgets[name], 4
+        tokens, microbatches = budgets[name], 4
         lines += [
-            f"**{name}**: {m.total / 1e9:.2f}e9 parameters, {tokens} tokens a pass, {parts} passes a step, "
+            f"**{name}**: {m.total / 1e9:.2f}e9 parameters, {tokens} tokens a pass, {microbatches} passes a step, "
             f"{rows} rows a GPU; a node of 8 processes reads {host(m, 8) / GB:.0f} GB of weights into main memory",
             "",
             "| GPUs | encoder | decoder | gathered | activations | all, GB | sent a step, GB | InfoNCE of it, GB | "
@@ -130,12 +131,12 @@ def tables(rows: int, negatives: int, budgets: dict[str, int], worlds: list[int]
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for world in worlds:
-            use, sent = memory(m, world, tokens), communication(m, world, parts, rows, negatives)
+            use, sent = memory(m, world, tokens), communication(m, world, microbatches, rows, negatives)
             activations = use["encoder activations"] + use["decoder activations"] + use["head"]
             fields = [use["encoder"], use["decoder"], use["gathered"], activations, sum(use.values())]
             cells = [f"{x / GB:.1f}" for x in fields]
             cells += [f"{sum(sent.values()) / GB:.1f}", f"{sent['InfoNCE'] / GB:.3f}"]
-            cells.append(f"{flops(m, tokens, parts) / sum(sent.values()):.0f}")
+            cells.append(f"{flops(m, tokens, microbatches) / sum(sent.values()):.0f}")
             lines.append(f"| {world} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -145,8 +146,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens-7b", type=int, default=4096, help="tokens of one pass")
     parser.add_argument("--tokens-70b", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=64, help="of a step, on each GPU")
-    parser.add_argument("--negatives", type=int, default=1, help="hard negatives of a row")
+    parser.add_argument("--rows", type=int, default=64, help="rows of a step on each GPU")
+    parser.add_argument("--negatives", type=int, default=1, help="hard negatives per row")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64, 128, 512])
     options = parser.parse_args()
     budgets = {"7B": options.tokens_7b, "70B": options.tokens_70b}

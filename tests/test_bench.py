@@ -1,4 +1,4 @@
-"""The benchmark suite runs, its results can be trusted, compared and read."""
+"""The benchmark suite: it runs, checks outputs before it times them, compares results and writes a report."""
 
 import json
 import os
@@ -14,16 +14,17 @@ import torch
 from rich.console import Console
 
 from autoregembed import ops
-from autoregembed.bench import bench_head, harness, suite, targets, workload
+from autoregembed.bench import harness, results, suite, targets, workload
+from autoregembed.bench.bench_linear_logprob import linear_logprob_case
 from autoregembed.cli import main
-from autoregembed.kernels.torch import linear_logprob as torch_route
+from autoregembed.kernels.torch import linear_logprob as torch_kernel
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch):
-    """torch.compile takes tens of seconds a shape; without it those variants run eagerly."""
+    """Compiled variants run eagerly: torch.compile takes tens of seconds a shape."""
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
@@ -31,11 +32,11 @@ def no_compiler(monkeypatch):
 def run(tmp_path: Path, name: str, *arguments: str) -> tuple[int, dict]:
     """Exit status and results of a quick run of the command."""
     file = tmp_path / f"{name}.json"
-    status = main(["bench", "--suite", "head", "--quick", "--device", "cpu", "--json", str(file), *arguments])
+    status = main(["bench", "--suite", "ops", "--quick", "--device", "cpu", "--json", str(file), *arguments])
     return status, json.loads(file.read_text())
 
 
-def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path):
+def test_quick_run_writes_results_and_a_self_contained_report(tmp_path):
     report = tmp_path / "report.html"
     status, found = run(tmp_path, "new", "--report", str(report))
     assert status == 0
@@ -45,10 +46,10 @@ def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path)
     by_case: dict = {}
     for row in found["rows"]:
         by_case.setdefault(row["case"], {})[row["variant"]] = row
-    gradient = by_case["head gradient N=64 D=32 V=500 float32 cpu"]
+    gradient = by_case["linear_logprob gradient N=64 D=32 V=500 float32 cpu"]
     ours = gradient["autoregembed (torch)"]
-    assert {"floor", "eager", "compiled chunked", "liger"} <= gradient.keys()
-    assert gradient["floor"]["ratio_to_floor"] == 1
+    assert {"gemm_only", "eager", "compiled chunked", "liger"} <= gradient.keys()
+    assert gradient["gemm_only"]["ratio_to_gemm_only"] == 1
     assert gradient["eager"]["speedup"] == 1
     assert ours["flops"] == 4 * 64 * 32 * 500
     assert 0 < ours["error"] < 1e-5
@@ -58,7 +59,7 @@ def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path)
         dpo = by_case[f"dpo {job} head S=4 L=16 D=32 V=500 float32 cpu"]
         assert 0 < dpo["autoregembed"]["error"] < 1e-5
         for name in ("trl", "trl, completions only", "trl selective_log_softmax"):
-            assert dpo[name]["skipped"] in (None, "trl is not installed"), "a peer that is called wrongly"
+            assert dpo[name]["skipped"] in (None, "trl is not installed"), "a baseline that is called wrongly"
     text = report.read_text()
     assert "src=" not in text
     assert not re.search(r"""href=["'](?!#)""", text)
@@ -66,20 +67,20 @@ def test_quick_run_writes_results_and_a_report_that_needs_nothing_else(tmp_path)
     for case in by_case:
         if not next(iter(by_case[case].values()))["curve"]:
             assert case in text
-            assert case in text.split("<h2>")[0], "a case that the overview at the top leaves out"
+            assert case in text.split("<h2>")[0], "a case missing from the overview at the top"
 
 
 def test_compare_catches_a_kernel_that_does_its_work_twice(monkeypatch):
-    """With a clock that counts calls of the kernel, so that nothing here depends on how busy the machine is."""
-    case = bench_head.head_case(32, 16, 100, "gradient", "cpu", torch.float32, only={"floor", "eager"}, rounds=3)
-    forward, calls = torch_route.forward, 0
+    """The clock counts calls of the kernel, so the result does not depend on the load of the machine."""
+    case = linear_logprob_case(32, 16, 100, "gradient", "cpu", torch.float32, only={"gemm_only", "eager"}, rounds=3)
+    forward, calls = torch_kernel.forward, 0
 
     def counted(*arguments):
         nonlocal calls
         calls += 1
         return forward(*arguments)
 
-    def timed(call, device):
+    def timed(call, device, cold):
         before = calls
         call()
         return 1.0 + 4.0 * (calls - before)
@@ -89,26 +90,35 @@ def test_compare_catches_a_kernel_that_does_its_work_twice(monkeypatch):
         return {"rows": [asdict(row) for row in harness.run(case, machine, memory=False)]}
 
     monkeypatch.setattr(harness, "timed", timed)
-    monkeypatch.setattr(torch_route, "forward", counted)
+    monkeypatch.setattr(torch_kernel, "forward", counted)
     old, quiet = measure(), Console(quiet=True)
-    assert suite.compare(old, measure(), console=quiet) == []
-    monkeypatch.setattr(torch_route, "forward", lambda *arguments: (counted(*arguments), counted(*arguments))[1])
-    slower = suite.compare(old, measure(), console=quiet)
+    assert results.compare(old, measure(), console=quiet) == []
+    monkeypatch.setattr(torch_kernel, "forward", lambda *arguments: (counted(*arguments), counted(*arguments))[1])
+    slower = results.compare(old, measure(), console=quiet)
     assert any("autoregembed (torch): time × 1.80" in line for line in slower), slower
-    faster = {"rows": [{**row, "ratio_to_floor": 1.0} for row in old["rows"]]}
-    assert suite.compare(old, faster, console=quiet) == []
+    faster = {"rows": [{**row, "ratio_to_gemm_only": 1.0} for row in old["rows"]]}
+    assert results.compare(old, faster, console=quiet) == []
     with pytest.raises(ValueError, match="no case and variant in common"):
-        suite.compare(old, {"rows": [{**row, "case": "another"} for row in old["rows"]]}, console=quiet)
+        results.compare(old, {"rows": [{**row, "case": "another"} for row in old["rows"]]}, console=quiet)
 
 
 def test_compare_decides_the_exit_status(tmp_path, monkeypatch):
-    case = partial(bench_head.head_case, 32, 16, 100, "gradient", "cpu", torch.float32, only={"floor", "eager"})
+    case = partial(
+        linear_logprob_case,
+        32,
+        16,
+        100,
+        "gradient",
+        "cpu",
+        torch.float32,
+        only={"gemm_only", "eager"},
+    )
     monkeypatch.setattr(suite, "cases", lambda *_: [case])
     status, found = run(tmp_path, "old", "--rounds", "1")
     for row in found["rows"]:
-        for field in ("ratio_to_floor", "speedup"):
+        for field in ("ratio_to_gemm_only", "speedup"):
             if row[field] and harness.is_ours(row["variant"]):
-                row[field] *= 1e-6 if field == "ratio_to_floor" else 1e6
+                row[field] *= 1e-6 if field == "ratio_to_gemm_only" else 1e6
     (tmp_path / "old.json").write_text(json.dumps(found))
     assert status == 0
     assert run(tmp_path, "new", "--rounds", "1", "--compare", str(tmp_path / "old.json"))[0] == 1
@@ -124,7 +134,7 @@ def test_an_unknown_suite_or_device_is_named(capsys):
 
 @pytest.mark.parametrize("bug", ["gradient", "logprob", "unwritten"])
 def test_a_wrong_kernel_is_never_timed(monkeypatch, bug):
-    forward = torch_route.forward
+    forward = torch_kernel.forward
 
     def wrong(*arguments):
         logprob, u = forward(*arguments)
@@ -136,8 +146,8 @@ def test_a_wrong_kernel_is_never_timed(monkeypatch, bug):
             u = torch.empty_like(u)
         return logprob, u
 
-    monkeypatch.setattr(torch_route, "forward", wrong)
-    case = bench_head.head_case(64, 32, 500, "gradient", "cpu", torch.float32, only={"floor"})
+    monkeypatch.setattr(torch_kernel, "forward", wrong)
+    case = linear_logprob_case(64, 32, 500, "gradient", "cpu", torch.float32, only={"gemm_only"})
     with pytest.raises(AssertionError):
         harness.run(case, harness.Machine("cpu", {"float32": 1e11}, 1e10))
 
@@ -148,15 +158,15 @@ def test_unwritten_outputs_are_seen_as_nan():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_peer_that_fails_is_a_reason_and_not_an_end():
+def test_a_baseline_that_fails_is_skipped_with_the_reason():
     def broken():
         raise RuntimeError("no such symbol")
 
-    case = bench_head.head_case(32, 16, 100, "gradient", "cpu", torch.float32, only={"floor", "eager"}, rounds=1)
-    case.variants["peer"] = harness.Variant(broken)
+    case = linear_logprob_case(32, 16, 100, "gradient", "cpu", torch.float32, only={"gemm_only", "eager"}, rounds=1)
+    case.variants["baseline"] = harness.Variant(broken)
     case.variants["wrong"] = harness.Variant(lambda: lambda: (torch.zeros(32), torch.zeros(32, 16)))
     rows = {r.variant: r for r in harness.run(case, harness.Machine("cpu", {"float32": 1e11}, 1e10))}
-    assert rows["peer"].skipped == "failed: RuntimeError: no such symbol"
+    assert rows["baseline"].skipped == "failed: RuntimeError: no such symbol"
     assert rows["wrong"].skipped.startswith("wrong result")
     assert rows["eager"].median_ms > 0
 
@@ -210,7 +220,7 @@ def test_pytest_benchmark_replays_the_interleaved_samples(tmp_path):
     # pytest-benchmark measures nothing in what looks like a worker of pytest-xdist.
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
-        [*command, f"--benchmark-json={file}", "bench/bench_alignment.py"],
+        [*command, f"--benchmark-json={file}", "bench", "-k", "alignment_loss"],
         cwd=ROOT, capture_output=True, text=True, env=alone,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -218,26 +228,28 @@ def test_pytest_benchmark_replays_the_interleaved_samples(tmp_path):
     assert {"autoregembed", "eager"} <= found.keys()
     for entry in found.values():
         assert entry["stats"]["median"] == pytest.approx(1e-3 * entry["extra_info"]["median_ms"], rel=1e-3)
-        assert entry["group"].startswith("alignment")
+        assert entry["group"].startswith("alignment_loss")
 
 
-def test_every_route_of_this_machine_is_measured():
-    case = bench_head.head_case(32, 16, 100, "gradient", "cpu", torch.float32)
+def test_every_backend_of_this_machine_is_measured():
+    case = linear_logprob_case(32, 16, 100, "gradient", "cpu", torch.float32)
     able = [n for n, s in ops.available_impls("cpu").items() if s == "ok" and n not in ("reference", "triton")]
     assert {f"autoregembed ({name})" for name in able} <= case.variants.keys()
 
 
-def test_bars_read_a_result():
+def test_targets_read_a_result():
     row = {
-        "case": "head gradient N=8192 D=4096 V=128256 bfloat16 cuda",
-        "op": "head",
+        "case": "linear_logprob gradient N=8192 D=4096 V=128256 bfloat16 cuda",
+        "op": "linear_logprob",
         "job": "gradient",
         "shape": {"N": 8192, "D": 4096, "V": 128256},
         "curve": None,
     }
-    ours = {**row, "variant": "autoregembed (triton)", "median_ms": 23.0, "ratio_to_floor": 1.1, "peak_bytes": 7e8}
-    peers = [{**row, "variant": name, "median_ms": 31.0} for name in ("liger", "cut-cross-entropy", "compiled chunked")]
-    found = {"device": "cuda", "rows": [ours, *peers]}
+    ours = {**row, "variant": "autoregembed (triton)", "median_ms": 23.0, "ratio_to_gemm_only": 1.1, "peak_bytes": 7e8}
+    baselines = [
+        {**row, "variant": name, "median_ms": 31.0} for name in ("liger", "cut-cross-entropy", "compiled chunked")
+    ]
+    found = {"device": "cuda", "rows": [ours, *baselines]}
     assert [state for state, _, _ in targets.targets(found)] == ["PASS", "OPEN", "MISS"]
     found["rows"].append({**row, "variant": "torch linear_cross_entropy", "median_ms": 29.0})
     assert [state for state, _, _ in targets.targets(found)] == ["PASS", "MISS", "MISS"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from autoregembed import info_nce, ops
-from autoregembed.kernels.torch import linear_logprob as torch_route
+from autoregembed.kernels.torch import linear_logprob as torch_kernels
 from autoregembed.testing import assert_accurate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,7 +172,7 @@ def test_no_query(impl, dtype, p):
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_duplicates_of_the_positive_are_no_negatives_in_chunks_of_any_size(impl, rows, monkeypatch):
     skip_unless(impl, torch.float32)
-    monkeypatch.setattr(torch_route, "CHUNK_BYTES", {"cpu": rows * 7 * 4, "cuda": rows * 7 * 4})
+    monkeypatch.setattr(torch_kernels, "CHUNK_BYTES", {"cpu": rows * 7 * 4, "cuda": rows * 7 * 4})
     query, passages, target = inputs_of(5, 7, 6)
     ids = torch.tensor([0, 1, 0, 2, 1, 3, 0], device=DEVICE)
 
@@ -191,7 +191,7 @@ def test_duplicates_of_the_positive_are_no_negatives_in_chunks_of_any_size(impl,
     torch.testing.assert_close([g.double() for g in gradients], list(exact_gradients), rtol=1e-4, atol=1e-5)
 
 
-def test_a_route_without_passage_ids_refuses_them():
+def test_a_backend_without_passage_ids_refuses_them():
     skip_unless("cpp", torch.float32)
     query, passages, _ = inputs_of(4, 6, 8, dtype=torch.float32)
     with pytest.raises(ops.ImplUnavailable, match="'cpp' has no passage_ids, expected 'auto'"):
@@ -204,7 +204,7 @@ def test_no_matrix_of_similarities(monkeypatch):
     query, passages, _ = inputs_of(64, 1000, 8, dtype=torch.float32)
     chunk = 8 * 1024 * 4
     for name, value in (("CHUNK_BYTES", chunk), ("BLOCK_BYTES", chunk), ("ROWS", 16)):
-        monkeypatch.setattr(torch_route, name, {"cpu": value, "cuda": value})
+        monkeypatch.setattr(torch_kernels, name, {"cpu": value, "cuda": value})
     for frozen in (False, True):
         query.requires_grad_()
         passages.requires_grad_(not frozen)
@@ -268,7 +268,7 @@ BAD = {
     "target elsewhere": (ValueError, "target: got on meta", {"target": torch.zeros(3, device="meta").long()}),
     "temperature 0": (ValueError, "temperature: got 0", {"temperature": 0}),
     "temperature NaN": (ValueError, "temperature: got nan", {"temperature": math.nan}),
-    "unknown route": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
+    "unknown backend": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
 }
 
 
@@ -277,7 +277,7 @@ BAD = {
 def test_bad_input(name, impl):
     error, message, changes = BAD[name]
     if impl == "triton" and error is IndexError:
-        pytest.skip("the Triton route does not wait for the data: NaN there, see test_triton_info_nce.py")
+        pytest.skip("the Triton backend does not wait for the data: NaN there, see test_triton_info_nce.py")
     query, passages, _ = inputs_of(3, 5, 4, dtype=torch.float32)
     arguments = {"query": query, "passages": passages, "impl": impl, **changes}
     arguments = {

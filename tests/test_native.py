@@ -1,4 +1,4 @@
-"""The native route: its kernel at every machine code level, its threads, and an installation without it."""
+"""The cpp backend: its kernel at every machine code level, its threads, and an installation without it."""
 
 import math
 import multiprocessing
@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from autoregembed import ops
-from autoregembed.kernels.native import linear_logprob as route
-from autoregembed.kernels.torch import linear_logprob as torch_route
+from autoregembed.kernels.native import linear_logprob as kernels
+from autoregembed.kernels.torch import linear_logprob as torch_kernels
 from autoregembed.ops import ImplUnavailable, linear_logprob
 from autoregembed.testing import assert_accurate
 
-if route.UNAVAILABLE and os.environ.get("AUTOREGEMBED_NATIVE") != "1":
-    pytest.skip(f"native: {route.UNAVAILABLE}", allow_module_level=True)
-native = route._native
+if (state := ops.available_impls()["cpp"]) != "ok" and os.environ.get("AUTOREGEMBED_NATIVE") != "1":
+    pytest.skip(f"native: {state}", allow_module_level=True)
+native = kernels.extension
 LEVELS = native.levels()
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -45,7 +45,7 @@ def threads():
 def epilogue(logits, target, *, bias=None, softcap=None, scale=1.0, store="fp32", threads=1, width=None):
     """(logprob, gradient of logprob with respect to the logits), in blocks of `width` columns; outputs NaN-poisoned."""
     z = logits.clone()
-    state, e = torch_route.State.start(len(z), z.device), []
+    state, e = torch_kernels.State.start(len(z), z.device), []
     width = width or z.shape[1]
     for first in range(0, z.shape[1], width):
         block = z[:, first : first + width].clone()
@@ -156,13 +156,13 @@ def test_bf16_gradient_is_the_fp32_one_rounded_to_nearest(level):
         target = torch.full((len(logits),), v - 1)
         e = {store: logits.clone() for store in ("fp32", "bf16")}
         for store, z in e.items():
-            state = torch_route.State.start(len(z), z.device)
+            state = torch_kernels.State.start(len(z), z.device)
             native.epilogue(z, target, None, softcap, 1.0, store, *state, torch.empty_like(state.running_max), 1)
         assert torch.equal(e["bf16"].view(torch.bfloat16)[:, :v], e["fp32"].bfloat16())
 
 
 def test_a_bound_stays_until_a_logit_is_far_above_it(level):
-    values, state = torch.tensor([1.0, 8.0, 10.0]), torch_route.State.start(1, torch.device("cpu"))
+    values, state = torch.tensor([1.0, 8.0, 10.0]), torch_kernels.State.start(1, torch.device("cpu"))
     seen = []
     for value in values:
         rescale = torch.empty(1, dtype=torch.float64)
@@ -213,10 +213,10 @@ def test_row_of_minus_infinity_is_nan_as_in_eager(level):
 @pytest.mark.parametrize("trainable", [False, True])
 def test_head_accurate(level, dtype, trainable, monkeypatch):
     # Several blocks and chunks, the last ones short.
-    monkeypatch.setattr(torch_route, "ROWS", dict.fromkeys(("cpu", "cuda"), 7))
-    monkeypatch.setattr(torch_route, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 7 * 1001 * 4))
-    monkeypatch.setattr(torch_route, "COLUMNS", 300)
-    monkeypatch.setattr(torch_route, "BLOCK_BYTES", dict.fromkeys(("cpu", "cuda"), 1))
+    monkeypatch.setattr(torch_kernels, "ROWS", dict.fromkeys(("cpu", "cuda"), 7))
+    monkeypatch.setattr(torch_kernels, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 7 * 1001 * 4))
+    monkeypatch.setattr(torch_kernels, "COLUMNS", 300)
+    monkeypatch.setattr(torch_kernels, "BLOCK_BYTES", dict.fromkeys(("cpu", "cuda"), 1))
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(23, 40).to(dtype), torch.randn(1001, 40).to(dtype), torch.randn(1001).to(dtype)
     bias[::5] = -torch.inf
@@ -267,7 +267,7 @@ def test_rows_apart_and_off_alignment_stay_apart(level, offset):
     for store in ("fp32", "bf16"):
         memory = torch.full((4, 150), 7.0)
         z = memory[:, offset : offset + 131].copy_(logits)
-        state = torch_route.State.start(4, z.device)
+        state = torch_kernels.State.start(4, z.device)
         native.epilogue(z, target, None, None, 1.0, store, *state, torch.empty_like(state.running_max), 1)
         assert torch.equal(state.finish(None, 1.0)[0].float(), epilogue(logits, target)[0])
         assert (memory[:, :offset] == 7).all()
@@ -411,13 +411,13 @@ def test_works_in_data_loader_workers():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The route table, and an installation without the module
+# The table of backends, and an installation without the module
 
 
 def test_auto_takes_native_on_a_cpu(monkeypatch):
     calls = []
-    forward = route.forward
-    monkeypatch.setattr(route, "forward", lambda *a: calls.append(1) or forward(*a))
+    forward = kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *a: calls.append(1) or forward(*a))
     hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
     linear_logprob(hidden, weight, target)
     assert calls == [1]
@@ -435,7 +435,7 @@ def test_explicit_native_raises_where_it_cannot_run():
 
 
 def test_failed_build_leaves_its_reason(tmp_path):
-    """pip hides what a build printed; the route table, and so `autoregembed doctor`, repeat it."""
+    """pip hides what a build printed; the table of backends, and so `autoregembed doctor`, repeat it."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, tmp_path)
     for name in ("autoregembed", "kernels"):

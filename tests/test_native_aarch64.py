@@ -25,7 +25,7 @@ from test_native import (  # noqa: F401 (collected here too: they run with the f
     test_sum_of_many_equal_terms,
 )
 
-from autoregembed.kernels.native import linear_logprob as route
+from autoregembed.kernels.native import linear_logprob as kernels
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOOLS = ("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64")
@@ -61,13 +61,13 @@ class Emulated:
             if found:
                 x.copy_(torch.frombuffer(bytearray(found), dtype=x.dtype))
 
-    def epilogue(self, logits, target, bias, softcap, scale, store, top, rest, target_logit, rescale, threads):
+    def epilogue(self, logits, target, bias, softcap, scale, store, *rest):
         (rows, columns), stride = logits.shape, logits.stride(0)
         offset = logits.data_ptr() % 64 // 4  # of the first logit from where vectors are aligned
         memory = torch.zeros(offset + ((rows - 1) * stride + columns if rows else 0))
         inside = logits.as_strided((len(memory) - offset,), (1,))
         memory[offset:] = inside
-        state = (top, rest, target_logit, rescale)
+        *state, threads = rest  # running_max, running_sumexp, target_logit, rescale
         self.call(
             "epilogue", (memory, target, *([] if bias is None else [bias]), *state), (memory, *state), rows=rows,
             columns=columns, stride=stride, offset=offset, bias=bias is not None, store=store, threads=threads,
@@ -100,7 +100,7 @@ def emulated(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def level(emulated, monkeypatch):
     monkeypatch.setattr(test_native, "native", emulated)
-    monkeypatch.setattr(route, "_native", emulated)
+    monkeypatch.setattr(kernels, "extension", emulated)
     return "neon"
 
 

@@ -14,9 +14,9 @@ from autoregembed.build import build_models
 from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import text_embedding
 from autoregembed.evaluate import embed
-from autoregembed.losses import info_nce
 from autoregembed.models import final_norm, scale_output
 from autoregembed.objective import Objective, texts_of
+from autoregembed.ops import info_nce
 from autoregembed.packing import make_microbatches
 from autoregembed.reference_scores import compute_ref_logps
 from autoregembed.testing import tiny_model

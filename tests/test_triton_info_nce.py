@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from triton_cases import DEVICE, DTYPES, few, leaf, poisoned  # noqa: F401
 
-from autoregembed import info_nce, ops, reference
-from autoregembed.kernels.triton import primitives
+from autoregembed import info_nce, reference
+from autoregembed.kernels.torch import linear_logprob as torch_kernels
 from autoregembed.testing import assert_accurate
 
 
@@ -84,12 +84,12 @@ def test_duplicates_are_no_negatives():
 
 
 @pytest.mark.parametrize("impl", ["torch"])
-def test_the_torch_route_masks_too(impl):
+def test_the_torch_backend_masks_too(impl):
     q, passages, target, ids = problem(9, 30, 12, torch.float32)
     results = []
-    for route in (impl, "reference"):
+    for name in (impl, "reference"):
         leaves = leaf(q, torch.float32), leaf(passages, torch.float32)
-        loss = info_nce(*leaves, target, passage_ids=ids, impl=route)
+        loss = info_nce(*leaves, target, passage_ids=ids, impl=name)
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
@@ -100,8 +100,8 @@ def test_chunks_of_rows_agree(monkeypatch):
     leaves = leaf(q, torch.float32), leaf(passages, torch.float32)
     whole = info_nce(*leaves, target, passage_ids=ids, impl="triton")
     expected = torch.autograd.grad(whole, leaves)
-    monkeypatch.setattr(primitives, "CHUNK_BYTES", 8 * 48 * 4)
-    monkeypatch.setattr(primitives, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(torch_kernels, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 8 * 48 * 4))
+    monkeypatch.setattr(torch_kernels, "CHUNK_ROWS", 8)
     loss = info_nce(*leaves, target, passage_ids=ids, impl="triton")
     for x, y in zip((loss, *torch.autograd.grad(loss, leaves)), (whole, *expected), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
@@ -143,5 +143,5 @@ def test_upstream_gradient_and_second_backward():
 def test_opcheck(duplicates):
     q, passages, target, ids = problem(4, 9, 8, torch.float32)
     arguments = (leaf(q, torch.float32), leaf(passages, torch.float32), target, ids if duplicates else None, 0.05)
-    torch.library.opcheck(ops._info_nce, (*arguments, True, True))
-    torch.library.opcheck(ops._info_nce, (q, passages, *arguments[2:], False, False))
+    torch.library.opcheck(torch.ops.autoregembed.info_nce.default, (*arguments, True, True))
+    torch.library.opcheck(torch.ops.autoregembed.info_nce.default, (q, passages, *arguments[2:], False, False))

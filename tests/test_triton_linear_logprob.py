@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from triton_cases import BF16, DEVICE, DTYPES, bits, few, leaf, poisoned  # noqa: F401
 
 from autoregembed import ops, reference
+from autoregembed.kernels.torch import linear_logprob as torch_kernels
 from autoregembed.kernels.triton import linear_logprob as kernels
-from autoregembed.kernels.triton import primitives, tiles
+from autoregembed.kernels.triton import tiles
 from autoregembed.testing import assert_accurate
 
 METHODS = ["cublas", "tiled"]
@@ -164,8 +165,8 @@ def test_chunks_and_splits_agree(monkeypatch):
     hidden, weight, target, _ = problem(40, 16, 200, torch.float32)
     whole = kernels.forward(hidden, weight, target, None, None, 1.0, -100, True)
     scored = kernels.forward(hidden, weight, target, None, None, 1.0, -100, False)[0]
-    monkeypatch.setattr(primitives, "CHUNK_BYTES", 16 * 208 * 4)
-    monkeypatch.setattr(primitives, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(torch_kernels, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), 16 * 208 * 4))
+    monkeypatch.setattr(torch_kernels, "CHUNK_ROWS", 8)
     for method in METHODS:
         logprob, u = kernels.forward(hidden, weight, target, None, None, 1.0, -100, True, method)
         torch.testing.assert_close(logprob, whole[0], rtol=0, atol=2e-6)
@@ -223,27 +224,6 @@ def test_trainable_head(dtype):
     found = torch.autograd.grad(out, (h, w, b), grad)
     for x, eager, exact in zip(found, gradients[torch.float32], gradients[torch.float64], strict=True):
         assert_accurate(x, eager, exact, max_logit=4.0, gradient_factor=2.0 * len(hidden))
-
-
-def test_sequence_sums():
-    x = torch.randn(40, device=DEVICE, requires_grad=True)
-    cu = torch.tensor([0, 0, 3, 40, 40], dtype=torch.int32, device=DEVICE)
-    sums = ops._sequence_sum_triton(x, cu)
-    expected = torch.stack([x[:0].sum(), x[:3].double().sum(), x[3:].double().sum(), x[:0].sum()])
-    torch.testing.assert_close(sums.double(), expected.double(), rtol=0, atol=2e-6)
-    (grad,) = torch.autograd.grad(sums, x, torch.tensor([5.0, 2.0, -3.0, 7.0], device=DEVICE))
-    assert grad.tolist() == [2.0] * 3 + [-3.0] * 37
-    alone = ops._sequence_sum_triton(x[3:], torch.tensor([0, 37], device=DEVICE))
-    assert alone[0] == sums[2]  # the same text alone and in a pack: the same bits
-
-
-@pytest.mark.parametrize("cu", [[1, 3, 8], [0, 5, 3, 8], [0, 3, 9], [0, 3, 7], [0, -2, 8]])
-def test_bad_bounds_are_nan(cu):
-    x = torch.ones(8, device=DEVICE)
-    sums = ops._sequence_sum_triton(x, torch.tensor(cu, device=DEVICE))
-    assert sums.isnan().any()
-    grad = ops._sequence_expand_triton(torch.ones(len(cu) - 1, device=DEVICE), torch.tensor(cu, device=DEVICE), 8)
-    assert grad.shape == (8,)
 
 
 def test_tile_table_is_consistent():

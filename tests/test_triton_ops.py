@@ -1,4 +1,4 @@
-"""The Triton route through the public ops: choice of route, autograd, compilation, and what a GPU adds."""
+"""The Triton backend through the public ops: choice of backend, autograd, compilation, and what a GPU adds."""
 
 import functools
 import os
@@ -12,6 +12,7 @@ from triton_cases import DEVICE, bits, leaf, poisoned  # noqa: F401
 from autoregembed import alignment_loss, info_nce, linear_logprob, ops
 from autoregembed.kernels.triton import linear_logprob as kernels
 
+OPS = torch.ops.autoregembed
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
@@ -26,15 +27,14 @@ def problem(n=12, d=16, v=100, dtype=torch.float32, seed=0):
 def test_auto_never_picks_the_interpreter():
     if DEVICE == "cpu":
         assert ops.available_impls("cpu")["triton"] == "ok"
-    routes = tuple(ops._LINEAR_LOGPROB)
-    assert ops._resolve("auto", torch.device("cpu"), torch.float32, routes) != "triton"
+    assert ops.default_impl("cpu") != "triton"
     assert "got meta" in ops.available_impls("meta")["triton"]
     if DEVICE == "cuda":
-        assert ops._resolve("auto", torch.device("cuda"), torch.bfloat16, routes) == "triton"
+        assert ops.default_impl("cuda", torch.bfloat16) == "triton"
 
 
 @pytest.mark.parametrize("blocked", ["", "sys.modules['triton'] = None; "])
-def test_without_interpreter_or_triton_the_route_says_why(blocked):
+def test_without_interpreter_or_triton_the_backend_says_why(blocked):
     program = (
         f"import sys; {blocked}import torch, autoregembed\n"
         "assert 'triton' not in sys.modules or sys.modules['triton'] is None, 'imported for nothing'\n"
@@ -118,18 +118,16 @@ def test_autocast_runs_in_sixteen_bits():
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_opcheck(gradient):
-    hidden, weight, target, cu = problem(6, 8, 40)
+    hidden, weight, target, _ = problem(6, 8, 40)
     h = leaf(hidden, torch.float32) if gradient else hidden
     bias = torch.randn(40, device=DEVICE)
     torch.library.opcheck(
-        ops._linear_logprob, (h, weight, target, bias, 5.0, 0.5, -100, gradient, "triton"),
+        OPS.linear_logprob.default, (h, weight, target, bias, 5.0, 0.5, -100, gradient, "triton"),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )  # fmt: skip
-    torch.library.opcheck(ops._sequence_sum_triton, (torch.randn(6, device=DEVICE, requires_grad=True), cu))
-    torch.library.opcheck(ops._sequence_expand_triton, (torch.randn(3, device=DEVICE), cu, 6))
-    torch.library.opcheck(ops._scale_rows, (torch.randn(6, device=DEVICE), hidden))
+    torch.library.opcheck(OPS.scale_rows.default, (torch.randn(6, device=DEVICE), hidden))
     torch.library.opcheck(
-        ops._linear_logprob_backward,
+        OPS.linear_logprob_backward.default,
         (torch.randn(6, device=DEVICE), hidden, weight, target, bias, None, 1.0, -100, "triton"),
     )
 
@@ -179,7 +177,7 @@ def test_nothing_is_read_on_the_host():
     with primitives.recording(lambda kernel, *_: seen.add(kernel.__name__)):
         for _, call in cases():
             call()
-    assert {"_epilogue", "_score", "_tiled_forward", "_tiled_backward", "_alignment", "_splice", "_unit"} <= seen
+    assert {"_epilogue", "_score", "_tiled_forward", "_tiled_backward", "_alignment_loss", "_splice", "_unit"} <= seen
 
 
 @cuda

@@ -1,3 +1,5 @@
+"""splice: the Triton and torch backends against the specification."""
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -7,7 +9,8 @@ from triton_cases import DEVICE, bits, few, leaf, poisoned  # noqa: F401
 from autoregembed import ops
 
 DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
-ROUTES = ["triton", "torch"]
+IMPLS = ["triton", "torch"]
+OPS = torch.ops.autoregembed
 
 
 def bounds(lengths, dtype=torch.int32):
@@ -18,32 +21,7 @@ def tolerance(dtype):
     return {"rtol": 2 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
 
 
-@pytest.mark.parametrize("impl", ROUTES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@few(5)
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 40),
-       st.sampled_from(["none", "rank", "any"]), st.integers(0, 99))  # fmt: skip
-def test_pool_last_k(impl, dtype, extra, k, d, kind, seed):
-    generator = torch.Generator().manual_seed(seed)
-    b = len(extra)
-    cu = bounds([k + n for n in extra])
-    hidden = leaf(torch.randn(int(cu[-1]), d, generator=generator).to(DEVICE), dtype)
-    index = {
-        "none": None,
-        "rank": torch.randperm(b, generator=generator).to(DEVICE),
-        "any": torch.randint(b, (b + 2,), generator=generator).to(DEVICE),  # some twice, some never
-    }[kind]
-    found = ops.pool_last_k(hidden, cu, k, index, impl=impl)
-    expected = ops.pool_last_k(hidden, cu, k, index, impl="reference")
-    assert bits(found, expected)
-    grad = torch.randn(found.shape, generator=generator).to(dtype).to(DEVICE)
-    (found_grad,) = torch.autograd.grad(found, hidden, grad)
-    wide = leaf(hidden, torch.float64)
-    (exact,) = torch.autograd.grad(ops.pool_last_k(wide, cu, k, index, impl="reference"), wide, grad.double())
-    torch.testing.assert_close(found_grad.double(), exact, **tolerance(dtype))
-
-
-@pytest.mark.parametrize("impl", ROUTES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @few(5)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 40),
@@ -80,19 +58,11 @@ def test_wide_z_and_strided_operands():
     assert found.dtype == torch.float16
     assert bits(found, ops.splice(z, embedding, ids, cu, impl="torch"))
     assert torch.autograd.grad(found.float().sum(), z)[0].dtype == torch.float32
-    hidden = torch.randn(10, 16, device=DEVICE)[:, 3:11]
-    assert bits(ops.pool_last_k(hidden, cu, 2, impl="triton"), ops.pool_last_k(hidden, cu, 2, impl="reference"))
-    again = torch.randn(8, 10, device=DEVICE).t()
-    assert bits(ops.pool_last_k(again, cu, 2, impl="triton"), ops.pool_last_k(again, cu, 2, impl="reference"))
 
 
 def test_nothing_in_the_batch():
     empty = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    hidden = torch.randn(0, 8, device=DEVICE, requires_grad=True)
-    for impl in (*ROUTES, "reference"):
-        out = ops.pool_last_k(hidden, empty, 2, impl=impl)
-        assert out.shape == (0, 2, 8)
-        assert torch.autograd.grad(out.sum(), hidden)[0].shape == (0, 8)
+    for impl in (*IMPLS, "reference"):
         ids = torch.zeros(0, dtype=torch.int64, device=DEVICE)
         spliced = ops.splice(torch.randn(0, 2, 8, device=DEVICE), torch.randn(5, 8, device=DEVICE), ids, empty,
                              impl=impl)  # fmt: skip
@@ -100,10 +70,7 @@ def test_nothing_in_the_batch():
 
 
 def test_bad_indices_are_nan():
-    hidden = torch.randn(9, 4, device=DEVICE)
     cu = bounds([2, 3, 4])
-    found = ops.pool_last_k(hidden, cu, 3, torch.tensor([0, 1, 3, -1, 2], device=DEVICE), impl="triton")
-    assert found.isnan().all(2).all(1).tolist() == [True, False, True, True, False]  # the first has 2 rows, not 3
     ids = torch.tensor([0, 1, 0, 9, 1, 0, 0, -1, 4], device=DEVICE)
     z, embedding = torch.randn(2, 1, 4, device=DEVICE), torch.randn(5, 4, device=DEVICE)
     found = ops.splice(z, embedding, ids, cu, torch.tensor([0, 2, 1], device=DEVICE), impl="triton")
@@ -130,15 +97,22 @@ def test_trainable_embedding_is_refused():
                    torch.tensor([0, 2]))  # fmt: skip
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("z_index", [None, [1, 1]])
+def test_gradcheck(impl, z_index):
+    z = torch.randn(2, 2, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    embedding = torch.randn(5, 3, dtype=torch.float64, device=DEVICE)
+    ids, cu = torch.arange(7, device=DEVICE) % 5, bounds([3, 4])
+    z_index = None if z_index is None else torch.tensor(z_index, device=DEVICE)
+    options = {"offset": 1, "embedding_scale": 3.0, "impl": impl}
+    assert torch.autograd.gradcheck(lambda z: ops.splice(z, embedding, ids, cu, z_index, **options), z)
+
+
 def test_opcheck():
-    cu = bounds([3, 4])
-    hidden = torch.randn(7, 4, device=DEVICE, requires_grad=True)
-    index = torch.tensor([1, 0, 1], device=DEVICE)
-    torch.library.opcheck(ops._pool_last_k, (hidden, cu, 2, index))
-    torch.library.opcheck(ops._pool_last_k_backward, (torch.randn(3, 2, 4, device=DEVICE), cu, index, 7))
+    cu, z_index = bounds([3, 4]), torch.tensor([1, 0], device=DEVICE)
     z = torch.randn(2, 2, 4, device=DEVICE, requires_grad=True)
     ids = torch.zeros(7, dtype=torch.int64, device=DEVICE)
-    torch.library.opcheck(ops._splice, (z, torch.randn(5, 4, device=DEVICE), ids, cu, index[:2], 0, 1.0))
+    torch.library.opcheck(OPS.splice.default, (z, torch.randn(5, 4, device=DEVICE), ids, cu, z_index, 0, 1.0))
     torch.library.opcheck(
-        ops._splice_backward, (torch.randn(7, 4, device=DEVICE), cu, index[:2], 0, 2, 2, torch.float32)
+        OPS.splice_backward.default, (torch.randn(7, 4, device=DEVICE), cu, z_index, 0, 2, 2, torch.float32)
     )

@@ -1,4 +1,4 @@
-"""What the tests of the Triton route share: devices and dtypes to run on, and the fp64 oracle of DESIGN's rule."""
+"""What the tests of the Triton backend share: devices and dtypes to run on, and the fp64 oracle of DESIGN's rule."""
 
 from __future__ import annotations
 

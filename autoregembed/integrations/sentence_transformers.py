@@ -34,9 +34,9 @@ from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.export import export, stock_modules
-from autoregembed.losses import compression_loss
 from autoregembed.model_card import CITATION
 from autoregembed.objective import contrastive_loss, stage2_loss
+from autoregembed.ops import compression_loss
 
 __all__ = [
     "AutoRegEmbedLoss",

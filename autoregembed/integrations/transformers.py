@@ -29,7 +29,7 @@ from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.objective import num_loss_terms, stage2_loss, texts_of
-from autoregembed.ops import pool_last_k
+from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import pack
 from autoregembed.reference_scores import compute_ref_logps
 

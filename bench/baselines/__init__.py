@@ -1,1 +1,1 @@
-"""What the library is measured against."""
+"""Implementations that ours are measured against."""

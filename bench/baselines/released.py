@@ -1,9 +1,9 @@
 """The released AutoRegEmbed algorithm, written from its description: the baseline of a training step.
 
-Three calls per step, each a padded encoder pass followed by a padded decoder pass: (query, positive),
-(positive, positive) and (query, negative_j), so that a query is encoded 1 + M times. The lm_head runs on every
-position, compress tokens and padding included; the (rows, positions, V) logits and their log-softmax stay in the
-model's dtype. Attention masks come from lengths, not from `ids != pad`, since pad is eos in that code.
+A step makes three calls: (query, positive), (positive, positive) and (query, negative_j). Each is a padded encoder pass
+followed by a padded decoder pass, so a query is encoded 1 + M times. The lm_head runs on every position, compress
+tokens and padding included. The (rows, positions, V) logits and their log-softmax stay in the model's dtype. Attention
+masks come from lengths; the released code has `ids != pad`, with pad = eos.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Released(nn.Module):
 
     Args:
         encoder: the base model (no lm_head) whose embedding matrix holds the compress tokens.
-        decoder: a causal LM; it is put into eval mode and frozen.
-        compress_token_ids: the K ids read last.
-        bos_token_id: begins every text; None for none.
+        decoder: a causal LM; the constructor freezes it and sets eval mode.
+        compress_token_ids: the K ids at the end of every text.
+        bos_token_id: begins every text, unless None.
         eos_token_id: ends every target, and pads.
     """
 
@@ -48,7 +48,7 @@ class Released(nn.Module):
         self.eos_token_id = eos_token_id
 
     def compress(self, texts: Sequence[Ids], suffixes: Sequence[Ids], length: int = 0) -> Tensor:
-        """z (B, K, D) of texts padded to `length` at least."""
+        """z (B, K, D) of texts padded to at least `length`."""
         k = len(self.compress_token_ids)
         sequences = [[*self.bos, *t, *s, *self.compress_token_ids] for t, s in zip(texts, suffixes, strict=True)]
         ids, mask = _pad(sequences, self.eos_token_id, self.encoder.get_input_embeddings().weight.device, length)
@@ -72,7 +72,7 @@ class Released(nn.Module):
         targets: Sequence[Ids],
         lengths: tuple[int, int] = (0, 0),
     ) -> Tensor:
-        """log p(target | z(text)), (B,), encoder and decoder inputs padded to `lengths` at least."""
+        """log p(target | z(text)), (B,), with encoder and decoder inputs padded to at least `lengths`."""
         logits, labels = self.logits(self.compress(texts, suffixes, lengths[0]), targets, lengths[1])
         logits, labels = logits[:, :-1], labels[:, 1:]
         scored = labels != -100
@@ -97,8 +97,8 @@ class Released(nn.Module):
     ) -> Tensor:
         """Stage 2 over rows {query_ids, positive_ids, suffix_ids, target_ids = [positive, M negatives]}.
 
-        `batch` holds all rows of the step when `rows` is a slice of it that fits in memory: a row is padded to the
-        longest of its batch, as the released code pads.
+        `batch` holds all rows of the step when `rows` is a micro-batch of it: a row is padded to the longest of its
+        batch, as in the released code.
         """
         suffixes = [r["suffix_ids"] for r in rows]
         queries, positives = [r["query_ids"] for r in rows], [r["target_ids"][0] for r in rows]

@@ -2,10 +2,11 @@
 // a row, one for the exponentials. The mathematics is that of kernels/torch/linear_logprob.py:
 //
 //     x_v = scale · (z_v + b_v),  t_v = tanh(x_v / softcap) or x_v,  gain = softcap or 1           (first pass: largest)
-//     e_v = exp(gain · t_v − running_max),  running_sumexp += Σ_{v≠y} e_v,  E_v = e_v · cap'(x_v) or 0 at the target  (second pass)
+//     e_v = exp(gain · t_v − running_max),  running_sumexp += Σ_{v≠y} e_v                          (second pass)
+//     E_v = e_v · cap'(x_v), 0 at the target
 //
-// `running_max` is raised where the largest logit exceeds it by more than RESCALE_THRESHOLD; then `running_sumexp` and, by the caller, the sums over
-// earlier columns are multiplied by `rescale`.
+// `running_max` is raised where the largest logit exceeds it by more than RESCALE_THRESHOLD. Then `running_sumexp` is
+// multiplied by `rescale`, and the caller does the same with its sums over earlier columns.
 //
 // The file is compiled once per machine code level, with LEVEL and LANES defined and that level's flags. It is written
 // in GCC's and Clang's vector extension, so every level is the same source. No header with inline functions may be
@@ -82,9 +83,9 @@ INLINE Float power_of_two(Float shifted) {  // shifted = n + 1.5 · 2^23, n inte
     return (Float)(((Unsigned)shifted + 127u) << 23);
 }
 
-// exp for x in [MIN_EXPONENT, 88]; unspecified elsewhere but NaN for NaN. Reduction by n ln 2 in two parts, the first of few
-// bits so that the product is exact; exp(r) = 1 + r + r² q(r), q minimax on |r| ≤ ln 2 / 2 (Lawson's iteration), relative
-// error of exp 4e-9 with these rounded coefficients.
+// exp for x in [MIN_EXPONENT, 88]; unspecified elsewhere, but NaN for NaN. Reduction by n ln 2 in two parts, the first of
+// few bits so that the product is exact; exp(r) = 1 + r + r² q(r), q minimax on |r| ≤ ln 2 / 2 (Lawson's iteration). The
+// relative error of exp is 4e-9 with these rounded coefficients.
 INLINE Float exp_reduced(Float x) {
     const Float shifter = splat(12582912.0f);
     const Float shifted = x * 1.44269504088896341f + shifter;
@@ -158,7 +159,8 @@ INLINE float first_pass(float* row, const float* bias, int64_t v, float inner, f
 
 // Second pass over the tile [i, end): E into out, Σ e into sum. CHECKED tiles hold the target or the row's end.
 template <bool SOFTCAP, bool CHECKED, typename Out>
-INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, float gain, float running_max, Double& sum) {
+INLINE void tile(const float* row, Out* out, int64_t i, int64_t end, int64_t y, float gain, float running_max,
+                 Double& sum) {
     Float partial[UNROLL] = {};
     constexpr bool write = sizeof(Out) > 1;
     auto step = [&](int64_t at, Float& part) __attribute__((always_inline)) {

@@ -9,18 +9,18 @@ enum class Store { nothing, fp32, bf16 };
 
 // One call over rows [0, R) of a block of logits (R, C); everything per row is indexed by the row.
 struct Epilogue {
-    float* logits;          // (R, C) in, E out, in place; bf16 E fills the first half of each row's bytes
-    int64_t row_stride;     // in floats
-    int64_t columns;        // C
-    const int64_t* target;  // (R,) the target's column; outside [0, C) in blocks without it
-    const float* bias;      // (C,) or null
-    float softcap;          // 0: none
+    float* logits;           // (R, C) in, E out, in place; bf16 E fills the first half of each row's bytes
+    int64_t row_stride;      // in floats
+    int64_t columns;         // C
+    const int64_t* target;   // (R,) the target's column; outside [0, C) in blocks without it
+    const float* bias;       // (C,) or null
+    float softcap;           // 0: none
     float scale;
-    Store store;           // nothing: no E is needed, logits may still be overwritten
-    double* running_max;           // (R,) in and out: no logit so far is larger than running_max + RESCALE_THRESHOLD
-    double* running_sumexp;          // (R,) in and out: Σ exp(logit − running_max) over all columns so far but the target
-    double* target_logit;  // (R,) out where the target is here
-    double* rescale;       // (R,) out: what sums over earlier columns are to be multiplied by
+    Store store;             // nothing: no E is needed, logits may still be overwritten
+    double* running_max;     // (R,) in and out: no logit so far is larger than running_max + RESCALE_THRESHOLD
+    double* running_sumexp;  // (R,) in and out: Σ exp(logit − running_max) over all columns so far but the target
+    double* target_logit;    // (R,) out where the target is here
+    double* rescale;         // (R,) out: the factor for sums over earlier columns
 };
 
 // One machine code level: epilogue.cpp compiled with that level's flags.

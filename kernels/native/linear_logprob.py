@@ -1,7 +1,8 @@
 """Token log-probabilities of a linear head on a CPU: torch's GEMMs, and between them one C++ kernel per block.
 
-The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py; what differs is the middle
-step, `_native.epilogue` (epilogue.cpp): two passes over a row in cache where torch makes about eight over the block.
+The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py; what differs is the step
+between the GEMMs, `_native.epilogue` (epilogue.cpp): two passes over a row in cache, where torch makes about eight over
+the block.
 """
 
 from __future__ import annotations
@@ -13,31 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import autoregembed
-from autoregembed._version import __version__
 from autoregembed.kernels.torch import linear_logprob as driver
 
 try:
-    from autoregembed import _native
+    from autoregembed import _native as extension
 except ImportError as error:
-    _native, _import_error = None, error
-
-
-def _unavailable() -> str | None:
-    if _native is None:
-        report = Path(autoregembed.__file__).with_name("_native.txt")  # left by setup.py when a build failed
-        if report.is_file():
-            return report.read_text(encoding="utf-8").strip()
-        if "_native" in str(_import_error):
-            return "not built: it needs CMake, a C++17 compiler and AUTOREGEMBED_NATIVE other than 0 at installation"
-        return f"does not load: {_import_error}"
-    found = getattr(_native, "__version__", "without a version")
-    return None if found == __version__ else f"is version {found} in a package of version {__version__}; install again"
-
-
-# Why the native module cannot be used, or None.
-UNAVAILABLE = _unavailable()
-
+    extension, import_error = None, str(error)
+else:
+    import_error = ""
 
 # Without such instructions a bf16 product is far slower than an fp32 one, widening included.
 _cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()
@@ -46,7 +30,7 @@ MULTIPLIES_BF16 = bool(_cpu.get("avx512_bf16") or _cpu.get("amx_bf16"))
 
 def describe() -> str:
     """Machine code level, threads and compiler of the module in use."""
-    info = _native.build_info()
+    info = extension.build_info()
     return f": {info['level']}, {info['threads']}, {info['compiler']}"
 
 
@@ -59,11 +43,12 @@ def _torch_openmp() -> int:
         return 0
 
 
-if UNAVAILABLE is None:
-    _native.set_gomp_parallel(_torch_openmp())
+# A module of another version may lack the function; ops/_dispatch.py refuses such a module.
+if hasattr(extension, "set_gomp_parallel"):
+    extension.set_gomp_parallel(_torch_openmp())
 
 
-def _middle(
+def softmax_block(
     z: Tensor,  # (R, C) float32
     y: Tensor,  # (R,) int64
     state: driver.State,
@@ -72,14 +57,15 @@ def _middle(
     scale: float,
     gradient: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
+    """`driver.SoftmaxBlock` in C++; e is bf16 where the product that follows is."""
     rescale = torch.empty_like(state.running_max)
     bf16 = gradient == torch.bfloat16 and MULTIPLIES_BF16
     store = "nothing" if gradient is None else "bf16" if bf16 else "fp32"
     bias = None if bias is None else bias.float().contiguous()
-    _native.epilogue(z, y.contiguous(), bias, softcap, scale, store, *state, rescale, torch.get_num_threads())
+    extension.epilogue(z, y.contiguous(), bias, softcap, scale, store, *state, rescale, torch.get_num_threads())
     return (z.view(torch.bfloat16)[:, : z.shape[1]] if bf16 else z), rescale
 
 
 # For float16, bfloat16 and float32.
-forward = functools.partial(driver.forward, middle=_middle)
-backward = functools.partial(driver.backward, middle=_middle)
+forward = functools.partial(driver.forward, block=softmax_block)
+backward = functools.partial(driver.backward, block=softmax_block)

@@ -8,10 +8,10 @@ Derivation. With logits z = cap(scale · (h Wᵀ + b)), cap(x) = softcap · tanh
 W is frozen and the upstream gradient is one number g per row, hence dh = g · U: the forward can leave U behind
 while the logits are at hand, and the backward is a row scale. That is 2F in all (F = 2·N·V·D FLOPs).
 
-Blocks. The logits exist in blocks of some rows and some columns: Z = H W_cᵀ, e = exp(Z − running_max) over Z in place, and at
-once U += e W_c, while Z and W_c are still in a CPU's caches. No pass over logits in main memory is left. `running_max` is a
-running bound of a row's logits and `running_sumexp` its running sum; where a block raises the bound by more than RESCALE_THRESHOLD, what has
-been summed so far is scaled (as in FlashAttention), in most blocks of no row.
+Blocks. The logits exist in blocks of some rows and some columns: Z = H W_cᵀ, then e = exp(Z − running_max) over Z in
+place, then U += e W_c while Z and W_c are still in a CPU's caches. No pass over logits in main memory is left.
+`running_max` is a running bound of a row's logits and `running_sumexp` its running sum. A block that raises the bound
+by more than RESCALE_THRESHOLD scales what has been summed so far (as in FlashAttention); most blocks raise none.
 
 Exactness of the target column. 1 − p_y cancels when p_y → 1, so the target is left out of e and of U:
 with running_sumexp = Σ_{v≠y} e_v, the row sum is s = running_sumexp + e_y, 1 − p_y = running_sumexp / s, and
@@ -28,26 +28,36 @@ import torch
 from torch import Tensor
 
 # Rows and bytes of logits of a block, and bytes of the rows of W that it meets (in fp32). CPU: all of it stays in the
-# caches; measured by bench/bench_epilogue_cpu.py --blocks. Elsewhere: few launches, and thousands of rows, far above
+# caches; measured by bench/bench_linear_logprob_cpu.py --blocks. Elsewhere: few launches, and thousands of rows, far above
 # the ~300 that make the streaming of W compute-bound.
 ROWS = {"cpu": 1536, "cuda": 8192}
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 WEIGHT_BYTES = {"cpu": 3 << 20, "cuda": 1 << 62}
 COLUMNS = 512  # of a block: a multiple of this
 
-# Bytes of the logits of some rows, all columns, alive at once where the weight is trained.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# Bytes of a chunk of logits: some rows, all columns. CUDA: with V = 128256 these are 1024 rows of fp32, and U of 8192
+# rows at D = 4096 still fits beside them in 600 MB.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 528_000_000}
+CHUNK_ROWS = 128  # of a chunk that is large enough: a multiple of this
 
-# exp(MIN_EXPONENT) = 2e-35: far below eps even times V, and far above the denormals that slow a CPU's exp and GEMM tenfold.
+# exp(MIN_EXPONENT) = 2e-35: far below eps even times V, and far above the denormals that slow a CPU's exp and GEMM
+# tenfold.
 MIN_EXPONENT = -80.0
 
-# A row's bound is raised by no less: exp(RESCALE_THRESHOLD) is small for fp16 and lets most bounds stay after the first block.
+# A row's bound is raised by no less: exp(RESCALE_THRESHOLD) is small for fp16 and lets most bounds stay after the first
+# block.
 RESCALE_THRESHOLD = 8.0
 
 
-def rows_per_chunk(device: torch.device, vocabulary: int, itemsize: int) -> int:
+def rows_per_chunk(rows: int, columns: int, itemsize: int, device: torch.device) -> int:
+    """Rows of one chunk of (rows, columns) logits, cut evenly; `rows` where one chunk is enough."""
     budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    return max(1, budget // max(1, vocabulary * itemsize))
+    most = max(1, budget // max(1, columns * itemsize))
+    if rows <= most:
+        return max(rows, 1)
+    most = most // CHUNK_ROWS * CHUNK_ROWS or most
+    even = -(-rows // -(-rows // most))
+    return min(most, -(-even // CHUNK_ROWS) * CHUNK_ROWS)
 
 
 def block_shape(device: torch.device, n: int, v: int, d: int, itemsize: int) -> tuple[int, int]:
@@ -58,8 +68,9 @@ def block_shape(device: torch.device, n: int, v: int, d: int, itemsize: int) -> 
     return max(1, rows), min(v, max(COLUMNS, columns // COLUMNS * COLUMNS))
 
 
-def _working_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of logits, sums and log-probabilities."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _must_widen(x: Tensor) -> bool:
@@ -91,7 +102,7 @@ class State(NamedTuple):
 
 
 class SoftmaxBlock(Protocol):
-    """The step between the two GEMMs on a block of C columns, the part of this route that another one may replace."""
+    """The step between the two GEMMs on a block of C columns, the part of this backend that another one may replace."""
 
     def __call__(
         self,
@@ -103,8 +114,10 @@ class SoftmaxBlock(Protocol):
         scale: float,
         gradient: torch.dtype | None,  # the dtype of the product that e goes into; None: e is not needed
     ) -> tuple[Tensor, Tensor]:
-        """e = cap'(x) · exp(z − running_max), (R, C), 0 at the target, in the memory of z, in its dtype or in `gradient`;
-        and (R,) by which sums over earlier columns are to be multiplied."""
+        """Returns e (R, C) and the factor (R,) of sums over earlier columns.
+
+        e = cap'(x) · exp(z − running_max), 0 at the target, in the memory of z, in its dtype or in `gradient`.
+        """
         ...
 
 
@@ -166,6 +179,12 @@ def _accumulate(u: Tensor, rescale: Tensor, e: Tensor, w: Tensor, first: bool) -
         u += torch.mm(e.to(w.dtype), w, out_dtype=u.dtype)
 
 
+def _rows_that_count(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Places of the rows that are not ignored, ascending; None: all of them."""
+    keep = target != ignore_index
+    return None if bool(keep.all()) else keep.nonzero().squeeze(1)
+
+
 def forward(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
@@ -175,19 +194,15 @@ def forward(
     scale: float,
     ignore_index: int,
     with_gradient: bool,
-    middle: SoftmaxBlock = softmax_block,
+    block: SoftmaxBlock = softmax_block,
 ) -> tuple[Tensor, Tensor]:
     """Returns logprob (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
-    keep = target != ignore_index
-    if not bool(keep.all()):
-        kept = keep.nonzero().squeeze(1)
-        some, some_u = forward(
-            hidden[kept], weight, target[kept], bias, softcap, scale, ignore_index, with_gradient, middle
-        )
-        logprob = some.new_zeros(len(hidden)).index_copy_(0, kept, some)
-        return logprob, torch.zeros_like(hidden).index_copy_(0, kept, some_u) if with_gradient else some_u
+    given = hidden
+    kept = _rows_that_count(target, ignore_index)
+    if kept is not None:
+        hidden, target = hidden[kept], target[kept]
     (n, d), v = hidden.shape, weight.shape[0]
-    work = _working_dtype(hidden)
+    work = work_dtype(hidden)
     logprob = hidden.new_empty(n, dtype=work)
     u = hidden.new_empty(n if with_gradient else 0, d)
     gradient = weight.dtype if with_gradient else None
@@ -204,7 +219,7 @@ def forward(
             wide = w.float() if _must_widen(w) else w
             z = _logits(h, wide, buffer[: len(h) * len(w)].view(len(h), len(w)))
             some_bias = None if bias is None else bias[j : j + width]
-            e, rescale = middle(z, y - j, state, some_bias, softcap, scale, gradient)
+            e, rescale = block(z, y - j, state, some_bias, softcap, scale, gradient)
             if with_gradient:
                 _accumulate(total, rescale, e, w if e.dtype == w.dtype else wide, first=j == 0)
         logprob[rows], at_target, elsewhere = state.finish(softcap, scale)
@@ -212,6 +227,9 @@ def forward(
             total.mul_(elsewhere[:, None].to(work)).addcmul_(weight[y].to(work), at_target[:, None].to(work))
             if not in_place:
                 u[rows] = total
+    if kept is not None:
+        logprob = logprob.new_zeros(len(given)).index_copy_(0, kept, logprob)
+        u = torch.zeros_like(given).index_copy_(0, kept, u) if with_gradient else u
     return logprob, u
 
 
@@ -224,29 +242,26 @@ def backward(
     softcap: float | None,
     scale: float,
     ignore_index: int,
-    middle: SoftmaxBlock = softmax_block,
+    block: SoftmaxBlock = softmax_block,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a trainable head by recomputing the logits: hidden (N, D), weight (V, D), bias (V,)."""
-    keep = target != ignore_index
-    if not bool(keep.all()):
-        kept = keep.nonzero().squeeze(1)
-        some, d_weight, d_bias = backward(
-            grad[kept], hidden[kept], weight, target[kept], bias, softcap, scale, ignore_index, middle
-        )
-        return torch.zeros_like(hidden).index_copy_(0, kept, some), d_weight, d_bias
+    given = hidden
+    kept = _rows_that_count(target, ignore_index)
+    if kept is not None:
+        grad, hidden, target = grad[kept], hidden[kept], target[kept]
     n, v = len(hidden), weight.shape[0]
-    work = _working_dtype(hidden)
+    work = work_dtype(hidden)
     w = weight.float() if _must_widen(weight) else weight
     d_hidden = torch.empty_like(hidden)
     d_weight = torch.zeros_like(weight, dtype=work)
     d_bias = weight.new_zeros(v, dtype=work)
-    step = rows_per_chunk(hidden.device, v, work.itemsize)
+    step = rows_per_chunk(n, v, work.itemsize, hidden.device)
     buffer = hidden.new_empty(min(step, n), v, dtype=work)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
         h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
         y, state = target[rows], State.start(len(h), h.device)
-        e, _ = middle(_logits(h, w, buffer[: len(h)]), y, state, bias, softcap, scale, work)
+        e, _ = block(_logits(h, w, buffer[: len(h)]), y, state, bias, softcap, scale, work)
         _, at_target, elsewhere = state.finish(softcap, scale)
         e.mul_((elsewhere * grad[rows]).to(work)[:, None])
         e.scatter_(1, y[:, None], (at_target * grad[rows]).to(work)[:, None])
@@ -257,4 +272,6 @@ def backward(
             d_weight.addmm_(e.t(), h)
         else:
             d_weight += torch.mm(e.t(), h, out_dtype=work)
+    if kept is not None:
+        d_hidden = torch.zeros_like(given).index_copy_(0, kept, d_hidden)
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)

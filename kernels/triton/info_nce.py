@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autoregembed.kernels.torch.linear_logprob import rows_per_chunk, work_dtype
 from autoregembed.kernels.triton import tiles
 from autoregembed.kernels.triton.linear_logprob import epilogue, score
-from autoregembed.kernels.triton.primitives import Logits, chunk_rows, dense, launch, matmul, work_dtype
+from autoregembed.kernels.triton.primitives import Logits, dense, launch, matmul
 
 EPS = 1e-12  # of torch.nn.functional.normalize
 NEVER = -(2**31)  # ignore_index: every target counts
@@ -57,7 +58,7 @@ def _unit_backward(
     tl.store(out_ptr + tl.cast(row, tl.int64) * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def _normalise(x: Tensor, with_unit: bool) -> tuple[Tensor, Tensor | None]:
+def _normalize(x: Tensor, with_unit: bool) -> tuple[Tensor, Tensor | None]:
     """1/|x| (R,) in the working dtype, and x̂ (R, D) in x's."""
     rows, d = x.shape
     inverse = x.new_empty(rows, dtype=work_dtype(x))
@@ -94,8 +95,8 @@ def forward(
     (b, d), p = query.shape, len(passages)
     query, passages, target = dense(query), dense(passages), target.contiguous()
     passage_ids = None if passage_ids is None else passage_ids.contiguous()
-    q_inverse, q_unit = _normalise(query, passage_gradient)
-    p_inverse, p_unit = _normalise(passages, query_gradient)
+    q_inverse, q_unit = _normalize(query, passage_gradient)
+    p_inverse, p_unit = _normalize(passages, query_gradient)
     d_query, d_passages = query.new_empty(0, d), passages.new_empty(0, d)
     work = work_dtype(query)
     if not (query_gradient or passage_gradient) and work != torch.float64:
@@ -107,7 +108,7 @@ def forward(
     logprob = query.new_empty(b, dtype=work)
     g_query = query.new_empty(b, d, dtype=work) if query_gradient else None
     g_passages = None
-    step = chunk_rows(b, p, work.itemsize)
+    step = rows_per_chunk(b, p, work.itemsize, query.device)
     memory = Logits(step, p, query.dtype, query.device)
     for i in range(0, b, step):
         rows = slice(i, min(i + step, b))

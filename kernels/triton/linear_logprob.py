@@ -1,19 +1,19 @@
 """Token log-probabilities of a linear head on a GPU, and their gradients in two GEMMs.
 
-Derivation. kernels/torch/linear_logprob.py has the algebra: with p = softmax(z) and the target taken out of the row,
-running_sumexp = Σ_{v≠y} e^{z_v − running_max},
+Derivation. kernels/torch/linear_logprob.py has the algebra. With p = softmax(z), m the maximum of a row and the target
+taken out of its sum, r = Σ_{v≠y} e^{z_v − m} (`running_sumexp`), and c_v the softcap's slope (`softcap_grad`):
 
-    logprob = (z_y − running_max) − log(running_sumexp + e^{z_y − running_max})                     (1)
-    E_v = −softcap_grad_v · p_v,   E_y = softcap_grad_y · running_sumexp / (running_sumexp + e^{z_y − running_max})   (2)
+    logprob = (z_y − m) − log(r + e^{z_y − m})                             (1)
+    E_v = −c_v p_v,   E_y = c_y · r / (r + e^{z_y − m})                    (2)
     U = scale · E W = d logprob / d hidden                                 (3)
 
 `cublas`. Per chunk of rows: Z = H Wᵀ (library GEMM, 16-bit operands, fp32 result), `_epilogue` over Z in place, then
-U = E W. `_epilogue` reads Z from memory once. While it goes along a row it leaves e^{z − m} in the dtype of E, m being
-the maximum so far, over the bytes of the fp32 logits that it has read, and multiplies by e^{m − running_max} / s once the
-row's running_max and sum are known. What is read again is half a row of 16-bit numbers a multiprocessor, and comes from L2.
+U = E W. `_epilogue` reads Z from memory once. On its way along a row it writes e^{z − m'} in the dtype of E, m' being
+the maximum so far, over the bytes of the fp32 logits that it has read. Once it knows the row's m and its sum s, it
+multiplies by e^{m' − m} / s. What it reads again is half a row of 16-bit numbers a multiprocessor, which comes from L2.
 
-`tiled`. `_tiled_forward` is a GEMM whose own epilogue leaves e^{z − m} with m the maximum of a tile's row, and per
-tile the sums; `_tiled_backward` multiplies by e^{m − lse} while it loads, so that E is written once.
+`tiled`. `_tiled_forward` is a GEMM whose own epilogue writes e^{z − m'}, m' being the maximum of a tile's row, and the
+sums of each tile; `_tiled_backward` multiplies by e^{m' − lse} while it loads, so that E is written once.
 
 `_score` keeps no logits: every program streams a part of the vocabulary past a block of rows with an online
 log-sum-exp; `_combine` puts the parts together in a fixed order. Sums depend on the split, which depends on N, so the
@@ -30,11 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autoregembed.kernels.torch.linear_logprob import rows_per_chunk, work_dtype
 from autoregembed.kernels.triton import tiles
 from autoregembed.kernels.triton.primitives import (
     Logits,
     capped,
-    chunk_rows,
     dense,
     finite_shift,
     launch,
@@ -42,10 +42,8 @@ from autoregembed.kernels.triton.primitives import (
     multiprocessors,
     operand,
     product_tile,
-    sequence_of,
     split_count,
     tma_ready,
-    work_dtype,
 )
 
 
@@ -223,9 +221,8 @@ def _combine(
         m = tl.load(max_ptr + at, mask=inside, other=0.0)
         new_max = tl.maximum(running_max, m)
         shift = finite_shift(new_max)
-        running_sumexp = running_sumexp * tl.exp(running_max - shift) + tl.load(
-            sumexp_ptr + at, mask=inside, other=0.0
-        ) * tl.exp(m - shift)
+        part_sumexp = tl.load(sumexp_ptr + at, mask=inside, other=0.0)
+        running_sumexp = running_sumexp * tl.exp(running_max - shift) + part_sumexp * tl.exp(m - shift)
         z_y = tl.maximum(z_y, tl.load(zy_ptr + at, mask=inside, other=0.0))
         running_max = new_max
     shift = finite_shift(running_max)
@@ -259,7 +256,7 @@ def _tiled_forward(
     SOFTCAP: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """GEMM with softcap_grad · e^{z − m} as its result, m the maximum of the tile's row, and the parts that _combine reads."""
+    """GEMM with softcap_grad · e^{z − m} as its result, m the maximum of the tile's row; and the parts for _combine."""
     cap = tl.full((), softcap, tl.float32)
     factor = tl.full((), scale, tl.float32)
     blocks = tl.cdiv(N, ROWS)
@@ -342,30 +339,6 @@ def _tiled_backward(
         u_at = u_ptr + (tl.cast(split, tl.int64) * N + block * ROWS) * D + d_tile * COLS
         local = tl.arange(0, ROWS)[:, None] * D + tl.arange(0, COLS)[None, :]
         tl.store(u_at + local, acc, mask=(row < N)[:, None] & (d < D)[None, :])
-
-
-@triton.jit(do_not_specialize=["S", "N"])
-def _sequence_sum(x_ptr, cu_ptr, out_ptr, S, N, BLOCK: tl.constexpr):
-    """out[i] = Σ x[cu[i] : cu[i+1]], always added in the same order; NaN where cu is not a row from 0 to N."""
-    i = tl.program_id(0)
-    first = tl.load(cu_ptr + i).to(tl.int64)
-    last = tl.load(cu_ptr + i + 1).to(tl.int64)
-    good = (first >= 0) & (first <= last) & (last <= N) & ((i > 0) | (first == 0)) & ((i < S - 1) | (last == N))
-    count = tl.where(good, last - first, 0)
-    sums = tl.zeros((BLOCK,), x_ptr.dtype.element_ty)
-    for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        sums += tl.load(x_ptr + first + at, mask=at < count, other=0.0)
-    tl.store(out_ptr + i, tl.where(good, tl.sum(sums), float("nan")))
-
-
-@triton.jit(do_not_specialize=["S", "N", "steps"])
-def _sequence_expand(x_ptr, cu_ptr, out_ptr, S, N, steps, BLOCK: tl.constexpr):
-    """out[t] = x of the sequence that holds t; NaN where none does."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    s, start, end = sequence_of(cu_ptr, row, S, steps)
-    x = tl.load(x_ptr + s)
-    tl.store(out_ptr + row, tl.where((row >= start) & (row < end), x, float("nan")), mask=row < N)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -551,7 +524,7 @@ def forward(
     logprob = hidden.new_empty(n, dtype=work)
     head = (weight, target, bias, softcap, scale, ignore_index)
     tiled = method == "tiled" and work != torch.float64
-    step = chunk_rows(n, v, hidden.element_size() if tiled else work.itemsize)
+    step = rows_per_chunk(n, v, hidden.element_size() if tiled else work.itemsize, hidden.device)
     memory = None if tiled else Logits(min(step, n), v, hidden.dtype, hidden.device)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
@@ -582,7 +555,7 @@ def backward(
     d_weight = torch.zeros(v, d, dtype=work, device=weight.device)
     d_bias = torch.zeros(v, dtype=work, device=weight.device)
     if n > 0:
-        step = chunk_rows(n, v, work.itemsize)
+        step = rows_per_chunk(n, v, work.itemsize, hidden.device)
         memory = Logits(min(step, n), v, hidden.dtype, hidden.device)
         unused = torch.empty(min(step, n), dtype=work, device=hidden.device)
         product = torch.empty(v, d, dtype=work, device=weight.device)
@@ -599,30 +572,6 @@ def backward(
             d_weight += matmul(e.t(), h, product)
             d_bias += e.sum(0, dtype=work)
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
-
-
-def sequence_sum(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Sums of x (N,) over [cu_seqlens[i], cu_seqlens[i+1]): (S,)."""
-    s = len(cu_seqlens) - 1
-    out = x.new_empty(s)
-    t = tiles.tile("sequence_sum", x.device)
-    launch(
-        _sequence_sum, s, x.device, x.contiguous(), cu_seqlens.contiguous(), out, s, len(x), BLOCK=t.cols, **t.options
-    )
-    return out
-
-
-def sequence_expand(x: Tensor, cu_seqlens: Tensor, length: int) -> Tensor:
-    """x (S,) repeated over the rows of each sequence: (N,). The backward of `sequence_sum`."""
-    s = len(x)
-    out = x.new_empty(length)
-    t = tiles.tile("sequence_sum", x.device)
-    if s > 0:
-        launch(
-            _sequence_expand, triton.cdiv(length, t.cols), x.device,
-            x.contiguous(), cu_seqlens.contiguous(), out, s, length, s.bit_length(), BLOCK=t.cols, **t.options,
-        )  # fmt: skip
-    return out
 
 
 def scale_rows(grad: Tensor, u: Tensor) -> Tensor:

@@ -14,11 +14,6 @@ from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-# Bytes of one chunk of logits. GPU: with V = 128256 that is 1024 rows of fp32, far above the ~300 rows that make the
-# streaming of W compute-bound, and U of 8192 rows at D = 4096 still fits beside it in 600 MB.
-CHUNK_BYTES = 528_000_000
-CHUNK_ROWS = 128
-
 _recorder: Callable[..., None] | None = None
 
 
@@ -69,23 +64,17 @@ def split_count(blocks: int, limit: int, processors: int) -> int:
     return best
 
 
-def work_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def dense(x: Tensor) -> Tensor:
     """x (rows, columns) with columns next to each other in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
-    """Rows of one chunk of logits: whole multiples of CHUNK_ROWS, cut evenly."""
-    most = max(1, CHUNK_BYTES // (vocabulary * itemsize))
-    if rows <= most:
-        return max(rows, 1)
-    most = most // CHUNK_ROWS * CHUNK_ROWS or most
-    even = -(-rows // -(-rows // most))
-    return min(most, -(-even // CHUNK_ROWS) * CHUNK_ROWS)
+def inverse_index(index: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
+    """Who reads each of `size` items: order[first[i] : first[i + 1]], ascending. None stands for the identity."""
+    if index is None:
+        return None, None
+    values, order = index.sort(stable=True)
+    return order, torch.searchsorted(values, torch.arange(size + 1, device=index.device, dtype=values.dtype))
 
 
 class Logits:

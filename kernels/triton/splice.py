@@ -1,7 +1,7 @@
-"""Rows moved between packs: `pool_last_k` reads z out of the encoder's output, `splice` writes the decoder's input.
+"""The decoder's packed input: rows of z among embedding rows.
 
-Both are gathers in either direction. A backward that would scatter (several pairs read the same z) goes through the
-inverse of the index instead, so that every output row is written once, by one program, in a fixed order.
+Both directions are gathers. Several pairs may read the same z; the backward goes through the inverse of the index, so
+that one program writes an output row once, in a fixed order, where scattering would need atomics.
 
 Nothing is read on the host: an index or id out of range, or a pack that is too short, gives rows of NaN.
 """
@@ -14,65 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autoregembed.kernels.triton import tiles
-from autoregembed.kernels.triton.primitives import launch, sequence_of
-
-
-@triton.jit(do_not_specialize=["B", "T", "outputs"])
-def _pool_last_k(
-    hidden_ptr, cu_ptr, index_ptr, out_ptr,  # (T, D), (B+1,), (outputs,) or None, (outputs, K, D)
-    B, T, outputs, K, D, stride,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """out[i, k] = hidden[cu[index[i] + 1] − K + k]"""
-    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = out_row < outputs * K
-    s = (out_row // K).to(tl.int64)
-    if index_ptr is not None:
-        s = tl.load(index_ptr + s, mask=inside, other=0).to(tl.int64)
-    good = (s >= 0) & (s < B)
-    s = tl.where(good, s, 0)
-    end = tl.load(cu_ptr + s + 1, mask=inside, other=0).to(tl.int64)
-    start = tl.load(cu_ptr + s, mask=inside, other=0).to(tl.int64)
-    row = end - K + out_row % K
-    good = good & (start >= 0) & (end - K >= start) & (end <= T)
-    for first in range(0, D, COLS):
-        d = first + tl.arange(0, COLS)
-        mask = inside[:, None] & (d < D)[None, :]
-        x = tl.load(hidden_ptr + row[:, None] * stride + d[None, :], mask=mask & good[:, None], other=float("nan"))
-        tl.store(out_ptr + out_row.to(tl.int64)[:, None] * D + d[None, :], x, mask=mask)
-
-
-@triton.jit(do_not_specialize=["B", "T", "steps"])
-def _pool_last_k_backward(
-    grad_ptr, cu_ptr, order_ptr, first_ptr, out_ptr,  # (outputs, K, D), (B+1,), (outputs,), (B+1,), (T, D)
-    B, T, steps, K, D,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """out[t] = Σ over the outputs that read t. Those of sequence s are order[first[s] : first[s + 1]]."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < T
-    s, _, end = sequence_of(cu_ptr, row, B, steps)
-    k = row - (end - K)
-    taken = inside & (k >= 0) & (k < K)
-    if order_ptr is not None:
-        first = tl.load(first_ptr + s)
-        count = tl.where(taken, tl.load(first_ptr + s + 1) - first, 0)
-    else:
-        first = s
-        count = tl.where(taken, 1, 0)
-    most = tl.max(count)
-    for start in range(0, D, COLS):
-        d = start + tl.arange(0, COLS)
-        total = tl.zeros((ROWS, COLS), tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32)
-        for n in range(0, most):
-            i = first + n
-            if order_ptr is not None:
-                i = tl.load(order_ptr + i, mask=n < count, other=0)
-            at = (i * K + k).to(tl.int64)[:, None] * D + d[None, :]
-            mask = (n < count)[:, None] & (d < D)[None, :]
-            total += tl.load(grad_ptr + at, mask=mask, other=0.0).to(total.dtype)
-        at = out_ptr + row.to(tl.int64)[:, None] * D + d[None, :]
-        tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+from autoregembed.kernels.triton.primitives import inverse_index, launch, sequence_of
 
 
 @triton.jit(do_not_specialize=["B", "S", "T", "V", "steps", "offset"])
@@ -142,48 +84,16 @@ def _splice_backward(
         tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 
-def _inverse(index: Tensor | None, size: int) -> tuple[Tensor | None, Tensor | None]:
-    """Who reads each of `size` items: order[first[i] : first[i + 1]], ascending. None stands for the identity."""
-    if index is None:
-        return None, None
-    values, order = index.sort(stable=True)
-    return order, torch.searchsorted(values, torch.arange(size + 1, device=index.device, dtype=values.dtype))
-
-
-def pool_last_k(hidden: Tensor, cu_seqlens: Tensor, k: int, index: Tensor | None) -> Tensor:
-    """(T, D), (B+1,), (outputs,) or None -> (outputs, K, D)"""
-    b, (t, d) = len(cu_seqlens) - 1, hidden.shape
-    outputs = b if index is None else len(index)
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    out = hidden.new_empty(outputs, k, d)
-    size = tiles.tile("rows", hidden.device)
-    launch(
-        _pool_last_k, triton.cdiv(outputs * k, size.rows), hidden.device,
-        hidden, cu_seqlens, index, out, b, t, outputs, k, d, hidden.stride(0),
-        ROWS=size.rows, COLS=size.cols, **size.options,
-    )  # fmt: skip
-    return out
-
-
-def pool_last_k_backward(grad: Tensor, cu_seqlens: Tensor, index: Tensor | None, length: int) -> Tensor:
-    """(outputs, K, D) -> (T, D)"""
-    b, (_, k, d) = len(cu_seqlens) - 1, grad.shape
-    out = grad.new_empty(length, d)
-    if b == 0:
-        return out.zero_()
-    size = tiles.tile("rows", grad.device)
-    launch(
-        _pool_last_k_backward, triton.cdiv(length, size.rows), grad.device,
-        grad.contiguous(), cu_seqlens, *_inverse(index, b), out, b, length, b.bit_length(), k, d,
-        ROWS=size.rows, COLS=size.cols, **size.options,
-    )  # fmt: skip
-    return out
-
-
-def splice(
-    z: Tensor, embedding: Tensor, ids: Tensor, cu_seqlens: Tensor, z_index: Tensor | None, offset: int, scale: float
+def forward(
+    z: Tensor,  # (B, K, D)
+    embedding: Tensor,  # (V, D)
+    ids: Tensor,  # (T,)
+    cu_seqlens: Tensor,  # (S+1,)
+    z_index: Tensor | None,  # (S,)
+    offset: int,
+    scale: float,
 ) -> Tensor:
-    """(B, K, D), (V, D), (T,), (S+1,), (S,) or None -> (T, D) in the embedding's dtype"""
+    """(T, D) in the embedding's dtype"""
     (b, k, d), v, t, s = z.shape, len(embedding), len(ids), len(cu_seqlens) - 1
     embedding = embedding if embedding.stride(1) == 1 else embedding.contiguous()
     out = embedding.new_empty(t, d)
@@ -199,16 +109,22 @@ def splice(
     return out
 
 
-def splice_backward(
-    grad: Tensor, cu_seqlens: Tensor, z_index: Tensor | None, offset: int, b: int, k: int, dtype: torch.dtype
+def backward(
+    grad: Tensor,  # (T, D)
+    cu_seqlens: Tensor,  # (S+1,)
+    z_index: Tensor | None,  # (S,)
+    offset: int,
+    b: int,
+    k: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(T, D) -> (B, K, D) in `dtype`"""
+    """(B, K, D) in `dtype`"""
     t, d = grad.shape
     out = grad.new_empty(b, k, d, dtype=dtype)
     size = tiles.tile("rows", grad.device)
     launch(
         _splice_backward, triton.cdiv(b * k, size.rows), grad.device,
-        grad.contiguous(), cu_seqlens, *_inverse(z_index, b), out, b, t, k, offset, d,
+        grad.contiguous(), cu_seqlens, *inverse_index(z_index, b), out, b, t, k, offset, d,
         ROWS=size.rows, COLS=size.cols, **size.options,
     )  # fmt: skip
     return out

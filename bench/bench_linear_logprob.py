@@ -1,4 +1,4 @@
-"""The linear head: per-token log-probabilities with gradient, the scalar-loss job, and scoring."""
+"""linear_logprob: per-token log-probabilities with gradient, the scalar loss, and scoring."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from autoregembed import linear_logprob, ops, reference
 from autoregembed.testing import assert_accurate
 
 from . import workload
-from .baselines import head as baselines
-from .harness import FLOOR, OURS, Case, Variant, is_ours, relative_error, replay
+from .baselines.linear_logprob import job_call
+from .baselines.linear_logprob import variants as baselines
+from .harness import GEMM_ONLY, OURS, Case, Variant, gemm_only, is_gpu, is_ours, relative_error, training_dtype
 
 GEMMS = {"gradient": 2, "scalar": 2, "score": 1}
 # (D, V) of SmolLM2, Qwen2.5-0.5B, a 1B Llama 3, Llama-2-7B, Llama-3-8B; and the numbers of rows measured on a GPU.
@@ -22,7 +23,7 @@ GPU_SHAPES = [(576, 49152), (896, 151936), (2048, 128256), (4096, 32000), (4096,
 GPU_ROWS = [2048, 8192]
 
 
-def _reference(inputs: workload.HeadInputs, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+def _reference(inputs: workload.LinearLogprobInputs, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """Log-probabilities of some rows and their d logprob / d hidden by the specification, and the largest |logit|."""
     h, w = inputs.hidden[rows].to(dtype).requires_grad_(), inputs.weight.to(dtype)
     logprob = reference.linear_logprob(h, w, inputs.target[rows])
@@ -30,7 +31,7 @@ def _reference(inputs: workload.HeadInputs, rows: Tensor, dtype: torch.dtype) ->
     return logprob.detach(), u, float((h.detach() @ w.T).abs().max())
 
 
-def head_case(
+def linear_logprob_case(
     n: int,
     d: int,
     v: int,
@@ -42,17 +43,17 @@ def head_case(
     curve: str | None = None,
     only: set[str] | None = None,
 ) -> Case:
-    """One job at one shape: SmolLM2's own activations at its (D, V) where its package is there, synthetic ones else.
+    """One job at one shape, on SmolLM2's own hidden states at its (D, V), else on synthetic ones.
 
-    Our outputs are held to the numeric rule of the tests; a peer to a hundredth of its largest value in 16 bits and to
-    a ten-thousandth in fp32, and its error is reported. Rows are independent, so a sample of them is checked.
+    Our outputs satisfy the numeric rule of the tests. A baseline's are within 1e-4 (fp32) or 1e-2 (16 bits) of the
+    largest value. Rows are independent, so the check takes a sample of them.
     """
-    made: list[workload.HeadInputs] = []
+    made: list[workload.LinearLogprobInputs] = []
     known: list[tuple[Tensor, Tensor, float]] = []
     rows = torch.unique(torch.linspace(0, n - 1, min(n, 48)).long()).to(device)
 
     def prepare(case: Case) -> None:
-        inputs = workload.head_inputs(n, d, v, device, dtype)
+        inputs = workload.linear_logprob_inputs(n, d, v, device, dtype)
         made[:] = [inputs]
         case.inputs = inputs.describe
         known[:] = [_reference(inputs, rows, dtype) for dtype in (torch.float64, torch.float32)]
@@ -70,72 +71,56 @@ def head_case(
         if is_ours(name):
             for found, eager, exact, factor in pairs:
                 assert_accurate(found, eager, exact, max_logit=top, gradient_factor=factor)
-        room = 1e-4 if dtype == torch.float32 else 1e-2
-        assert max(errors, default=0.0) <= room, f"relative error {max(errors):.0e}, expected {room:.0e}"
+        allowed = 1e-4 if dtype == torch.float32 else 1e-2
+        assert max(errors, default=0.0) <= allowed, f"relative error {max(errors):.0e}, expected {allowed:.0e}"
         return max(errors, default=0.0)
-
-    def floor() -> Callable[[], Any]:
-        logits = torch.empty(n, v, device=device, dtype=dtype)
-        out = torch.empty(n, d, device=device, dtype=dtype)
-
-        def gemms():
-            torch.mm(made[0].hidden, made[0].weight.T, out=logits)
-            if GEMMS[job] == 2:
-                torch.mm(logits, made[0].weight, out=out)
-
-        return gemms
 
     def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return made[0].hidden, made[0].weight, made[0].target, made[0].upstream
 
-    def route(impl: str) -> Variant:
+    def backend(impl: str) -> Variant:
         function = partial(linear_logprob, impl=impl)
-        return Variant(lambda: baselines.job_call(function, job, *data()), note="auto" if impl == "auto" else "")
+        return Variant(lambda: job_call(function, job, *data()), note="auto" if impl == "auto" else "")
 
-    # Not the specification, which is the eager row, and on a CPU not Triton's interpreter.
-    apart = {"reference", "triton" if device == "cpu" else ""}
+    # The specification is what the eager variant runs. On a CPU, "triton" is the interpreter.
+    apart = {"reference", "" if is_gpu(device) else "triton"}
     able = [name for name, state in ops.available_impls(device, dtype).items() if state == "ok" and name not in apart]
-    variants = {FLOOR: Variant(floor, note=f"{GEMMS[job]} bare GEMMs")}
-    variants |= {f"{OURS} ({name})": route("auto" if name == able[0] else name) for name in able}
-    variants |= baselines.variants(job, device.split(":")[0], data)
+    variants = {GEMM_ONLY: gemm_only(lambda: data()[:2], GEMMS[job])}
+    variants |= {f"{OURS} ({name})": backend("auto" if name == able[0] else name) for name in able}
+    variants |= baselines(job, device, data)
     if only is not None:
         variants = {name: x for name, x in variants.items() if name in only or is_ours(name)}
-    size = dtype.itemsize
     return Case(
-        suite="head", op="head", job=job, shape={"N": n, "D": d, "V": v}, dtype=str(dtype)[6:], inputs="",
-        variants=variants, flops=2.0 * GEMMS[job] * n * v * d,
+        op="linear_logprob", job=job, shape={"N": n, "D": d, "V": v}, dtype=dtype, variants=variants,
+        flops=2.0 * GEMMS[job] * n * v * d,
         # The weight once per GEMM, hidden once, the results once; no logits.
-        bytes=float(size * GEMMS[job] * (v * d + n * d) + 4 * n),
+        bytes=float(dtype.itemsize * GEMMS[job] * (v * d + n * d) + 4 * n),
         prepare=prepare, check=check, rounds=rounds, curve=curve, device=device,
     )  # fmt: skip
 
 
 def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
-    gpu = device.startswith("cuda")
-    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if gpu else torch.float32}
-    lean = {**options, "job": "gradient", "only": {FLOOR, "eager"}}
+    gpu = is_gpu(device)
+    options: dict[str, Any] = {"device": device, "dtype": training_dtype(device)}
+    lean = {**options, "job": "gradient", "only": {GEMM_ONLY, "eager"}}
     if quick:
         for job in GEMMS:
-            yield partial(head_case, 64, 32, 500, job, rounds=3, **options)
+            yield partial(linear_logprob_case, 64, 32, 500, job, **options)
         for n in (16, 32):
-            yield partial(head_case, n, 32, 500, curve="N", rounds=3, **lean)
+            yield partial(linear_logprob_case, n, 32, 500, curve="N", **lean)
         return
     if gpu:
         for d, v in GPU_SHAPES:
             for n in GPU_ROWS:
                 for job in GEMMS:
-                    yield partial(head_case, n, d, v, job, rounds=11, **options)
+                    yield partial(linear_logprob_case, n, d, v, job, rounds=11, **options)
     else:
-        for job in ("gradient", "score"):  # the peers that offer a scalar loss alone need a GPU
-            yield partial(head_case, 512, 576, 49152, job, rounds=5, **options)
-        yield partial(head_case, 256, 896, 151936, rounds=3, **lean)
+        for job in ("gradient", "score"):  # the baselines with a scalar loss alone need a GPU
+            yield partial(linear_logprob_case, 512, 576, 49152, job, rounds=5, **options)
+        yield partial(linear_logprob_case, 256, 896, 151936, rounds=3, **lean)
     d, v = (2048, 65536) if gpu else (256, 16384)
     for n in [1024, 2048, 4096, 8192] if gpu else [256, 512, 1024, 2048]:
-        yield partial(head_case, n, d, v, curve="N", **lean)
+        yield partial(linear_logprob_case, n, d, v, curve="N", **lean)
     n = 4096 if gpu else 512
     for v in [16384, 32768, 65536, 131072] if gpu else [4096, 8192, 16384, 32768]:
-        yield partial(head_case, n, d, v, curve="V", **lean)
-
-
-def test_head(variant, benchmark):
-    replay(variant, benchmark)
+        yield partial(linear_logprob_case, n, d, v, curve="V", **lean)

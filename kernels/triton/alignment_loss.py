@@ -30,7 +30,7 @@ def _sigmoid(x):
 
 
 @triton.jit(do_not_specialize=["B", "M"])
-def _alignment(
+def _alignment_loss(
     a_ptr, b_ptr, c_ptr, ra_ptr, rc_ptr, mask_ptr,  # (B,), (B,), (B, M), (B,), (B, M), (B, M)
     loss_ptr, s1_ptr, s2_ptr, accuracy_ptr,  # () each
     da_ptr, db_ptr, dc_ptr,  # (B,), (B,), (B, M)
@@ -78,8 +78,8 @@ def _alignment(
         if SIGN != 0:
             ra = tl.load(ra_ptr + i, mask=i < B, other=0.0)
             signed = margin + SIGN * (ra[:, None] - tl.load(rc_ptr + at, mask=there, other=0.0))
-        s1, slope1 = _sigmoid(beta_w * tl.abs(d))
-        s2, slope2 = _sigmoid(beta_w * signed)
+        s1, s1_grad = _sigmoid(beta_w * tl.abs(d))
+        s2, s2_grad = _sigmoid(beta_w * signed)
         x = (s1[:, None] - s2) / tau
         if JOINT:
             x = tl.where(there, x, -float("inf"))
@@ -95,8 +95,8 @@ def _alignment(
             dx, _ = _sigmoid(x)
             dx = dx * per_pair
         dx = tl.where(there, dx, 0.0) * (beta_w / tau)
-        d1 = slope1 * tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)) * tl.sum(dx, 1)
-        d2 = dx * slope2
+        d1 = s1_grad * tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)) * tl.sum(dx, 1)
+        d2 = dx * s2_grad
         tl.store(da_ptr + i, d1 - tl.sum(d2, 1), mask=i < B)
         tl.store(db_ptr + i, -d1, mask=i < B)
         tl.store(dc_ptr + at, d2, mask=inside)
@@ -126,13 +126,13 @@ def forward(
     scalars = [query_positive.new_empty(()) for _ in range(4)]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format)
                  for x in (query_positive, positive_positive, query_negatives)]  # fmt: skip
-    t = tiles.tile("alignment", query_positive.device)
+    t = tiles.tile("alignment_loss", query_positive.device)
     cols = triton.next_power_of_2(max(m, 1))
     sign = {"add": 1, "subtract": -1, "none": 0}[ref_margin]
     given = (query_positive, positive_positive, query_negatives)
     given += (reference_positive, reference_negatives) if sign else (None, None)
     launch(
-        _alignment, 1, query_positive.device,
+        _alignment_loss, 1, query_positive.device,
         *(None if x is None else x.contiguous() for x in (*given, mask)), *scalars, *gradients,
         b, m, beta, temperature,
         SIGN=sign, JOINT=negatives == "joint", ROWS=max(1, t.rows // cols), COLS=cols, **t.options,

@@ -45,23 +45,23 @@ def assert_gradients(model, expected, prefix):
 
 
 @pytest.mark.parametrize("case", ["small", "negatives3"])
-def test_released_peer_reproduces_the_golden_vectors(shared, case):
+def test_released_baseline_reproduces_the_golden_vectors(shared, case):
     folder = shared / "golden" / case
     expected = load_file(folder / "expected.safetensors")
     batch, (encoder, decoder), ids, rows, reference = golden(folder)
-    peer = Released(encoder.model, decoder, **ids)
+    baseline = Released(encoder.model, decoder, **ids)
     suffixes = [r["suffix_ids"] for r in rows]
-    z = peer.compress([r["query_ids"] for r in rows], suffixes)
+    z = baseline.compress([r["query_ids"] for r in rows], suffixes)
     torch.testing.assert_close(z, expected["compressed_query"], rtol=1e-9, atol=1e-12)
-    a = peer.logprob([r["query_ids"] for r in rows], suffixes, [r["target_ids"][0] for r in rows])
+    a = baseline.logprob([r["query_ids"] for r in rows], suffixes, [r["target_ids"][0] for r in rows])
     torch.testing.assert_close(a, expected["logprob_query_positive"], rtol=1e-9, atol=0)
-    loss = peer.alignment_loss(rows, *reference, beta=batch["beta"], temperature=batch["temperature"])
+    loss = baseline.alignment_loss(rows, *reference, beta=batch["beta"], temperature=batch["temperature"])
     torch.testing.assert_close(loss, expected["alignment_loss"], rtol=1e-9, atol=0)
     loss.backward()
     assert_gradients(encoder.model, expected, "alignment_grad.")
     assert all(p.grad is None for p in decoder.parameters())
     encoder.zero_grad()
-    loss = peer.compression_loss([{**r, "target_ids": r["target_ids"][0]} for r in rows])
+    loss = baseline.compression_loss([{**r, "target_ids": r["target_ids"][0]} for r in rows])
     torch.testing.assert_close(loss, expected["compression_loss"], rtol=1e-9, atol=0)
     loss.backward()
     assert_gradients(encoder.model, expected, "compression_grad.")
@@ -82,7 +82,7 @@ def test_both_stages_give_the_same_loss_and_gradient_as_ours():
     options = {"compress_token_ids": [310, 311, 312], "bos_token_id": 1}
     theirs, ours = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
     frozen = [tiny_model(dtype=torch.float64, initializer_range=0.3) for _ in range(2)]
-    peer = Released(theirs.model, frozen[0], eos_token_id=2, **options)
+    baseline = Released(theirs.model, frozen[0], eos_token_id=2, **options)
     encoder, decoder = Encoder(ours, **options), Decoder(frozen[1], eos_token_id=2)
     suffixes = [r["suffix_ids"] for r in rows]
     texts = [r["query_ids"] for r in rows]
@@ -96,15 +96,17 @@ def test_both_stages_give_the_same_loss_and_gradient_as_ours():
         {"text_ids": r["query_ids"], "suffix_ids": r["suffix_ids"], "target_ids": r["target_ids"][0]} for r in rows
     ]
     slices = [(rows[i : i + 2], *(r[i : i + 2] for r in reference)) for i in range(0, 5, 2)]
-    sliced = sum(peer.alignment_loss(*part, batch=rows) * len(part[0]) / 5 for part in slices)
+    sliced = sum(baseline.alignment_loss(*part, batch=rows) * len(part[0]) / 5 for part in slices)
     widths = []
-    peer.encoder.register_forward_pre_hook(lambda _, __, kw: widths.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    baseline.encoder.register_forward_pre_hook(
+        lambda _, __, kw: widths.append(kw["input_ids"].shape[1]), with_kwargs=True
+    )
     for part in slices:
-        peer.alignment_loss(*part, batch=rows)
+        baseline.alignment_loss(*part, batch=rows)
     assert widths == 3 * [13, 15, 13]  # 1 + longest query 7 or positive 9 + 2 + 3
     pairs = [
-        (peer.compression_loss(stage1), compress),
-        (peer.alignment_loss(rows, *reference), align),
+        (baseline.compression_loss(stage1), compress),
+        (baseline.alignment_loss(rows, *reference), align),
         (sliced, align),
     ]
     for found, wanted in pairs:

@@ -1,0 +1,39 @@
+"""The ops: one module each, with its argument checks, `torch.library` registration, public function and module twin.
+
+`_dispatch.py` describes the backends that `impl` names. The kernels are in kernels/<backend>/<op>.py.
+"""
+
+from autoregembed.ops._dispatch import ImplUnavailable, available_impls, default_impl
+from autoregembed.ops.alignment_loss import NEGATIVES, REF_MARGINS, AlignmentLoss, AlignmentOutput, alignment_loss
+from autoregembed.ops.compression_loss import CompressionLoss, compression_loss
+from autoregembed.ops.generative_info_nce import GenerativeInfoNCELoss, generative_info_nce
+from autoregembed.ops.info_nce import InfoNCELoss, info_nce
+from autoregembed.ops.linear_logprob import LinearLogprob, linear_logprob
+from autoregembed.ops.pool_last_k import PoolLastK, pool_last_k
+from autoregembed.ops.segment_sum import SegmentSum, segment_sum
+from autoregembed.ops.splice import Splice, splice
+
+__all__ = [
+    "NEGATIVES",
+    "REF_MARGINS",
+    "AlignmentLoss",
+    "AlignmentOutput",
+    "CompressionLoss",
+    "GenerativeInfoNCELoss",
+    "ImplUnavailable",
+    "InfoNCELoss",
+    "LinearLogprob",
+    "PoolLastK",
+    "SegmentSum",
+    "Splice",
+    "alignment_loss",
+    "available_impls",
+    "compression_loss",
+    "default_impl",
+    "generative_info_nce",
+    "info_nce",
+    "linear_logprob",
+    "pool_last_k",
+    "segment_sum",
+    "splice",
+]

@@ -1,0 +1,164 @@
+"""info_nce: contrastive loss over cosine similarities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from autoregembed import reference as spec
+from autoregembed.kernels.torch import info_nce as torch_kernel
+from autoregembed.ops._checks import (
+    FLOATS,
+    INTEGERS,
+    NOT_IGNORED,
+    require_ids,
+    require_positive,
+    require_same_dtype,
+    require_tensor,
+)
+from autoregembed.ops._dispatch import ImplUnavailable, load_kernel, resolve_impl
+from autoregembed.ops.linear_logprob import linear_logprob
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.library
+
+
+@torch.library.custom_op("autoregembed::info_nce", mutates_args=())
+def _info_nce(
+    query: Tensor,  # (B, D)
+    passages: Tensor,  # (P, D)
+    target: Tensor,  # (B,) int64
+    passage_ids: Tensor | None,  # (P,) int64
+    temperature: float,
+    query_gradient: bool,
+    passage_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss () and its gradients of query (B, D) and passages (P, D), each (0, D) unless asked for."""
+    kernel = load_kernel("triton", "info_nce")
+    with torch.autocast(query.device.type, enabled=False):
+        return kernel.forward(query, passages, target, passage_ids, temperature, query_gradient, passage_gradient)
+
+
+@_info_nce.register_fake
+def _info_nce_fake(query, passages, target, passage_ids, temperature, query_gradient, passage_gradient):
+    (b, d), p = query.shape, passages.shape[0]
+    loss = query.new_empty((), dtype=torch.promote_types(query.dtype, torch.float32))
+    return loss, query.new_empty(b if query_gradient else 0, d), query.new_empty(p if passage_gradient else 0, d)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.wanted = inputs[5:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+@once_differentiable
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    both = (grad * x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+    return *both, *(None,) * 5
+
+
+_info_nce.register_autograd(_backward, setup_context=_setup_context)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Public
+
+
+def info_nce(
+    query: Tensor,
+    passages: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = spec.INFO_NCE_TEMPERATURE,
+    passage_ids: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Contrastive loss over cosine similarities, in-batch and hard negatives in one list of passages.
+
+    loss = mean_i −log softmax_p(cos(query_i, passage_p) / temperature)[target_i]
+
+    Args:
+        query: (B, D), of any norm.
+        passages: (P, D): the positives, then any hard negatives.
+        target: (B,) int64 or int32, the positive's row in `passages`; by default query i belongs to passage i, P ≥ B.
+        temperature: positive; 0.05 by default.
+        passage_ids: (P,) int64, equal for equal passages. A passage with the id of a query's positive is no negative of
+            that query.
+        impl: "auto", "triton", "cpp", "torch" or "reference".
+
+    Returns:
+        () float32 (float64 for float64 inputs); 0 attached to the graph for B = 0.
+
+    Raises:
+        TypeError, ValueError, IndexError: wrong dtype, device, shape or target (a target out of range: NaN on the
+            Triton backend).
+        ImplUnavailable: the backend cannot run here; "cpp" cannot with `passage_ids`.
+
+    Source: van den Oord et al., arXiv 1807.03748; the control of arXiv 2502.11401.
+    """
+    require_tensor("query", query, FLOATS, {"B": None, "D": None})
+    (b, d), like = query.shape, ("query", query)
+    require_tensor("passages", passages, FLOATS, {"P": None, "D": d}, like)
+    require_same_dtype("passages", passages, like)
+    p = passages.shape[0]
+    require_positive("temperature", temperature)
+    if target is None:
+        if p < b:
+            raise ValueError(f"passages: got P = {p}, expected P ≥ B = {b}")
+        target = torch.arange(b, device=query.device)
+    else:
+        require_tensor("target", target, INTEGERS, {"B": b}, like)
+    if passage_ids is not None:
+        require_tensor("passage_ids", passage_ids, (torch.int64,), {"P": p}, like)
+    requested, impl = impl, resolve_impl(impl, query.device, query.dtype, ("triton", "cpp", "torch"))
+    if requested == "cpp" and passage_ids is not None:
+        raise ImplUnavailable("impl='cpp' has no passage_ids, expected 'auto', 'triton', 'torch', 'reference'")
+    target = target.long()
+    if impl == "triton" and b > 0 and p > 0:
+        if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, passages = query.to(dtype), passages.to(dtype)
+        grad = torch.is_grad_enabled()
+        wanted = grad and query.requires_grad, grad and passages.requires_grad
+        return _info_nce(query, passages, target, passage_ids, float(temperature), *wanted)[0]
+    work = torch.promote_types(query.dtype, torch.float32)
+    query, passages = query.to(work), passages.to(work)
+    if b == 0:
+        return query.sum() + passages[:0].sum()
+    if p == 0:
+        raise ValueError("passages: got P = 0, expected at least one passage")
+    with torch.autocast(query.device.type, enabled=False):
+        if impl == "reference":
+            require_ids("target", target, p)
+            return spec.info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids)
+        # One chunk of similarities costs least as it is; compiled code must serve any B and P.
+        small = requested in ("auto", "torch") and not torch.compiler.is_compiling()
+        if passage_ids is not None or (small and torch_kernel.fits_one_chunk(query, passages)):
+            require_ids("target", target, p)
+            return torch_kernel.forward(query, passages, target, passage_ids, temperature)
+        rows = F.normalize(query, dim=-1), F.normalize(passages, dim=-1), target
+        return -linear_logprob(*rows, scale=1 / temperature, ignore_index=NOT_IGNORED, impl=impl).mean()
+
+
+class InfoNCELoss(nn.Module):
+    """`info_nce` with its options fixed."""
+
+    def __init__(self, *, temperature: float = spec.INFO_NCE_TEMPERATURE, impl: str = "auto"):
+        super().__init__()
+        self.options: dict[str, Any] = {"temperature": temperature, "impl": impl}
+
+    def forward(
+        self,
+        query: Tensor,  # (B, D)
+        passages: Tensor,  # (P, D)
+        target: Tensor | None = None,  # (B,)
+        passage_ids: Tensor | None = None,  # (P,)
+    ) -> Tensor:
+        return info_nce(query, passages, target, passage_ids=passage_ids, **self.options)

@@ -1,0 +1,267 @@
+"""linear_logprob: log-probabilities of target tokens under a linear head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from autoregembed import reference as spec
+from autoregembed.distributed import to_full_tensor
+from autoregembed.ops._checks import (
+    FLOATS,
+    INTEGERS,
+    require_bounds,
+    require_cu_seqlens,
+    require_finite,
+    require_ids,
+    require_integer,
+    require_positive,
+    require_same_dtype,
+    require_tensor,
+)
+from autoregembed.ops._dispatch import load_kernel, resolve_impl
+from autoregembed.ops.segment_sum import segment_sum
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.library
+
+
+@torch.library.custom_op("autoregembed::linear_logprob", mutates_args=())
+def _linear_logprob(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    with_gradient: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """logprob (N,) and its gradient with respect to hidden, U (N, D); U is (0, D) unless `with_gradient`."""
+    if impl != "triton":
+        require_ids("target", target, weight.shape[0], ignore_index)
+    kernel = load_kernel(impl, "linear_logprob")
+    with torch.autocast(hidden.device.type, enabled=False):
+        return kernel.forward(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient)
+
+
+@_linear_logprob.register_fake
+def _linear_logprob_fake(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl):
+    n, d = hidden.shape
+    logprob = hidden.new_empty(n, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    return logprob, hidden.new_empty(n if with_gradient else 0, d)
+
+
+@torch.library.custom_op("autoregembed::linear_logprob_backward", mutates_args=())
+def _linear_logprob_backward(
+    grad: Tensor,  # (N,)
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden (N, D), weight (V, D) and bias (V,) of a trainable head; the logits are recomputed."""
+    kernel = load_kernel(impl, "linear_logprob")
+    with torch.autocast(hidden.device.type, enabled=False):
+        return kernel.backward(grad, hidden, weight, target, bias, softcap, scale, ignore_index)
+
+
+@_linear_logprob_backward.register_fake
+def _linear_logprob_backward_fake(grad, hidden, weight, target, bias, softcap, scale, ignore_index, impl):
+    return torch.empty_like(hidden), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+@torch.library.custom_op("autoregembed::scale_rows", mutates_args=())
+def _scale_rows(grad: Tensor, u: Tensor) -> Tensor:
+    """grad (N,) times the rows of u (N, D), in one pass."""
+    return load_kernel("triton", "linear_logprob").scale_rows(grad, u)
+
+
+@_scale_rows.register_fake
+def _scale_rows_fake(grad, u):
+    return torch.empty_like(u)
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl = inputs
+    ctx.with_gradient = with_gradient
+    ctx.has_bias = bias is not None
+    ctx.set_materialize_grads(False)
+    if with_gradient:
+        ctx.save_for_backward(output[1])
+        ctx.impl = impl
+    else:
+        ctx.save_for_backward(hidden, weight, target, bias)
+        ctx.head = (softcap, scale, ignore_index, impl)
+
+
+@once_differentiable
+def _backward(ctx, grad, _grad_u):
+    """A frozen head scales the rows of U, which the forward left behind; a trainable one recomputes the logits."""
+    none = (None,) * 9
+    if grad is None:
+        return none
+    if ctx.with_gradient:
+        (u,) = ctx.saved_tensors
+        if ctx.impl == "triton":
+            return (_scale_rows(grad, u), *none[1:])
+        return ((grad[:, None] * u).to(u.dtype), *none[1:])
+    hidden, weight, target, bias = ctx.saved_tensors
+    d_hidden, d_weight, d_bias = _linear_logprob_backward(grad, hidden, weight, target, bias, *ctx.head)
+    needs = ctx.needs_input_grad
+    return (
+        d_hidden if needs[0] else None,
+        d_weight if needs[1] else None,
+        None,
+        d_bias if ctx.has_bias and needs[3] else None,
+        *none[4:],
+    )
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Public
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ignore_index: int = -100,
+    cu_seqlens: Tensor | None = None,
+    num_grad_rows: int | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Log-probabilities of target tokens under a linear head, without the (N, V) logits.
+
+    logprob_i = log softmax(cap(scale · (hidden_i Wᵀ + bias)))[target_i], cap(x) = softcap · tanh(x / softcap)
+
+    With a frozen head (neither `weight` nor `bias` requires grad) forward and backward cost two GEMMs of 2·N·V·D
+    FLOPs together, whatever the upstream gradient is; without gradients the forward costs one. A trainable head gets
+    its gradients by recomputation. Extra memory: one block of logits and, when `hidden` requires grad, (N, D).
+
+    Args:
+        hidden: (N, D), float16, bfloat16, float32 or float64.
+        weight: (V, D), the lm_head, same dtype and device. A frozen DTensor is gathered, and freed before this returns.
+        target: (N,) int64 or int32 token ids in [0, V), or `ignore_index` for rows that give 0 and no gradient.
+        bias: (V,) or None.
+        softcap: positive; logits are capped to (−softcap, softcap) as in Gemma. None: no cap.
+        scale: factor on the logits before the cap.
+        ignore_index: the target value of rows that do not count.
+        cu_seqlens: (S+1,) int32 or int64; rows cu_seqlens[i] to cu_seqlens[i+1] belong to sequence i.
+        num_grad_rows: rows from this one on are scored only: they are constants, and cost one GEMM where the rows
+            before them cost two. None: all rows carry gradients.
+        impl: "auto", "triton", "cpp", "torch" or "reference".
+
+    Returns:
+        (N,) log-probabilities in nats, or (S,) sums per sequence with `cu_seqlens`; float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: wrong dtype, device or shape; the message names the argument.
+        IndexError: a target id outside [0, V) that is not `ignore_index`; NaN on the Triton backend.
+        ImplUnavailable: `impl` names a backend that cannot run here.
+
+    Source: log p(target | z) of arXiv 2502.11401, §3; the two-GEMM form is derived in kernels/torch/linear_logprob.py.
+    """
+    require_tensor("hidden", hidden, FLOATS, {"N": None, "D": None})
+    (n, d), like = hidden.shape, ("hidden", hidden)
+    require_tensor("weight", weight, FLOATS, {"V": None, "D": d}, like)
+    v = weight.shape[0]
+    if v == 0:
+        raise ValueError("weight: got V = 0, expected at least one token")
+    if weight.requires_grad and hasattr(weight, "full_tensor"):
+        raise TypeError("weight: got a DTensor that requires grad, expected one that is frozen, or a plain tensor")
+    require_tensor("target", target, INTEGERS, {"N": n}, like)
+    if bias is not None:
+        require_tensor("bias", bias, FLOATS, {"V": v}, like)
+    if cu_seqlens is not None:
+        require_cu_seqlens(cu_seqlens, "S", like)
+    if softcap is not None:
+        require_positive("softcap", softcap)
+    require_finite("scale", scale)
+    require_integer("ignore_index", ignore_index)
+    if num_grad_rows is not None:
+        require_integer("num_grad_rows", num_grad_rows)
+        if not 0 <= num_grad_rows <= n:
+            raise ValueError(f"num_grad_rows: got {num_grad_rows}, expected 0..{n} (N)")
+    weight = to_full_tensor(weight)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    require_same_dtype("weight", weight, ("hidden", hidden))
+    if bias is not None:
+        require_same_dtype("bias", bias, ("hidden", hidden))
+    impl = resolve_impl(impl, hidden.device, hidden.dtype, ("triton", "cpp", "torch"))
+    target = target.long()
+    options: dict[str, Any] = {"softcap": softcap, "scale": float(scale), "ignore_index": ignore_index}
+    if impl == "reference":
+        require_ids("target", target, v, ignore_index)
+        if cu_seqlens is not None:
+            require_bounds(cu_seqlens, n)
+        if num_grad_rows is not None:
+            hidden = torch.cat([hidden[:num_grad_rows], hidden[num_grad_rows:].detach()])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return spec.linear_logprob(hidden, weight, target, bias=bias, cu_seqlens=cu_seqlens, **options)
+    logprob = _some_scored_only(hidden, weight, target, bias, num_grad_rows, {**options, "impl": impl})
+    if cu_seqlens is None:
+        return logprob
+    return segment_sum(logprob, cu_seqlens, impl="triton" if impl == "triton" else "torch")
+
+
+def _some_scored_only(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,) int64
+    bias: Tensor | None,  # (V,)
+    num_grad_rows: int | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """logprob (N,); rows from `num_grad_rows` on are constants."""
+    trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
+    if num_grad_rows is None or num_grad_rows == len(hidden) or not torch.is_grad_enabled():
+        return _linear_logprob(hidden, weight, target, bias, with_gradient=with_gradient, **options)[0]
+    frozen_bias = None if bias is None else bias.detach()
+    scored = hidden[num_grad_rows:].detach(), weight.detach(), target[num_grad_rows:], frozen_bias
+    constant, _ = _linear_logprob(*scored, with_gradient=False, **options)
+    if num_grad_rows == 0:
+        return constant + hidden[:0].sum(dtype=constant.dtype)  # attached to the graph
+    first = hidden[:num_grad_rows], weight, target[:num_grad_rows], bias
+    return torch.cat([_linear_logprob(*first, with_gradient=with_gradient, **options)[0], constant])
+
+
+class LinearLogprob(nn.Module):
+    """`linear_logprob` with its options fixed."""
+
+    def __init__(
+        self, *, softcap: float | None = None, scale: float = 1.0, ignore_index: int = -100, impl: str = "auto"
+    ):
+        super().__init__()
+        self.options: dict[str, Any] = {"softcap": softcap, "scale": scale, "ignore_index": ignore_index, "impl": impl}
+
+    def forward(
+        self,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        target: Tensor,  # (N,)
+        bias: Tensor | None = None,  # (V,)
+        cu_seqlens: Tensor | None = None,  # (S+1,)
+        num_grad_rows: int | None = None,
+    ) -> Tensor:
+        return linear_logprob(
+            hidden, weight, target, bias=bias, cu_seqlens=cu_seqlens, num_grad_rows=num_grad_rows, **self.options
+        )
