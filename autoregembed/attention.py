@@ -20,12 +20,12 @@ from autoregembed.packing import Ids, Packed, pack
 
 # No "sdpa" in these names: Transformers would refuse it to models with a softcap, which torch's kernel does not have.
 SDPA, VARLEN, FLASH = "autoregembed_packed", "autoregembed_varlen", "flash_attention_2"
-_ROUTES = {"sdpa": SDPA, "varlen": VARLEN, "flash_attention_2": FLASH}
+_IMPLEMENTATIONS = {"sdpa": SDPA, "varlen": VARLEN, "flash_attention_2": FLASH}
 _packed_forward = contextvars.ContextVar("autoregembed_packed_forward", default=False)
 
 
 def attention_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Every attention route with "ok" or the reason why it cannot run there; "auto" takes the first "ok"."""
+    """Every attention backend with "ok" or the reason why it cannot run; "auto" takes the first "ok"."""
     half = dtype in (torch.float16, torch.bfloat16)
     gpu_only = "ok" if device.type == "cuda" and half else f"needs CUDA and 16 bits, got {device.type} and {dtype}"
     flash, varlen = gpu_only, gpu_only
@@ -36,46 +36,46 @@ def attention_backends(device: torch.device, dtype: torch.dtype) -> dict[str, st
     return {"flash_attention_2": flash, "varlen": varlen, "sdpa": "ok"}
 
 
-def use_packed_attention(model: PreTrainedModel, route: str = "auto", *, embeds: bool = False) -> str:
-    """Sets the attention of `model` to a route that understands packs; unpacked calls of it go to SDPA as before.
+def use_packed_attention(model: PreTrainedModel, backend: str = "auto", *, embeds: bool = False) -> str:
+    """Sets the attention of `model` to a backend that understands packs; its unpacked calls still run SDPA.
 
-    Two short sequences are run in one pack and alone, and compared: not every model hands its attention and positions
-    to Transformers' interfaces, and one that does not would mix the texts of a pack without a word. Which routes can
-    run depends on where the model lies and on its dtype, or autocast's where that is on.
+    Two short sequences are run in one pack and alone, and compared: a model that does not pass its attention and
+    positions to Transformers' interfaces would silently mix the texts of a pack. Which backends can run depends on the
+    model's device and on its dtype, or on autocast's dtype where autocast is on.
 
     Args:
         model: a causal LM, its base model, or a PeftModel around one.
-        route: "auto" or a name of `attention_backends`.
+        backend: "auto" or a name of `attention_backends`.
         embeds: the model will be given `inputs_embeds`, not `input_ids`.
 
     Returns:
-        The name of the route taken.
+        The name of the backend taken.
 
     Raises:
-        ValueError: an unknown route, one that cannot run for this model, or a model that does not keep the texts of a
-            pack apart. Its attention is then as before.
+        ValueError: an unknown backend, one that cannot run for this model, or a model that does not keep the texts of a
+            pack apart. Its attention is then left as it was.
     """
     parameter = next(model.parameters())
     place, dtype = parameter.device, parameter.dtype
     if torch.is_autocast_enabled(place.type):
         dtype = torch.get_autocast_dtype(place.type)
-    routes = attention_backends(place, dtype)
+    backends = attention_backends(place, dtype)
     config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None and routes["varlen"] == "ok":
-        routes["varlen"] = "torch.nn.attention.varlen has no softcap, which this model needs"
-    if route == "auto":
-        route = next(name for name, state in routes.items() if state == "ok")
-    if route not in routes:
-        raise ValueError(f"attention: got {route!r}, expected 'auto', {', '.join(map(repr, routes))}")
-    if routes[route] != "ok":
-        raise ValueError(f"attention: got {route!r}, which cannot run here: {routes[route]}")
+    if getattr(config, "attn_logit_softcapping", None) is not None and backends["varlen"] == "ok":
+        backends["varlen"] = "torch.nn.attention.varlen has no softcap, which this model needs"
+    if backend == "auto":
+        backend = next(name for name, state in backends.items() if state == "ok")
+    if backend not in backends:
+        raise ValueError(f"attention: got {backend!r}, expected 'auto', {', '.join(map(repr, backends))}")
+    if backends[backend] != "ok":
+        raise ValueError(f"attention: got {backend!r}, which cannot run here: {backends[backend]}")
     # Recurrent or convolutional layers would carry state from one packed text into the next.
     mixers = {t for t in getattr(config, "layer_types", None) or [] if "attention" not in t}
     if mixers:
         raise ValueError(f"model: got layers of type {sorted(mixers)}, expected causal attention layers only")
     before = config._attn_implementation
     wanted = torch.cat([_hidden(model, [ids], alone=True) for ids in _PROBE])
-    model.set_attn_implementation(_ROUTES[route])
+    model.set_attn_implementation(_IMPLEMENTATIONS[backend])
     try:
         found = _hidden(model, _PROBE, embeds=embeds)
         # Leaked context or wrong positions change every token of the second sequence by a large part of its norm;
@@ -90,7 +90,7 @@ def use_packed_attention(model: PreTrainedModel, route: str = "auto", *, embeds:
     except BaseException:
         model.set_attn_implementation(before)
         raise
-    return route
+    return backend
 
 
 _PROBE = [[0, 1, 2], [1, 0, 0, 2, 1]]
@@ -116,7 +116,7 @@ def _hidden(model: Any, sequences: Sequence[Ids], *, alone: bool = False, embeds
 
 @contextlib.contextmanager
 def packed_forward():
-    """Inside, models build no attention mask: the pack's `cu_seqlens` and causality say all there is to say."""
+    """Inside, models build no attention mask: attention is causal within the bounds of `cu_seqlens`."""
     token = _packed_forward.set(True)
     try:
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,88 +11,85 @@ import torch
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.files import CheckpointError
-from autoregembed.models import add_compress_tokens, final_norm, load_causal_lm
+from autoregembed.models import (
+    final_norm,
+    fit_length,
+    load_causal_lm,
+    max_positions,
+    module_name,
+    original_of,
+    read_recipe,
+)
 
 
 def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decoder | None, Any, dict]:
     """Encoder, frozen decoder (None where no objective needs it), tokenizer, and the recipe to save with the model.
 
-    All on the CPU, where attention has one route; `config.attention` is for where they will run.
+    The models are on the CPU with SDPA attention; `config.attention` applies after they move to their device.
     """
-    options: dict[str, Any] = {"gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
-    model, tokenizer, recipe = load_causal_lm(config.model, **options)
-    known = len(recipe.get("compress_token_ids", []))
-    k = config.num_compress_tokens or known or 5
-    if known and k != known:
-        raise CheckpointError(
-            f"num_compress_tokens: got {k}, expected {known}, the number {config.model!r} was trained with"
-        )
-    source = config.decoder or recipe.get("decoder") or config.model
+    model, tokenizer, recipe = load_causal_lm(
+        config.model, gguf_file=config.gguf_file, trust_remote_code=config.trust_remote_code
+    )
+    original = original_of(config.model, config.gguf_file)
+    if config.decoder:
+        original = original_of(config.decoder, config.gguf_file)
+    elif recipe.get("decoder"):
+        original = {name: recipe.get(name) for name in original}
+    # The decoder comes first: compress tokens are added to the model in place.
     decoder = None
     if config.needs_decoder and with_decoder:
-        frozen = copy.deepcopy(model) if source == config.model and not recipe else None
-        if frozen is None:
-            gguf = config.gguf_file if config.decoder else recipe.get("decoder_gguf_file")
-            frozen, _, decoder_recipe = load_causal_lm(source, **{**options, "gguf_file": gguf})
-            if decoder_recipe:
-                raise ConfigError(f"decoder: got {source!r}, a trained encoder; expected the original model")
-        bos_token_id = tokenizer.bos_token_id if config.decoder_add_bos else None
-        if config.decoder_add_bos and bos_token_id is None:
-            raise ConfigError(f"decoder_add_bos: got True, expected False: the tokenizer of {source!r} has no bos")
-        decoder = Decoder(
-            frozen, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos_token_id, z_norm=config.z_norm,
-            logprob_reduction=config.logprob_reduction if config.stage == 2 else "sum", attention="sdpa",
-        )  # fmt: skip
-    ids = recipe.get("compress_token_ids") or add_compress_tokens(model, tokenizer, k)
+        own = not recipe and config.decoder in (None, config.model)
+        decoder = _decoder(config, original, copy.deepcopy(model) if own else None, tokenizer)
     if config.gradient_checkpointing:
         # The older name is deprecated in Transformers 5.24.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    if config.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        names = {module: name for name, module in model.named_modules()}
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            target_modules=config.lora_targets,
-            trainable_token_indices={names[model.get_input_embeddings()]: ids},
-            # The whole name: PEFT compares ends, and "norm" is the end of every layer's norms.
-            modules_to_save=[names[final_norm(model)]] if config.init_output_rms else None,
-        )
-        model = get_peft_model(model, lora)
-    bos = tokenizer.bos_token_id
-    encoder = Encoder(
-        model,
-        compress_token_ids=ids,
-        bos_token_id=bos,
-        attention="sdpa",
+    encoder = Encoder.from_model(
+        model, tokenizer, recipe=recipe, num_compress_tokens=config.num_compress_tokens, attention="sdpa",
+        instruction=config.instruction, max_length=fit_length("max_length", config.max_length, max_positions(model)),
+        lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets,
+        # The whole name: PEFT compares ends, and "norm" is the end of every layer's norms.
+        lora_modules_to_save=[module_name(model, final_norm(model))] if config.init_output_rms else None,
         own_compress_rows=not config.lora_rank,
-    )
-    for name, parameter in model.named_parameters():
+    )  # fmt: skip
+    for name, parameter in encoder.model.named_parameters():
         if any(re.search(pattern, name) for pattern in config.freeze) and "trainable_tokens" not in name:
             parameter.requires_grad_(False)
-    if not config.lora_rank and model.get_output_embeddings() is not None:
-        head = model.get_output_embeddings().weight
-        if head is not model.get_input_embeddings().weight:
-            head.requires_grad_(False)  # the encoder never reads it
     if config.compile:
-        for lm in (model, decoder.model if decoder is not None else None):
+        for lm in (encoder.model, decoder.model if decoder is not None else None):
             for layer in getattr(getattr(lm, "model", None), "layers", []):
                 layer.compile(dynamic=True)
-    saved = {
+    encoder.recipe = {
         "version": 1,
-        "compress_token_ids": ids,
+        "compress_token_ids": encoder.compress_token_ids,
         "instruction": config.instruction,
+        "bos_token_id": encoder.bos_token_id,
+        "max_length": encoder.max_length,
         "z_norm": config.z_norm,
         "decoder_add_bos": config.decoder_add_bos,
         "output_rms_initialized": recipe.get("output_rms_initialized", False),
         "stage": config.stage,
-        "decoder": str(Path(source).resolve()) if Path(source).exists() else source,
-        "decoder_gguf_file": config.gguf_file if (config.decoder or not recipe) else recipe.get("decoder_gguf_file"),
+        **original,
     }
-    return encoder, decoder, tokenizer, saved
+    return encoder, decoder, tokenizer, encoder.recipe
+
+
+def _decoder(config: Config, original: dict[str, Any], model: Any, tokenizer: Any) -> Decoder:
+    """The frozen decoder; `model` is None where it is not the encoder's own start."""
+    source, gguf_file = original["decoder"], original["decoder_gguf_file"]
+    options: dict[str, Any] = {
+        "z_norm": config.z_norm,
+        "add_bos": config.decoder_add_bos,
+        "logprob_reduction": config.logprob_reduction if config.stage == 2 else "sum",
+        "attention": "sdpa",
+    }
+    if config.decoder_add_bos and tokenizer.bos_token_id is None:
+        raise ConfigError(f"decoder_add_bos: got True, expected False: the tokenizer of {config.model!r} has no bos")
+    if model is not None:
+        return Decoder.from_model(model, tokenizer, **options)
+    if read_recipe(source):
+        raise ConfigError(f"decoder: got {source!r}, a trained encoder; expected the original model")
+    return Decoder.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=config.trust_remote_code, **options)
 
 
 def create_optimizer(encoder: Encoder, config: Config) -> torch.optim.Optimizer:

@@ -9,7 +9,6 @@ import itertools
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch
 import xxhash
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+
+from autoregembed.prompt import Prompt
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _DEEPEST = 64  # nested lists and objects of a row
@@ -97,54 +98,6 @@ def require_columns(rows: Dataset | IterableDataset, *alternatives: tuple[str, .
     wanted = " or ".join("{" + ", ".join(names) + "}" for names in alternatives)
     missing = sorted(set(alternatives[0]) - set(columns))
     raise ValueError(f"data: got columns {sorted(columns)}, expected {wanted}; missing {missing}")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """How text becomes ids: text and suffix are tokenised apart, so truncation never reaches the instruction.
-
-    The encoder reads `bos · text · "\\n" · instruction · "\\n" · compress tokens`, at most `max_length` tokens; the
-    decoder scores at most `max_target_length` target tokens and eos.
-    """
-
-    tokenizer: Any
-    num_compress_tokens: int
-    bos_token_id: int | None
-    instruction: str
-    max_length: int = 512
-    max_target_length: int = 512
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-
-    def suffix(self, instruction: str | None = None) -> list[int]:
-        return self.ids(f"\n{self.instruction if instruction is None else instruction}\n")
-
-    def text(self, ids: list[int], suffix: list[int], row: int | None = None) -> list[int]:
-        """The ids of a text that fit beside `suffix`.
-
-        Raises:
-            ValueError: there is room for none.
-        """
-        room = self.max_length - len(suffix) - self.num_compress_tokens - (self.bos_token_id is not None)
-        if room < 1:
-            raise ValueError(
-                f"max_length: got {self.max_length}, expected at least {self.max_length - room + 1} for this "
-                f"instruction of {len(suffix)} tokens and {self.num_compress_tokens} compress tokens"
-                + ("" if row is None else f" in row {row}")
-            )
-        return ids[:room]
-
-    def fingerprint(self) -> str:
-        parts = (
-            tokenizer_fingerprint(self.tokenizer), self.num_compress_tokens, self.bos_token_id, self.instruction,
-            self.max_length, self.max_target_length,
-        )  # fmt: skip
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
 
 
 def _nonempty(ids: list, column: str, row: int) -> list:

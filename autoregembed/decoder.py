@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,22 @@ from transformers import PreTrainedModel
 
 from autoregembed.attention import run_packed, use_packed_attention
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
-from autoregembed.models import base_model, fit_length, is_plain, max_positions, require_finite, require_gradients
+from autoregembed.files import CheckpointError
+from autoregembed.models import (
+    base_model,
+    fit_length,
+    is_plain,
+    load_causal_lm,
+    max_positions,
+    read_recipe,
+    require_finite,
+    require_gradients,
+    split_gguf,
+)
 from autoregembed.ops.linear_logprob import linear_logprob
 from autoregembed.ops.splice import splice
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
+from autoregembed.prompt import batch_token_ids
 
 Z_NORMS = ("none", "match_rms")
 LOGPROB_REDUCTIONS = ("sum", "mean")
@@ -28,17 +42,17 @@ class _PairwiseScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], parts: list[list[int]]) -> Tensor:
+    def forward(ctx, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], microbatches: list[list[int]]) -> Tensor:
         u = torch.empty_like(z)  # (S, K, D)
         scores = []
-        for part in parts:
-            rows = z[part].detach().requires_grad_()
+        for microbatch in microbatches:
+            rows = z[microbatch].detach().requires_grad_()
             with torch.enable_grad():
-                found = score(rows, part)
-                (u[part],) = torch.autograd.grad(found.sum(), rows)
+                found = score(rows, microbatch)
+                (u[microbatch],) = torch.autograd.grad(found.sum(), rows)
             scores.append(found.detach())
         ctx.save_for_backward(u)
-        return _in_order(scores, parts)
+        return _in_order(scores, microbatches)
 
     @staticmethod
     @once_differentiable
@@ -47,8 +61,8 @@ class _PairwiseScores(torch.autograd.Function):
         return (grad[:, None, None] * u).to(u.dtype), None, None
 
 
-def _in_order(scores: list[Tensor], parts: list[list[int]]) -> Tensor:
-    places = torch.tensor([i for part in parts for i in part], device=scores[0].device)
+def _in_order(scores: list[Tensor], microbatches: list[list[int]]) -> Tensor:
+    places = torch.tensor([i for microbatch in microbatches for i in microbatch], device=scores[0].device)
     return torch.cat(scores)[places.argsort()]
 
 
@@ -56,16 +70,18 @@ class Decoder(nn.Module):
     """A frozen causal LM that reads z as K input embeddings and scores target tokens and the closing eos.
 
     The model is put into eval mode and none of its parameters require grad afterwards; gradients flow through it to z.
+    `from_pretrained` makes one that is ready; the constructor takes its parts.
 
     Args:
         model: a Hugging Face causal LM, not the encoder's own.
         eos_token_id: ends every target; by default the model config's (the first, where it lists several).
         bos_token_id: read before z. None: z comes first (the released code).
-        z_norm: "none" feeds z as it comes (the released code); "match_rms" scales every compressed vector to the RMS of
+        tokenizer: a fast tokenizer, for `tokenize`.
+        z_norm: "none" feeds z unchanged (the released code); "match_rms" scales every compressed vector to the RMS of
             the model's input embeddings, since the last hidden states of an LM are an order of magnitude larger.
-        logprob_reduction: of a target's tokens and eos: "sum" (the paper), or "mean", independent of length.
+        logprob_reduction: over a target's tokens and eos: "sum" (the paper) or "mean", which does not grow with length.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
-        impl: the route of `linear_logprob`.
+        impl: the backend of `linear_logprob`.
 
     Raises:
         ValueError: no eos, NaN weights, an unknown option, an adapter of virtual tokens, input embeddings that are not
@@ -79,6 +95,7 @@ class Decoder(nn.Module):
         *,
         eos_token_id: int | None = None,
         bos_token_id: int | None = None,
+        tokenizer: Any = None,
         z_norm: str = "none",
         logprob_reduction: str = "sum",
         attention: str = "auto",
@@ -90,6 +107,7 @@ class Decoder(nn.Module):
         if logprob_reduction not in LOGPROB_REDUCTIONS:
             raise ValueError(f"logprob_reduction: got {logprob_reduction!r}, expected {LOGPROB_REDUCTIONS}")
         self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
         self.z_norm = z_norm
         self.logprob_reduction = logprob_reduction
         self.sharded = False
@@ -126,13 +144,99 @@ class Decoder(nn.Module):
         if z_norm == "match_rms":
             self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
 
-    def use_attention(self, route: str) -> None:
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        z_norm: str | None = None,
+        add_bos: bool | None = None,
+        logprob_reduction: str = "sum",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        attention: str = "auto",
+        impl: str = "auto",
+        gguf_file: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Decoder:
+        """A decoder that carries its tokenizer, from a causal LM, or from the one that a trained encoder started from.
+
+        Args:
+            name_or_path: a hub id, a folder, a GGUF file, or what `Encoder.save_pretrained` or a training run wrote
+                (`model/` or `export/`): those folders name the original model, which is loaded in their place.
+            z_norm: as in the constructor; by default what the trained encoder was trained with, else "none".
+            add_bos: the decoder reads bos before z; by default as the trained encoder was trained, else False.
+            logprob_reduction, attention, impl: as in the constructor.
+            dtype: of the weights.
+            device: of the weights; by default the CPU.
+            gguf_file: the name of a GGUF file in the folder of the model that is loaded.
+            trust_remote_code: run model code that a hub repository contains.
+
+        Raises:
+            CheckpointError: the model cannot be loaded, or is a trained encoder that names no original model.
+            ValueError: `add_bos` with a tokenizer without bos. And the errors of the constructor.
+        """
+        source, gguf_file = split_gguf(name_or_path, gguf_file)
+        recipe = read_recipe(source)
+        if recipe:
+            original = recipe.get("decoder")
+            if not original or read_recipe(original):
+                raise CheckpointError(
+                    f"decoder: got {source!r}, a trained encoder that started from {original!r}; expected the original "
+                    "model"
+                )
+            source, gguf_file = original, gguf_file or recipe.get("decoder_gguf_file")
+        model, tokenizer, _ = load_causal_lm(
+            source, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        return cls.from_model(
+            model if device is None else model.to(device), tokenizer,
+            z_norm=recipe.get("z_norm") or "none" if z_norm is None else z_norm,
+            add_bos=bool(recipe.get("decoder_add_bos")) if add_bos is None else add_bos,
+            logprob_reduction=logprob_reduction, attention=attention, impl=impl,
+        )  # fmt: skip
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, tokenizer: Any, *, add_bos: bool = False, **options: Any) -> Decoder:
+        """`from_pretrained` for a causal LM in memory, which nothing else may share.
+
+        Args:
+            model, tokenizer: what `models.load_causal_lm` gives.
+            add_bos: the decoder reads bos before z.
+            options: as in the constructor.
+
+        Raises:
+            ValueError: `add_bos` with a tokenizer without bos. And the errors of the constructor.
+        """
+        bos = tokenizer.bos_token_id if add_bos else None
+        if add_bos and bos is None:
+            raise ValueError("add_bos: got True, expected False: the tokenizer has no bos token")
+        return cls(model, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos, tokenizer=tokenizer, **options)
+
+    def tokenize(
+        self, texts: Sequence[str], *, max_target_length: int | None = None, num_compress_tokens: int = 5
+    ) -> list[list[int]]:
+        """The ids of each text as a target, without eos, cut so that bos, K vectors and eos fit beside them.
+
+        Args:
+            texts: n strings.
+            max_target_length, num_compress_tokens: as in `fit_max_target_length`.
+
+        Raises:
+            ValueError: a decoder without tokenizer, a text without a token (the row is named), a length above the
+                model's positions.
+            TypeError: no list of strings.
+        """
+        length = self.fit_max_target_length(num_compress_tokens, max_target_length)
+        return [ids[:length] for ids in batch_token_ids(self.tokenizer, texts)]
+
+    def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.
 
         Raises:
-            ValueError: a route that cannot run there.
+            ValueError: a backend that cannot run there.
         """
-        self.attention = use_packed_attention(self.model, route, embeds=True)
+        self.attention = use_packed_attention(self.model, backend, embeds=True)
 
     @torch.no_grad()
     def input_rms_per_dimension(self) -> Tensor:
@@ -143,10 +247,9 @@ class Decoder(nn.Module):
         return (squares / len(ids)).sqrt().float()
 
     def shard(self, device: torch.device) -> None:
-        """Leaves each process of the run a part of the frozen weights, on `device`; a pass gathers them layer by layer.
+        """Shards the frozen weights over the processes of the run, on `device`; a pass gathers them layer by layer.
 
-        Embedding matrix and head are read by the ops and not by their modules: `logprob` gathers them, one after the
-        other, and frees them.
+        The ops read embedding matrix and head, not their modules: `logprob` gathers one after the other and frees it.
         """
         self.sharded = True
         from torch.distributed.device_mesh import init_device_mesh
@@ -299,19 +402,19 @@ class Decoder(nn.Module):
                 f"targets: got one of {longest} positions with z, expected {limit} (the model's); truncate the target"
             )
         z_index = z_index.to(z.device)
-        parts = make_microbatches([around + len(target) for target in targets], token_budget)
+        microbatches = make_microbatches([around + len(target) for target in targets], token_budget)
         if self.sharded and token_budget is not None:
-            parts = equalize_microbatches(parts, z.device)
-        if len(parts) == 1:
+            microbatches = equalize_microbatches(microbatches, z.device)
+        if len(microbatches) == 1:
             return self._score(z, targets, z_index)
 
-        def score(rows: Tensor, part: list[int]) -> Tensor:
+        def score(rows: Tensor, microbatch: list[int]) -> Tensor:
             chosen = torch.arange(len(rows), device=rows.device)
-            return self._score(rows, [targets[i] for i in part], chosen)
+            return self._score(rows, [targets[i] for i in microbatch], chosen)
 
         if torch.is_grad_enabled() and z.requires_grad:
-            return _PairwiseScores.apply(z[z_index], score, parts)
-        return _in_order([score(z[z_index[part]], part) for part in parts], parts)
+            return _PairwiseScores.apply(z[z_index], score, microbatches)
+        return _in_order([score(z[z_index[microbatch]], microbatch) for microbatch in microbatches], microbatches)
 
     def _score(self, z: Tensor, targets: Sequence[Ids], z_index: Tensor) -> Tensor:
         """`logprob` in one pass, without checks."""

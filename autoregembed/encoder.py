@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +12,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from autoregembed import distributed
 from autoregembed.attention import run_packed, use_packed_attention
-from autoregembed.distributed import equalize_microbatches
+from autoregembed.export import export
+from autoregembed.files import CheckpointError
+from autoregembed.model_card import Card
 from autoregembed.models import (
+    adapter_token_ids,
+    add_compress_tokens,
+    add_lora,
     base_model,
     final_norm,
     fit_length,
+    load_adapter,
+    load_causal_lm,
     max_positions,
+    original_of,
     require_finite,
     require_gradients,
     scale_output,
+    split_gguf,
 )
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
+from autoregembed.prompt import INSTRUCTION, Prompt, batch_token_ids, instruction_ids
 
 
 def text_embedding(z: Tensor) -> Tensor:
@@ -33,19 +46,26 @@ def text_embedding(z: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """`bos · text · suffix · compress tokens` through a causal LM, packed, to z.
 
+    `from_pretrained` makes one that is ready; the constructor takes its parts.
+
     Args:
         model: a Hugging Face causal LM (or its base model, or a PeftModel around one). Its attention is set to a
-            route that understands packs; nothing else of it is changed.
+            backend that understands packs; nothing else of it is changed.
         compress_token_ids: the K ids whose embeddings the model reads last; they must lie within its embedding matrix.
-        suffix_ids: ids between text and compress tokens (the instruction with its newlines), the default for all texts.
+        suffix_ids: ids between text and compress tokens; by default those of `instruction`.
         bos_token_id: None for models without one.
+        tokenizer: a fast tokenizer, for `tokenize`, `encode` and `save_pretrained`.
+        instruction: the text that `suffix_ids` stand for.
+        max_length: tokens of one text with all that surrounds it, where texts are tokenised here; by default 512, or
+            the model's positions if fewer.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         own_compress_rows: keep the K compress embeddings in a parameter of its own, `compress_rows` (K, D), so that
             they can have their own learning rate and be trained where the embedding matrix is frozen.
             `fold_compress_rows()` writes them into the matrix.
 
     Raises:
-        ValueError, IndexError: ids outside the embedding matrix, an attention route that cannot run, NaN weights.
+        ValueError, IndexError: ids outside the embedding matrix, an attention backend that cannot run, NaN weights, a
+            `max_length` above the model's positions.
     """
 
     def __init__(
@@ -53,8 +73,11 @@ class Encoder(nn.Module):
         model: PreTrainedModel,
         *,
         compress_token_ids: Ids,
-        suffix_ids: Ids = (),
+        suffix_ids: Ids | None = None,
         bos_token_id: int | None = None,
+        tokenizer: Any = None,
+        instruction: str | None = None,
+        max_length: int | None = None,
         attention: str = "auto",
         own_compress_rows: bool = False,
     ):
@@ -62,12 +85,17 @@ class Encoder(nn.Module):
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         self.compress_token_ids = list(compress_token_ids)
-        self.suffix_ids = list(suffix_ids)
         self.bos_token_id = bos_token_id
+        self.tokenizer = tokenizer
+        self.instruction = instruction
+        if suffix_ids is None:
+            suffix_ids = [] if instruction is None else instruction_ids(tokenizer, instruction)
+        self.suffix_ids = list(suffix_ids)
+        self.max_length = fit_length("max_length", max_length, max_positions(model))
+        self.recipe: dict[str, Any] = {}  # what a saved folder says of its training besides
         embedding = model.get_input_embeddings()
         vocabulary = embedding.weight.shape[0]
         self.sharded = False  # by whoever shards the model: then all processes make the same number of passes
-        self._vocabulary = vocabulary  # DeepSpeed's sharded weights have no shape outside of their module's forward
         check_ids("compress_token_ids", [self.compress_token_ids], vocabulary)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
             raise ValueError(f"compress_token_ids: got {self.compress_token_ids}, expected distinct ids")
@@ -82,25 +110,249 @@ class Encoder(nn.Module):
             self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())
         self.use_attention(attention)
 
-    def use_attention(self, route: str) -> None:
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        num_compress_tokens: int | None = None,
+        instruction: str | None = None,
+        max_length: int | None = None,
+        lora_rank: int = 0,
+        lora_alpha: float = 16.0,
+        lora_targets: str | list[str] = "all-linear",
+        adapter: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        attention: str = "auto",
+        own_compress_rows: bool = False,
+        gguf_file: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Encoder:
+        """An encoder that carries its tokenizer, from a causal LM or from one that this library has trained.
+
+        Args:
+            name_or_path: a hub id, a folder, a GGUF file, or what `save_pretrained` or a training run wrote (`model/`
+                or `export/`); what those folders say of themselves is the default of the next three.
+            num_compress_tokens: K; by default 5. They are added to a model that has none.
+            instruction: between text and compress tokens; by default "Represent the text.".
+            max_length: as in the constructor.
+            lora_rank: above 0, LoRA adapters and the compress tokens train in place of all parameters (needs `peft`).
+            lora_alpha, lora_targets: `lora_alpha` and `target_modules` of `peft.LoraConfig`.
+            adapter: the folder of a PEFT adapter that was trained on this model, to go on with.
+            dtype: of the weights.
+            device: of the weights; by default the CPU.
+            attention, own_compress_rows: as in the constructor.
+            gguf_file: the name of a GGUF file in `name_or_path`.
+            trust_remote_code: run model code that a hub repository contains.
+
+        Raises:
+            CheckpointError: model or adapter cannot be loaded, or the model was trained with another K.
+            ValueError: `lora_rank` together with `adapter`. And the errors of the constructor.
+        """
+        source, gguf_file = split_gguf(name_or_path, gguf_file)
+        model, tokenizer, recipe = load_causal_lm(
+            source, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        return cls.from_model(
+            model if device is None else model.to(device), tokenizer, recipe=recipe or original_of(source, gguf_file),
+            num_compress_tokens=num_compress_tokens, instruction=instruction, max_length=max_length,
+            lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter,
+            attention=attention, own_compress_rows=own_compress_rows,
+        )  # fmt: skip
+
+    @classmethod
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        num_compress_tokens: int | None = None,
+        instruction: str | None = None,
+        max_length: int | None = None,
+        lora_rank: int = 0,
+        lora_alpha: float = 16.0,
+        lora_targets: str | list[str] = "all-linear",
+        lora_modules_to_save: list[str] | None = None,
+        adapter: str | Path | None = None,
+        attention: str = "auto",
+        own_compress_rows: bool = False,
+    ) -> Encoder:
+        """`from_pretrained` for a causal LM (or its base model) in memory, which it changes in place.
+
+        Args:
+            model, tokenizer, recipe: what `models.load_causal_lm` gives.
+            lora_modules_to_save: `modules_to_save` of `peft.LoraConfig`.
+
+        The other arguments and errors are those of `from_pretrained`.
+        """
+        if lora_rank and adapter is not None:
+            raise ValueError(f"lora_rank: got {lora_rank} together with an adapter, expected 0 or no adapter")
+        recipe = dict(recipe or {})
+        ids = list(recipe.get("compress_token_ids") or ())
+        adapted = [] if adapter is None else adapter_token_ids(adapter)
+        known = len(ids or adapted)  # K
+        if adapter is not None and not known and not own_compress_rows:
+            raise CheckpointError(
+                f"adapter: got {str(adapter)!r}, which has no compress tokens, for a model without any; expected the "
+                "model that it was trained on, or own_compress_rows=True"
+            )
+        if known and num_compress_tokens not in (None, known):
+            raise CheckpointError(
+                f"num_compress_tokens: got {num_compress_tokens}, expected {known}, the number that the "
+                f"{'model' if ids else 'adapter'} was trained with"
+            )
+        if not ids:
+            ids = add_compress_tokens(
+                model, tokenizer, num_compress_tokens if num_compress_tokens is not None else known or 5
+            )
+        if adapted and sorted(adapted) != sorted(ids):
+            raise CheckpointError(
+                f"adapter: got one that trains the embeddings of {adapted}, expected those of the model's compress "
+                f"tokens, {ids}; it belongs to another model"
+            )
+        head = model.get_output_embeddings()
+        if head is not None and head.weight is not model.get_input_embeddings().weight:
+            head.requires_grad_(False)  # the encoder never reads it
+        wrapped: Any = model
+        if adapter is not None:
+            wrapped = load_adapter(model, adapter)
+        elif lora_rank:
+            wrapped = add_lora(
+                model, None if own_compress_rows else ids, rank=lora_rank, alpha=lora_alpha, targets=lora_targets,
+                modules_to_save=lora_modules_to_save,
+            )  # fmt: skip
+        suffix = None if instruction is not None else recipe.get("suffix_ids")
+        if instruction is None and suffix is None:
+            instruction = recipe.get("instruction", INSTRUCTION)
+        encoder = cls(
+            wrapped,
+            compress_token_ids=ids,
+            suffix_ids=suffix,
+            bos_token_id=recipe.get("bos_token_id", tokenizer.bos_token_id),
+            tokenizer=tokenizer,
+            instruction=recipe.get("instruction") if instruction is None else instruction,
+            max_length=recipe.get("max_length") if max_length is None else max_length,
+            attention=attention,
+            own_compress_rows=own_compress_rows,
+        )
+        encoder.recipe = recipe
+        return encoder
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        max_length: int | None = None,
+        overwrite: bool = False,
+        card: Card | None = None,
+    ) -> Path:
+        """Writes a folder that `Encoder.from_pretrained` and `SentenceTransformer` read; see `export.export`.
+
+        Raises:
+            ValueError: this encoder has no tokenizer. And the errors of `export.export`.
+        """
+        return export(self, self.tokenizer, path, max_length=max_length, overwrite=overwrite, card=card)
+
+    def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.
 
         Raises:
-            ValueError: a route that cannot run there.
+            ValueError: a backend that cannot run there.
         """
-        self.attention = use_packed_attention(self.model, route, embeds=self.compress_rows is not None)
+        self.attention = use_packed_attention(self.model, backend, embeds=self.compress_rows is not None)
 
     @property
     def num_compress_tokens(self) -> int:
         return len(self.compress_token_ids)
 
+    @property
+    def prompt(self) -> Prompt:
+        """How texts become ids, for `data.compression_rows` and `data.alignment_rows`.
+
+        Raises:
+            ValueError: this encoder was made without tokenizer or instruction.
+        """
+        if self.tokenizer is None or self.instruction is None:
+            name = "tokenizer" if self.tokenizer is None else "instruction"
+            raise ValueError(f"{name}: got None, expected one: use from_pretrained, or give the constructor one")
+        k, bos = self.num_compress_tokens, self.bos_token_id
+        return Prompt(self.tokenizer, k, bos, self.instruction, self.max_length)
+
     def fit_max_length(self, length: int | None = None) -> int:
-        """Tokens of one text with all that surrounds it: `length`, by default 512 or the model's positions if fewer.
+        """Tokens of one text with all that surrounds it: `length`, by default the encoder's own `max_length`.
 
         Raises:
             ValueError: `length` is more than the model's positions.
         """
-        return fit_length("max_length", length, max_positions(self.model))
+        return fit_length("max_length", self.max_length if length is None else length, max_positions(self.model))
+
+    def tokenize(
+        self, texts: Sequence[str], *, instruction: str | None = None, max_length: int | None = None
+    ) -> list[list[int]]:
+        """The ids of each text alone, cut so that bos, instruction and compress tokens fit beside them.
+
+        Args:
+            texts: n strings.
+            instruction: the one that will be read with them; by default the encoder's own.
+            max_length: tokens of one text with all that surrounds it; by default the encoder's own.
+
+        Raises:
+            ValueError: an encoder without tokenizer, a text without a token (the row is named), a `max_length` above
+                the model's positions or without room for text.
+            TypeError: no list of strings.
+        """
+        ids = batch_token_ids(self.tokenizer, texts)
+        suffix = self._suffix(instruction)
+        whole = Prompt(self.tokenizer, self.num_compress_tokens, self.bos_token_id, "", self.fit_max_length(max_length))
+        return [whole.text(text, suffix) for text in ids]
+
+    def _suffix(self, instruction: str | None) -> list[int]:
+        return self.suffix_ids if instruction is None else instruction_ids(self.tokenizer, instruction)
+
+    @torch.no_grad()  # FSDP keeps what it gathers first, which must be no inference tensor
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        instruction: str | None = None,
+        max_length: int | None = None,
+        token_budget: int = 4096,
+        shared: bool = False,
+    ) -> Tensor:
+        """normalize(mean_k z) of each text, without dropout and without gradient.
+
+        Args:
+            texts: n strings, tokenised as in training.
+            instruction, max_length: as in `tokenize`.
+            token_budget: tokens of one pass.
+            shared: all processes are called with the same texts; each embeds a share of them and gets all embeddings.
+
+        Returns:
+            (n, D) float32 on the CPU, in the order of `texts`.
+
+        Raises:
+            ValueError: no text. And the errors of `tokenize`.
+        """
+        ids = self.tokenize(texts, instruction=instruction, max_length=max_length)
+        if not ids:
+            raise ValueError("texts: got none, expected at least one")
+        suffix = self._suffix(instruction)
+        weight = self.model.get_input_embeddings().weight
+        out = torch.zeros(len(ids), weight.shape[1])
+        training = self.training
+        self.eval()
+        try:
+            microbatches = make_microbatches([len(s) for s in self.sequences(ids, [suffix] * len(ids))], token_budget)
+            mine = distributed.shard_microbatches(microbatches) if shared else ((m, True) for m in microbatches)
+            for microbatch, counts in mine:
+                z = self([ids[i] for i in microbatch], [suffix] * len(microbatch))
+                if counts:
+                    out[microbatch] = text_embedding(z.float()).cpu()
+        finally:
+            self.train(training)
+        return distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
 
     @torch.no_grad()
     def fold_compress_rows(self) -> None:
@@ -158,11 +410,12 @@ class Encoder(nn.Module):
         Source: gradient caching, Gao et al., arXiv 2101.06983.
         """
         embedding = self.model.get_input_embeddings()
-        check_ids("ids", ids, self._vocabulary)
+        vocabulary = embedding.weight.shape[0]
+        check_ids("ids", ids, vocabulary)
         if len(ids) == 0:
             raise ValueError("ids: got no text, expected at least one")
         if suffix_ids is not None:  # each may be empty
-            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], self._vocabulary)
+            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], vocabulary)
         sequences = self.sequences(ids, suffix_ids)
         limit, longest = max_positions(self.model), max(map(len, sequences))
         if limit is not None and longest > limit:
@@ -170,17 +423,17 @@ class Encoder(nn.Module):
                 f"ids: got a text of {longest} tokens with its suffix and compress tokens, expected "
                 f"{limit} (the model's positions); truncate the text"
             )
-        parts = make_microbatches([len(s) for s in sequences], token_budget)
+        microbatches = make_microbatches([len(s) for s in sequences], token_budget)
         if self.sharded and token_budget is not None:
-            parts = equalize_microbatches(parts, embedding.weight.device)
-        if len(parts) == 1:
+            microbatches = distributed.equalize_microbatches(microbatches, embedding.weight.device)
+        if len(microbatches) == 1:
             packed = pack(sequences, embedding.weight.device)
             return self._run(packed.ids, packed)
         z = []
-        for part in parts:
-            packed = pack([sequences[i] for i in part], embedding.weight.device)
+        for microbatch in microbatches:
+            packed = pack([sequences[i] for i in microbatch], embedding.weight.device)
             z.append(checkpoint(self._run, packed.ids, packed, use_reentrant=False))
-        places = torch.tensor([i for part in parts for i in part], device=embedding.weight.device)
+        places = torch.tensor([i for microbatch in microbatches for i in microbatch], device=embedding.weight.device)
         return torch.cat(z)[places.argsort()]
 
     def _run(self, ids: Tensor, packed: Packed) -> Tensor:

@@ -1,4 +1,4 @@
-"""Embeddings of texts, and how well they rank: STS by Spearman's correlation, retrieval by nDCG and recall."""
+"""How well embeddings rank texts: STS by Spearman's correlation, retrieval by nDCG and recall."""
 
 from __future__ import annotations
 
@@ -11,54 +11,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from autoregembed import data, distributed
-from autoregembed.encoder import Encoder, text_embedding
+from autoregembed import data
 from autoregembed.models import base_model
 from autoregembed.packing import make_microbatches
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
-
-
-@torch.no_grad()  # FSDP keeps what it gathers first, which must be no inference tensor
-def embed(
-    encoder: Encoder,
-    tokenizer,
-    texts: Sequence[str],
-    *,
-    max_length: int | None = None,
-    token_budget: int = 4096,
-    shared: bool = False,
-) -> Tensor:
-    """normalize(mean_k z) of each text, (n, D) float32 on the CPU, in the order of `texts`.
-
-    Texts are tokenised as in training and truncated so that instruction and compress tokens stay, by default to
-    512 tokens or the model's positions if fewer. `shared`: all processes are called with the same texts; each embeds a
-    share of them and gets all embeddings.
-
-    Raises:
-        ValueError: no text, one without a token (the row is named), or a `max_length` above the model's positions.
-    """
-    if len(texts) == 0:
-        raise ValueError("texts: got none, expected at least one")
-    max_length = encoder.fit_max_length(max_length)
-    prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, "", max_length)
-    ids = [prompt.text(prompt.ids(text), encoder.suffix_ids) for text in texts]
-    empty = [row for row, x in enumerate(ids) if not x]
-    if empty:
-        raise ValueError(f"texts: got an empty text in row {empty[0]}, expected at least one token")
-    weight = encoder.model.get_input_embeddings().weight
-    out = torch.zeros(len(texts), weight.shape[1])
-    training = encoder.training
-    encoder.eval()
-    try:
-        parts = make_microbatches([len(s) for s in encoder.sequences(ids)], token_budget)
-        for part, counts in distributed.shard_microbatches(parts) if shared else ((part, True) for part in parts):
-            found = text_embedding(encoder([ids[i] for i in part]).float()).cpu()
-            if counts:
-                out[part] = found
-    finally:
-        encoder.train(training)
-    return distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
 
 
 @torch.inference_mode()

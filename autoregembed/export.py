@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from autoregembed.encoder import Encoder
-from autoregembed.files import CheckpointError, atomic_folder
+from autoregembed.files import CheckpointError, atomic_folder, write_json
 from autoregembed.model_card import Card, model_card
-from autoregembed.models import base_model, is_plain
+from autoregembed.models import RECIPE, base_model, is_plain
+
+if TYPE_CHECKING:  # Encoder.save_pretrained calls export
+    from autoregembed.encoder import Encoder
 
 
 def stock_modules() -> Any:
@@ -41,7 +43,7 @@ def merged(encoder: Encoder) -> Any:
                 f"model: got quantised weights in {name}, expected plain ones, as merging would round them: put "
                 "the adapter onto model.dequantize() (get_peft_model_state_dict, set_peft_model_state_dict)"
             )
-    copied = copy.deepcopy(encoder)
+    copied = copy.deepcopy(encoder, {id(encoder.tokenizer): encoder.tokenizer})
     copied.fold_compress_rows()
     model = copied.model.merge_and_unload() if hasattr(copied.model, "merge_and_unload") else copied.model
     return model
@@ -76,6 +78,20 @@ def _tokenizer(encoder: Encoder, tokenizer, max_length: int):
     )
 
 
+def _recipe(encoder: Encoder, max_length: int) -> dict[str, Any]:
+    """`autoregembed.json`: what `Encoder.from_pretrained` and `Decoder.from_pretrained` need besides the model."""
+    return {
+        "version": 1,
+        **encoder.recipe,
+        "compress_token_ids": encoder.compress_token_ids,
+        "instruction": encoder.instruction,
+        "suffix_ids": encoder.suffix_ids,
+        "bos_token_id": encoder.bos_token_id,
+        "max_length": max_length,
+        "lm_head": False,
+    }
+
+
 def export(
     encoder: Encoder,
     tokenizer,
@@ -85,14 +101,16 @@ def export(
     overwrite: bool = False,
     card: Card | None = None,
 ) -> Path:
-    """Writes `folder`, whole or not at all.
+    """Writes `folder`, whole or not at all, for `SentenceTransformer(folder)` and `Encoder.from_pretrained(folder)`.
+
+    `autoregembed.json` lies beside the model: compress tokens, suffix, and the original model that the decoder is.
 
     Args:
         encoder: adapters are merged and compress rows folded in a copy; the encoder itself stays as it is.
         tokenizer: the fast tokenizer of its training.
         folder: new or empty, unless `overwrite`.
-        max_length: tokens of a text with instruction and compress tokens; by default 512, or the model's positions if
-            they are fewer.
+        max_length: tokens of a text with instruction and compress tokens; by default the encoder's
+            own.
         card: what README.md, the model card, says of the training; without one, that it is not stated.
 
     Raises:
@@ -138,4 +156,5 @@ def export(
             max_length=max_length, num_compress_tokens=encoder.num_compress_tokens,
         )  # fmt: skip
         (temporary / "README.md").write_text(text, encoding="utf-8")
+        write_json(temporary / RECIPE, _recipe(encoder, max_length))
     return Path(folder)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from autoregembed.files import CheckpointError, atomic_folder, read_json, write_json
 
@@ -17,10 +19,10 @@ RECIPE = "autoregembed.json"
 
 
 @contextlib.contextmanager
-def wrap_load_errors(source: str) -> Iterator[None]:
-    """What Transformers, tokenizers and safetensors raise over a folder that is damaged or hostile, as CheckpointError.
+def wrap_load_errors(source: str, name: str = "model") -> Iterator[None]:
+    """Turns what Transformers, tokenizers and safetensors raise over a damaged or hostile folder into CheckpointError.
 
-    They raise whatever they stumble over (KeyError, AttributeError, a bare Exception), hence all but a lack of memory.
+    They raise any exception (KeyError, AttributeError, a bare Exception), hence all but MemoryError are caught.
     """
     try:
         yield
@@ -29,7 +31,21 @@ def wrap_load_errors(source: str) -> Iterator[None]:
     except Exception as error:
         short = source if len(source) < 1000 else source[:1000] + "…"
         reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"model: got {short!r}, which cannot be loaded: {reason[:2000]}") from error
+        raise CheckpointError(f"{name}: got {short!r}, which cannot be loaded: {reason[:2000]}") from error
+
+
+def split_gguf(name_or_path: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """(hub id or folder, GGUF file in it or None): a path that ends in .gguf is taken apart.
+
+    Raises:
+        ValueError: a path to a GGUF file, and a `gguf_file` besides.
+    """
+    source = str(name_or_path)
+    if not source.endswith(".gguf"):
+        return source, gguf_file
+    if gguf_file is not None:
+        raise ValueError(f"gguf_file: got {gguf_file!r}, expected None, since {source!r} is a GGUF file")
+    return str(Path(source).parent), Path(source).name
 
 
 def load_causal_lm(
@@ -41,17 +57,18 @@ def load_causal_lm(
 ) -> tuple[Any, Any, dict]:
     """A causal LM, its tokenizer and its recipe: `autoregembed.json` of a folder this library wrote, else {}.
 
+    An exported encoder has no head; its base model is returned.
+
     Raises:
         CheckpointError: the source cannot be loaded, or lacks weights that Transformers would then draw at random.
     """
     options = {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})}
     weights: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}  # never a pickle
+    recipe = read_recipe(source)
+    loader = AutoModelForCausalLM if recipe.get("lm_head", True) else AutoModel
     with wrap_load_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options, **weights
-        )
-    recipe = _read_recipe(Path(source) / RECIPE) if (Path(source) / RECIPE).is_file() else {}
+        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **weights)
     missing = sorted(info["missing_keys"])
     if missing and not gguf_file:
         raise CheckpointError(
@@ -68,44 +85,146 @@ def load_causal_lm(
     return model, tokenizer, recipe
 
 
-def _read_recipe(path: Path) -> dict:
+_RECIPE_TYPES: dict[str, Any] = {
+    "decoder": str,
+    "decoder_gguf_file": str,
+    "output_rms_initialized": bool,
+    "instruction": str,
+    "bos_token_id": int,
+    "max_length": int,
+    "z_norm": str,
+    "decoder_add_bos": bool,
+    "lm_head": bool,
+}
+
+
+def read_recipe(source: str) -> dict:
+    """`autoregembed.json` of a folder or hub repository that this library wrote, else {}.
+
+    Raises:
+        CheckpointError: it is damaged, or a value has another type than this library writes.
+    """
+    try:
+        found = cached_file(
+            source, RECIPE,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+    except OSError:  # no such repository: loading the weights says so
+        return {}
+    if found is None:
+        return {}
+    path = Path(found)
     recipe = read_json(path, "model")
-    ids, kinds = (
-        recipe.get("compress_token_ids", []),
-        {"decoder": str, "decoder_gguf_file": str, "output_rms_initialized": bool},
-    )
-    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise CheckpointError(f"model: got compress_token_ids {ids!r} in {str(path)!r}, expected a list of ids")
-    for name, kind in kinds.items():
-        if not isinstance(recipe.get(name), kind | None):
+    for name in ("compress_token_ids", "suffix_ids"):
+        ids = recipe.get(name, [])
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise CheckpointError(f"model: got {name} {ids!r} in {str(path)!r}, expected a list of ids")
+    for name, kind in _RECIPE_TYPES.items():
+        value = recipe.get(name)
+        if value is not None and type(value) is not kind:
             raise CheckpointError(
-                f"model: got {name} {recipe[name]!r} in {str(path)!r}, expected a {kind.__name__} or nothing"
+                f"model: got {name} {value!r} in {str(path)!r}, expected a {kind.__name__} or nothing"
             )
     return recipe
 
 
-def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
-    """Makes room for K compress tokens behind the vocabulary; returns their ids.
+def original_of(source: str, gguf_file: str | None) -> dict[str, str | None]:
+    """The part of a recipe that names the model which training starts from, and which its decoder is."""
+    return {
+        "decoder": str(Path(source).resolve()) if os.path.exists(source) else source,
+        "decoder_gguf_file": gguf_file,
+    }
 
-    They are rows of the embedding matrix and no entries of the tokenizer, so no text can contain one. They start at the
-    embedding of a blank, a tenth of the matrix' spread apart: what the model has read often leaves its activations
-    calm, a random vector does not.
+
+def add_compress_tokens(model: Any, tokenizer, k: int) -> list[int]:
+    """Adds K compress tokens behind the vocabulary; returns their ids.
+
+    They are rows of the embedding matrix, not entries of the tokenizer, so no text can contain one. They start at the
+    embedding of a blank plus noise of a tenth of the matrix' standard deviation: a frequent token keeps the activations
+    in their usual range, a random vector does not.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
     if not 1 <= k < limit:
         raise ValueError(f"num_compress_tokens: got {k}, expected 1..{limit - 1}")
-    used = max(tokenizer.get_vocab().values()) + 1
+    used, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
     ids = list(range(used, used + k))
-    if ids[-1] >= model.get_input_embeddings().weight.shape[0]:
+    if ids[-1] >= rows:
         model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
     weight = model.get_input_embeddings().weight
     with torch.no_grad():
-        known = weight[:used].float()
+        known = weight[: min(used, rows)].float()  # without the random rows of tokens that the model never had
         noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
         blank = tokenizer(" ", add_special_tokens=False)["input_ids"]
         center = known[blank[0]] if blank else known.mean(0)
         weight[ids] = (center + 0.1 * known.std(0) * noise).to(weight.dtype)
     return ids
+
+
+def module_name(model: nn.Module, module: nn.Module) -> str:
+    """The name of a submodule, as PEFT's configurations take it."""
+    return next(name for name, found in model.named_modules() if found is module)
+
+
+def add_lora(
+    model: Any,
+    compress_token_ids: list[int] | None,
+    *,
+    rank: int,
+    alpha: float = 16.0,
+    targets: str | list[str] = "all-linear",
+    modules_to_save: list[str] | None = None,
+) -> Any:
+    """A PeftModel around `model` whose LoRA adapters train, and the rows of `compress_token_ids` with them.
+
+    Args:
+        compress_token_ids: None where the rows are trained elsewhere.
+        rank, alpha, targets, modules_to_save: `r`, `lora_alpha`, `target_modules` and `modules_to_save` of
+            `peft.LoraConfig`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    embedding = module_name(model, model.get_input_embeddings())
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        trainable_token_indices=None if compress_token_ids is None else {embedding: compress_token_ids},
+        modules_to_save=modules_to_save,
+    )
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: Any, folder: str | Path) -> Any:
+    """A PeftModel around `model` that goes on training the adapter in `folder`.
+
+    Raises:
+        CheckpointError: the adapter cannot be loaded, is a pickle, or does not fit the model.
+    """
+    from peft import PeftModel
+
+    _require_adapter(folder)
+    with wrap_load_errors(str(folder), "adapter"):
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
+def adapter_token_ids(folder: str | Path) -> list[int]:
+    """The rows of the embedding matrix that the adapter in `folder` has trained.
+
+    Raises:
+        CheckpointError: `folder` holds no adapter.
+    """
+    from peft import PeftConfig
+
+    _require_adapter(folder)
+    with wrap_load_errors(str(folder), "adapter"):
+        rows = getattr(PeftConfig.from_pretrained(str(folder)), "trainable_token_indices", None) or []
+        return [i for ids in rows.values() for i in ids] if isinstance(rows, dict) else list(rows)
+
+
+def _require_adapter(folder: str | Path) -> None:
+    if not (Path(folder) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle in its place
+        raise CheckpointError(f"adapter: got {str(folder)!r}, expected a folder with adapter_model.safetensors")
 
 
 def save_model(folder: Path, model: Any, tokenizer, recipe: dict, *, overwrite: bool = True) -> Path:
@@ -192,7 +311,7 @@ def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
 
 
 def is_plain(parameter: Tensor) -> bool:
-    """Whether it is no subclass of Tensor with storage of its own kind, such as a quantised one."""
+    """Whether a parameter is a Tensor and not a subclass with its own storage, such as a quantised one."""
     return type(parameter.data) is Tensor
 
 
@@ -206,7 +325,7 @@ def require_finite(model: nn.Module) -> None:
 def require_gradients(model: nn.Module) -> None:
     """Raises ValueError for bitsandbytes' 4-bit layers on a CPU.
 
-    An evaluation repacks their weights for its own kernel, and from then on their backward multiplies by garbage.
+    An evaluation repacks their weights for its own kernel, and every later backward multiplies by wrong values.
     """
     for name, module in model.named_modules():
         four_bit = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)

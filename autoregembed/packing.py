@@ -75,15 +75,15 @@ def make_microbatches(lengths: Sequence[int], token_budget: int | None) -> list[
         return [places] if places else []
     if token_budget < 1:
         raise ValueError(f"token_budget: got {token_budget}, expected at least 1")
-    parts: list[list[int]] = []
+    microbatches: list[list[int]] = []
     room = 0
     for place in places:
-        if not parts or lengths[place] > room:
-            parts.append([])
+        if not microbatches or lengths[place] > room:
+            microbatches.append([])
             room = token_budget
-        parts[-1].append(place)
+        microbatches[-1].append(place)
         room -= lengths[place]
-    return parts
+    return microbatches
 
 
 def check_ids(name: str, sequences: Sequence[Ids], vocabulary: int) -> None:

@@ -20,6 +20,7 @@ from autoregembed.config import Config
 from autoregembed.decoder import Decoder
 from autoregembed.files import CheckpointError, atomic_file, tensor_fingerprint, weights_fingerprint
 from autoregembed.packing import make_microbatches
+from autoregembed.prompt import tokenizer_fingerprint
 
 
 class RefLogpsMismatch(CheckpointError):
@@ -68,7 +69,7 @@ def ref_logps_fingerprint(encoder: nn.Module, decoder: Decoder, tokenizer: Any, 
     return {
         "data": data.content_fingerprint(rows),
         "model": f"{weights_fingerprint(encoder, decoder)}-{options}",
-        "tokenizer": data.tokenizer_fingerprint(tokenizer),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
     }
 
 

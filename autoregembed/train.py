@@ -31,7 +31,7 @@ from autoregembed.checkpoint import latest_checkpoint, load_checkpoint, prune_ch
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.evaluate import embed, load_sts, sts
+from autoregembed.evaluate import load_sts, sts
 from autoregembed.export import export, merged
 from autoregembed.files import atomic_folder, read_json, remove_stale_tmp, weights_fingerprint, write_json
 from autoregembed.model_card import Card
@@ -182,7 +182,7 @@ class Run:
         """Spearman's correlation on the evaluation pairs, None without any."""
         if self.pairs is None:
             return None
-        encode = functools.partial(embed, self.encoder, self.tokenizer, max_length=self.max_length, shared=True)
+        encode = functools.partial(self.encoder.encode, max_length=self.max_length, shared=True)
         with self.accelerator.autocast():
             return sts(encode, self.pairs)["spearman"]
 
@@ -387,7 +387,7 @@ class Run:
             return self.encoder
         # A sharded module cannot be copied: another one is built like it and filled.
         other = build_models(self.config, with_decoder=False)[0]
-        other.suffix_ids = self.encoder.suffix_ids
+        other.suffix_ids, other.recipe = self.encoder.suffix_ids, self.encoder.recipe
         other.load_state_dict(weights)
         return other
 

@@ -8,9 +8,9 @@ import sys
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from loading import TRIPLETS, load
+from common import TRIPLETS, tiny
 
-from autoregembed import alignment_loss
+from autoregembed import Decoder, Encoder, alignment_loss
 
 
 def scores(encoder, decoder, batch):
@@ -22,13 +22,14 @@ def scores(encoder, decoder, batch):
     return logprob.split(n)
 
 
-def main(name: str = "tiny", steps: int = 24, learning_rate: float = 2e-3) -> list[float]:
+def main(name: str | None = None, steps: int = 24, learning_rate: float = 2e-3) -> list[float]:
     set_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    encoder, decoder, tokenise = load(name)
+    name = name or tiny()
+    encoder, decoder = Encoder.from_pretrained(name), Decoder.from_pretrained(name, z_norm="match_rms")
     encoder.to(accelerator.device).eval()
     decoder.to(accelerator.device)
-    rows = [(i, *map(tokenise, row)) for i, row in enumerate(TRIPLETS)]
+    rows = [(i, *encoder.tokenize(row)) for i, row in enumerate(TRIPLETS)]
     with torch.no_grad():
         r_a, _, r_c = scores(encoder, decoder, [row[1:] for row in rows])  # before the first step
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate)

@@ -11,11 +11,10 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from loading import TRIPLETS
+from common import TRIPLETS, tiny
 
 from autoregembed import linear_logprob
 from autoregembed.models import base_model, load_causal_lm
-from autoregembed.testing import tiny_model, tiny_tokenizer
 
 
 def logps(model, input_ids, attention_mask, completion_mask):  # each (2B, L)
@@ -34,12 +33,8 @@ def logps(model, input_ids, attention_mask, completion_mask):  # each (2B, L)
     return sums.chunk(2)
 
 
-def main(name: str = "tiny", steps: int = 10, beta: float = 0.1, learning_rate: float = 1e-3) -> list[float]:
-    if name == "tiny":
-        tokenizer = tiny_tokenizer([text for row in TRIPLETS for text in row])
-        model = tiny_model(vocab_size=len(tokenizer))
-    else:
-        model, tokenizer, _ = load_causal_lm(name)
+def main(name: str | None = None, steps: int = 10, beta: float = 0.1, learning_rate: float = 1e-3) -> list[float]:
+    model, tokenizer, _ = load_causal_lm(name or tiny())
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     prompt, chosen, rejected = (tokenizer([row[i] for row in TRIPLETS])["input_ids"] for i in range(3))
     rows = [torch.tensor([*p, *c]) for p, c in zip(prompt * 2, chosen + rejected, strict=True)]

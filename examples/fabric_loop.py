@@ -6,23 +6,24 @@ python examples/fabric_loop.py [MODEL]    # or: fabric run examples/fabric_loop.
 import sys
 
 import torch
+from common import TRIPLETS, tiny
 from lightning_fabric import Fabric
-from loading import TRIPLETS, load
 
-from autoregembed import alignment_loss, info_nce
+from autoregembed import Decoder, Encoder, alignment_loss, info_nce
 from autoregembed.encoder import text_embedding
 
 
-def main(name: str = "tiny", steps: int = 20, learning_rate: float = 2e-3) -> list[float]:
+def main(name: str | None = None, steps: int = 20, learning_rate: float = 2e-3) -> list[float]:
     fabric = Fabric(accelerator="auto", devices=1)
     fabric.launch()
     fabric.seed_everything(0)
-    encoder, decoder, tokenise = load(name)
+    name = name or tiny()
+    encoder, decoder = Encoder.from_pretrained(name), Decoder.from_pretrained(name, z_norm="match_rms")
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate)
+    rows = [encoder.tokenize(row) for row in TRIPLETS]
     encoder, optimizer = fabric.setup(encoder, optimizer)
     encoder.train()
     decoder.to(fabric.device)
-    rows = [tuple(map(tokenise, row)) for row in TRIPLETS]
     losses = []
     for step in range(steps):
         batch = [rows[i] for i in torch.randperm(len(rows))[:4]]

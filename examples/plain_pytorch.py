@@ -6,18 +6,19 @@ python examples/plain_pytorch.py [MODEL]
 import sys
 
 import torch
-from loading import TRIPLETS, load
+from common import TRIPLETS, tiny
 
-from autoregembed import compression_loss
+from autoregembed import Decoder, Encoder, compression_loss
 
 
-def main(name: str = "tiny", steps: int = 20, learning_rate: float = 3e-3, device: str = "cpu") -> list[float]:
+def main(name: str | None = None, steps: int = 20, learning_rate: float = 3e-3, device: str = "cpu") -> list[float]:
     torch.manual_seed(0)
-    encoder, decoder, tokenise = load(name)
+    name = name or tiny()
+    encoder, decoder = Encoder.from_pretrained(name), Decoder.from_pretrained(name, z_norm="match_rms")
     encoder.to(device).train()
     decoder.to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=learning_rate)
-    texts = [tokenise(text) for row in TRIPLETS for text in row]
+    texts = encoder.tokenize([text for row in TRIPLETS for text in row])
     losses = []
     for step in range(steps):
         batch = [texts[i] for i in torch.randperm(len(texts))[:8]]

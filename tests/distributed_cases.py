@@ -179,12 +179,11 @@ def shared_embeddings(case: dict) -> None:
     """Seven texts of which three processes embed a share each; the last round has work for one of them."""
     from autoregembed import build
     from autoregembed.config import Config
-    from autoregembed.evaluate import embed
 
-    encoder, _, tokenizer, _ = build.build_models(Config(**case))
+    encoder = build.build_models(Config(**case))[0]
     texts = ["the cat sat", "on a mat", "while rain", "fell", "over old stone bridges", "and boats", "drifted past"]
-    alone = embed(encoder, tokenizer, texts, token_budget=1)
-    torch.testing.assert_close(embed(encoder, tokenizer, texts, token_budget=1, shared=True), alone, rtol=0, atol=1e-6)
+    alone = encoder.encode(texts, token_budget=1)
+    torch.testing.assert_close(encoder.encode(texts, token_budget=1, shared=True), alone, rtol=0, atol=1e-6)
 
 
 def dying(case: dict, victim: int) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from autoregembed import Encoder, models
 from autoregembed.cli import main, read_config
 from autoregembed.config import ConfigError
-from autoregembed.evaluate import embed, load_sts, sts
+from autoregembed.evaluate import load_sts, sts
 from autoregembed.export import export
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
@@ -35,9 +35,10 @@ def exported(tmp_path_factory):
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
     model = tiny_model(vocab_size=len(tokenizer))
     ids = models.add_compress_tokens(model, tokenizer, 3)
-    encoder = Encoder(model, compress_token_ids=ids, suffix_ids=tokenizer("\n")["input_ids"], bos_token_id=1)
+    suffix = tokenizer("\n")["input_ids"]
+    encoder = Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=1, tokenizer=tokenizer)
     folder = export(encoder, tokenizer, tmp_path_factory.mktemp("cli") / "model")
-    return str(folder), lambda texts: embed(encoder, tokenizer, texts)
+    return str(folder), encoder.encode
 
 
 def config_file(tmp_path: Path, **fields) -> str:

@@ -75,9 +75,9 @@ def test_the_step_on_any_causal_lm(page, model_folder):
     (code,) = (code for code in blocks(page, "python") if "Decoder" in code)
     scope = {"NAME": model_folder}
     exec(code, scope)
-    assert isinstance(scope["model"], type(AutoModelForCausalLM.from_pretrained(model_folder)))
+    assert isinstance(scope["encoder"].model, type(AutoModelForCausalLM.from_pretrained(model_folder)))
     assert 0 < scope["loss"].item() < 10
-    gradient = scope["model"].get_input_embeddings().weight.grad
+    gradient = scope["encoder"].model.get_input_embeddings().weight.grad
     ids = scope["encoder"].compress_token_ids
     assert gradient[ids].abs().amax(1).min() > 0, "every compress token is trained"
     assert all(p.grad is None for p in scope["decoder"].parameters())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autoregembed import Encoder
 from autoregembed.encoder import text_embedding
-from autoregembed.evaluate import embed, load_retrieval, load_sts, retrieval, spearman, sts, token_mean
+from autoregembed.evaluate import load_retrieval, load_sts, retrieval, spearman, sts, token_mean
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -20,7 +20,7 @@ def encoder():
     suffix = TOKENIZER("\nAgain:\n")["input_ids"]
     ids = [len(TOKENIZER) + i for i in range(3)]
     model = tiny_model(vocab_size=len(TOKENIZER) + 3)
-    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=1)
+    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=1, tokenizer=TOKENIZER)
 
 
 def ranks(values):
@@ -133,20 +133,20 @@ def test_retrieval_reads_beir_files(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# embed
+# Encoder.encode
 
 
 @torch.no_grad()
 def test_embeddings_keep_the_order_of_the_texts_whatever_the_budget(encoder):
     texts = [sentence(i, 1 + (5 * i) % 11) for i in range(9)] + ["</s>", "<s> <unk>"]
-    whole = embed(encoder, TOKENIZER, texts)
+    whole = encoder.encode(texts)
     assert whole.shape == (11, 32)
     assert whole.dtype == torch.float32
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(11))
     for i, text in enumerate(texts):
         expected = text_embedding(encoder([TOKENIZER(text)["input_ids"]]))[0]
         torch.testing.assert_close(whole[i], expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(embed(encoder, TOKENIZER, texts, token_budget=1), whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.encode(texts, token_budget=1), whole, rtol=0, atol=1e-6)
     assert (whole[0] - whole[1]).abs().max() > 1e-2
 
 
@@ -156,25 +156,25 @@ def test_long_texts_are_cut_so_that_the_suffix_stays(encoder):
     around = len(encoder.sequences([[]])[0])
     for length, options in ((256, {}), (40, {"max_length": 40})):
         expected = text_embedding(encoder([ids[: length - around]]))[0]
-        torch.testing.assert_close(embed(encoder, TOKENIZER, [long], **options)[0], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(encoder.encode([long], **options)[0], expected, rtol=0, atol=1e-6)
 
 
-def test_embed_leaves_the_mode_of_the_encoder(encoder):
+def test_encode_leaves_the_mode_of_the_encoder(encoder):
     encoder.train()
-    embed(encoder, TOKENIZER, ["the cat"])
+    encoder.encode(["the cat"])
     assert encoder.training
     encoder.eval()
 
 
-def test_embed_refuses(encoder):
+def test_encode_refuses(encoder):
     with pytest.raises(ValueError, match=r"^texts: got none"):
-        embed(encoder, TOKENIZER, [])
+        encoder.encode([])
     with pytest.raises(ValueError, match=r"^texts: got an empty text in row 1"):
-        embed(encoder, TOKENIZER, ["the", ""])
+        encoder.encode(["the", ""])
     with pytest.raises(ValueError, match=r"^max_length: got 257, expected at most 256"):
-        embed(encoder, TOKENIZER, ["the"], max_length=257)
+        encoder.encode(["the"], max_length=257)
     with pytest.raises(ValueError, match=r"^max_length: got 5, expected at least"):
-        embed(encoder, TOKENIZER, ["the"], max_length=5)
+        encoder.encode(["the"], max_length=5)
 
 
 def test_real_sts_pairs_load(shared):

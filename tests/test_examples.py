@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoregembed import Decoder, Encoder
 from autoregembed.testing import tiny_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -43,8 +44,8 @@ def test_the_loops_are_short():
 
 def test_the_gradient_cache_example_cuts_both_sides():
     module = example("grad_cache")
-    encoder, decoder, tokenise = module.load()
-    texts = [tokenise(text) for row in module.TRIPLETS for text in row]
+    encoder, decoder = Encoder.from_pretrained(module.tiny()), Decoder.from_pretrained(module.tiny())
+    texts = encoder.tokenize([text for row in module.TRIPLETS for text in row])
     assert sum(map(len, encoder.sequences(texts))) > 2 * module.ENCODER_TOKENS
     assert decoder.num_tokens(texts) > 2 * module.DECODER_TOKENS
 

@@ -9,7 +9,6 @@ from conftest import sentence
 from safetensors.torch import load_file
 
 from autoregembed import Encoder, files, models
-from autoregembed.evaluate import embed
 from autoregembed.export import export, merged
 from autoregembed.model_card import Card
 from autoregembed.testing import tiny_model, tiny_tokenizer
@@ -34,7 +33,8 @@ def encoder_of(tokenizer=TOKENIZER, architecture="llama", bos_token_id=1, dtype=
         rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(5)).to(dtype)
         model.get_input_embeddings().weight[ids] += 0.2 * rows
     suffix = tokenizer("\nAgain:\n", add_special_tokens=False)["input_ids"]
-    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=bos_token_id, **options)
+    fixed = {"compress_token_ids": ids, "suffix_ids": suffix, "bos_token_id": bos_token_id, "tokenizer": tokenizer}
+    return Encoder(model, **fixed, **options)
 
 
 def load(folder):
@@ -64,7 +64,7 @@ torch.save(model.encode(texts, convert_to_tensor=True, batch_size=len(texts)), s
     arguments = [folder, tmp_path / "texts.json", tmp_path / "found.pt"]
     subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, timeout=300)
     found = torch.load(tmp_path / "found.pt")
-    expected = embed(encoder, TOKENIZER, TEXTS)
+    expected = encoder.encode(TEXTS)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert torch.pdist(expected).min() > 1e-2
     assert not list(folder.rglob("*.bin"))
@@ -76,7 +76,7 @@ def test_padding_within_a_batch_is_immaterial(batch_size, tmp_path):
     encoder = encoder_of()
     exported = load(export(encoder, TOKENIZER, tmp_path / "out", max_length=60))
     found = exported.encode(TEXTS, convert_to_tensor=True, batch_size=batch_size)
-    expected = embed(encoder, TOKENIZER, TEXTS, max_length=60)
+    expected = encoder.encode(TEXTS, max_length=60)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert_same_ids(exported, encoder, TOKENIZER, TEXTS, 60)
     assert exported.max_seq_length == 60
@@ -108,7 +108,7 @@ def test_every_family_of_tokenizers_gives_the_ids_of_training(name, architecture
     exported = load(export(encoder, tokenizer, tmp_path / "out"))
     assert_same_ids(exported, encoder, tokenizer, TEXTS, 256)
     found = exported.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(found, embed(encoder, tokenizer, TEXTS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, encoder.encode(TEXTS), rtol=0, atol=1e-5)
 
 
 def test_adapters_are_merged_and_compress_rows_folded_and_the_encoder_stays(tmp_path):
@@ -118,17 +118,17 @@ def test_adapters_are_merged_and_compress_rows_folded_and_the_encoder_stays(tmp_
     name = {"embed_tokens": plain.compress_token_ids}
     wrapped = get_peft_model(plain.model, LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=name))
     options = {"compress_token_ids": plain.compress_token_ids, "suffix_ids": plain.suffix_ids, "bos_token_id": 1}
-    lora = Encoder(wrapped, **options)
+    lora = Encoder(wrapped, tokenizer=TOKENIZER, **options)
     own = encoder_of(own_compress_rows=True)
     with torch.no_grad():
         for _, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
                 parameter += 0.05
         own.compress_rows += torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
-    untrained = embed(encoder_of(), TOKENIZER, TEXTS)
+    untrained = encoder_of().encode(TEXTS)
     for i, encoder in enumerate((lora, own)):
         before = files.weights_fingerprint(encoder)
-        expected = embed(encoder, TOKENIZER, TEXTS)
+        expected = encoder.encode(TEXTS)
         assert (expected - untrained).abs().max() > 1e-2
         exported = load(export(encoder, TOKENIZER, tmp_path / str(i)))
         found = exported.encode(TEXTS, convert_to_tensor=True)
@@ -143,7 +143,7 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     weights = load_file(folder / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     found = load(folder).encode(TEXTS, convert_to_tensor=True).float()
-    torch.testing.assert_close(found, embed(encoder, TOKENIZER, TEXTS), rtol=0, atol=2e-2)
+    torch.testing.assert_close(found, encoder.encode(TEXTS), rtol=0, atol=2e-2)
 
 
 def test_a_used_folder_is_kept_unless_told_otherwise(tmp_path):
@@ -190,15 +190,11 @@ def test_slow_tokenizers_are_refused(tmp_path):
 
 
 def test_a_real_tokenizer_and_model(shared, tmp_path):
-    model, tokenizer, _ = models.load_causal_lm(str(shared / "data" / "stories260K"))
-    ids = models.add_compress_tokens(model, tokenizer, 5)
-    suffix = tokenizer("\nTell it again.\n", add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    encoder = Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=bos)
-    exported = load(export(encoder, tokenizer, tmp_path / "out"))
+    encoder = Encoder.from_pretrained(shared / "data" / "stories260K", instruction="Tell it again.")
+    exported = load(encoder.save_pretrained(tmp_path / "out"))
     found = exported.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(found, embed(encoder, tokenizer, TEXTS), rtol=0, atol=1e-5)
-    assert_same_ids(exported, encoder, tokenizer, TEXTS, encoder.fit_max_length())
+    torch.testing.assert_close(found, encoder.encode(TEXTS), rtol=0, atol=1e-5)
+    assert_same_ids(exported, encoder, encoder.tokenizer, TEXTS, encoder.fit_max_length())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

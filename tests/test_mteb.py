@@ -11,10 +11,11 @@ from mteb.abstasks.sts import AbsTaskSTS
 from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 
-from autoregembed import Encoder, data, models
-from autoregembed.evaluate import embed, retrieval, sts
+from autoregembed import Encoder, models
+from autoregembed.evaluate import retrieval, sts
 from autoregembed.export import export
 from autoregembed.integrations.mteb import MTEBEncoder
+from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -65,11 +66,11 @@ class LocalRetrieval(AbsTaskRetrieval):
 def encoder() -> Encoder:
     model = tiny_model(vocab_size=len(TOKENIZER))
     ids = models.add_compress_tokens(model, TOKENIZER, 3)
-    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix("Again:"), bos_token_id=1)
+    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix("Again:"), bos_token_id=1, tokenizer=TOKENIZER)
 
 
 def suffix(instruction: str) -> list[int]:
-    return data.Prompt(TOKENIZER, 3, 1, instruction).suffix()
+    return Prompt(TOKENIZER, 3, 1, instruction).suffix()
 
 
 def scores(model) -> tuple[float, float, float]:
@@ -92,7 +93,7 @@ def reader(encoder, instruction: str):
     def read(texts):
         encoder.suffix_ids = suffix(instruction)
         try:
-            return embed(encoder, TOKENIZER, texts)
+            return encoder.encode(texts)
         finally:
             encoder.suffix_ids = suffix("Again:")
 
@@ -103,7 +104,7 @@ def test_an_exported_model_is_read_with_its_own_instruction(encoder, tmp_path):
     expected = own_scores(*[reader(encoder, "Again:")] * 3)
     model = SentenceTransformer(str(export(encoder, TOKENIZER, tmp_path / "out")), device="cpu")
     assert scores(model) == pytest.approx(expected, abs=2e-5)
-    assert scores(MTEBEncoder(encoder, TOKENIZER)) == pytest.approx(expected, abs=2e-5)
+    assert scores(MTEBEncoder(encoder)) == pytest.approx(expected, abs=2e-5)
 
 
 def test_every_task_and_side_can_have_its_instruction(encoder):
@@ -114,12 +115,12 @@ def test_every_task_and_side_can_have_its_instruction(encoder):
     )
     assert expected != own_scores(*[reader(encoder, "Again:")] * 3)
     instructions = {"STS": "Compare:", "Retrieval-query": QUESTION}
-    assert scores(MTEBEncoder(encoder, TOKENIZER, instructions=instructions)) == pytest.approx(expected, abs=2e-5)
+    assert scores(MTEBEncoder(encoder, instructions=instructions)) == pytest.approx(expected, abs=2e-5)
     assert encoder.suffix_ids == suffix("Again:")
 
 
 def test_results_are_filed_under_a_name(encoder):
-    model = MTEBEncoder(encoder, TOKENIZER, name="me/mine", revision="7")
+    model = MTEBEncoder(encoder, name="me/mine", revision="7")
     assert (model.mteb_model_meta.name, model.mteb_model_meta.revision) == ("me/mine", "7")
     similarity = model.similarity(torch.eye(3)[:2], 2 * torch.eye(3))
     torch.testing.assert_close(torch.as_tensor(similarity), torch.eye(3)[:2])

@@ -131,19 +131,19 @@ def test_gradients_flow_through_the_pack_as_through_each_text_alone():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-4 * parameter.grad.abs().max())
 
 
-def test_an_explicit_route_that_cannot_run_says_why():
+def test_an_explicit_backend_that_cannot_run_says_why():
     model = tiny_model()
-    for route in ("varlen", "flash_attention_2"):
-        with pytest.raises(ValueError, match=rf"^attention: got '{route}'.*needs CUDA and 16 bits"):
-            use_packed_attention(model, route)
+    for backend in ("varlen", "flash_attention_2"):
+        with pytest.raises(ValueError, match=rf"^attention: got '{backend}'.*needs CUDA and 16 bits"):
+            use_packed_attention(model, backend)
     with pytest.raises(ValueError, match=r"^attention: got 'spda', expected 'auto', .*'sdpa'"):
         use_packed_attention(model, "spda")
     assert model.config._attn_implementation == "sdpa"
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"got cpu and torch\.bfloat16"):
         use_packed_attention(model, "varlen")
-    routes = attention_backends(torch.device("cuda"), torch.float32)
-    assert routes["sdpa"] == "ok"
-    assert "torch.float32" in routes["varlen"]
+    backends = attention_backends(torch.device("cuda"), torch.float32)
+    assert backends["sdpa"] == "ok"
+    assert "torch.float32" in backends["varlen"]
 
 
 def test_the_rounding_of_autocast_is_no_leak_between_texts_and_a_leak_is_one_still():

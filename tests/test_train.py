@@ -13,7 +13,6 @@ from autoregembed import data, files, models, reference_scores
 from autoregembed.build import build_models
 from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import text_embedding
-from autoregembed.evaluate import embed
 from autoregembed.models import final_norm, scale_output
 from autoregembed.objective import Objective, texts_of
 from autoregembed.ops import info_nce
@@ -101,13 +100,11 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     assert str(tmp_path) not in card
     assert second["spearman"]["0"] == pytest.approx(first["spearman"]["25"], abs=1e-6)
     config = stage2(second["model"], alignment_file, "unused")
-    encoder, _, tokenizer, _ = build_models(config)
-    prompt = data.Prompt(tokenizer, 5, encoder.bos_token_id, config.instruction)
-    encoder.suffix_ids = prompt.suffix()
+    encoder = build_models(config)[0]
     texts = ["the cat sat", "rain fell over old stone bridges </s> and <EMBED0> boats", "dusk " * 600]
     exported = SentenceTransformer(second["export"], device="cpu")
     found = exported.encode(texts, convert_to_tensor=True)
-    torch.testing.assert_close(found, embed(encoder, tokenizer, texts), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, encoder.encode(texts), rtol=0, atol=1e-5)
 
 
 def test_the_decoder_is_the_original_model_in_both_stages(

@@ -4,7 +4,7 @@ An exported folder needs none of this: `mteb.evaluate(SentenceTransformer(folder
 the export wrote behind every text. Here each task, or each side of a search, can have the instruction that it was
 trained with:
 
-    model = MTEBEncoder(encoder, tokenizer, instructions={"query": "Find an answer.", "STS": "Compare."})
+    model = MTEBEncoder(encoder, instructions={"query": "Find an answer.", "STS": "Compare."})
     mteb.evaluate(model, tasks)
 """
 
@@ -18,9 +18,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from torch import Tensor
 
-from autoregembed import data
 from autoregembed.encoder import Encoder
-from autoregembed.evaluate import embed
 
 __all__ = ["MTEBEncoder"]
 
@@ -29,19 +27,18 @@ class MTEBEncoder(AbsEncoder):
     """An `Encoder` as mteb's `EncoderProtocol`.
 
     Args:
-        encoder, tokenizer: as in `autoregembed.evaluate.embed`.
+        encoder: one that carries its tokenizer, as `Encoder.from_pretrained` gives it.
         instructions: by mteb's prompt names: a task ("STSBenchmark"), a type of task ("Retrieval"), a side ("query",
             "document"), or task and side ("NFCorpus-query"), the most specific one first. Texts without any get the
             encoder's own.
         name: "organisation/model", under which mteb files the results.
         revision: likewise.
-        max_length, token_budget: as in `embed`.
+        max_length, token_budget: as in `Encoder.encode`.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        tokenizer,
         *,
         instructions: Mapping[str, str] | None = None,
         name: str = "autoregembed/encoder",
@@ -50,7 +47,6 @@ class MTEBEncoder(AbsEncoder):
         token_budget: int = 4096,
     ):
         self.encoder = encoder
-        self.tokenizer = tokenizer
         self.model_prompts = dict(instructions or {})
         self.max_length = max_length
         self.token_budget = token_budget
@@ -64,13 +60,7 @@ class MTEBEncoder(AbsEncoder):
         """(n, D) float32, rows of norm 1, of the texts that `inputs` yields in batches."""
         texts = [text for batch in inputs for text in batch["text"]]
         name = self.get_prompt_name(task_metadata, prompt_type)
-        before = self.encoder.suffix_ids
-        if name is not None:
-            k, bos = self.encoder.num_compress_tokens, self.encoder.bos_token_id
-            self.encoder.suffix_ids = data.Prompt(self.tokenizer, k, bos, self.model_prompts[name]).suffix()
-        try:
-            return embed(
-                self.encoder, self.tokenizer, texts, max_length=self.max_length, token_budget=self.token_budget
-            )
-        finally:
-            self.encoder.suffix_ids = before
+        instruction = None if name is None else self.model_prompts[name]
+        return self.encoder.encode(
+            texts, instruction=instruction, max_length=self.max_length, token_budget=self.token_budget
+        )

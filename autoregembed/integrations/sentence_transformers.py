@@ -1,7 +1,7 @@
 """Losses for `SentenceTransformerTrainer`, on models that `autoregembed.export` wrote.
 
     model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start", instruction="Represent the text.")
-    decoder = Decoder(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"), z_norm="match_rms")
+    decoder = Decoder.from_pretrained("HuggingFaceTB/SmolLM2-135M", z_norm="match_rms")
     loss = AutoRegEmbedLoss(model, decoder)
     dataset = loss.precompute_ref_logps(dataset)  # columns anchor, positive, negative
     SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=loss).train()
@@ -29,11 +29,10 @@ from sentence_transformers.base.losses.merged_forward import embed_columns
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoregembed import data, models
 from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.export import export, stock_modules
+from autoregembed.export import stock_modules
 from autoregembed.model_card import CITATION
 from autoregembed.objective import contrastive_loss, stage2_loss
 from autoregembed.ops import compression_loss
@@ -51,8 +50,8 @@ def from_causal_lm(
     source: str,
     folder: str | Path,
     *,
-    instruction: str = "Represent the text.",
-    num_compress_tokens: int = 5,
+    instruction: str | None = None,
+    num_compress_tokens: int | None = None,
     max_length: int | None = None,
     overwrite: bool = False,
     **options: Any,
@@ -60,21 +59,17 @@ def from_causal_lm(
     """A model to start training from: a causal LM with compress tokens, written to `folder` and loaded from there.
 
     Args:
-        source: a folder or hub id of a causal LM; the model of a run of `autoregembed train` keeps its own tokens.
-        folder, max_length, overwrite: as in `autoregembed.export.export`.
-        instruction: between text and compress tokens.
-        num_compress_tokens: K, for a model without compress tokens.
-        options: `gguf_file` and `trust_remote_code`, as in `models.load_causal_lm`.
+        source, instruction, num_compress_tokens, max_length: as in `Encoder.from_pretrained`.
+        folder, overwrite: as in `Encoder.save_pretrained`.
+        options: other arguments of `Encoder.from_pretrained`, such as `gguf_file`.
 
     Raises:
-        CheckpointError: `source` cannot be loaded. And the errors of `Encoder` and `export`.
+        CheckpointError: `source` cannot be loaded. And the errors of `Encoder.from_pretrained` and `save_pretrained`.
     """
-    model, tokenizer, recipe = models.load_causal_lm(source, **options)
-    ids = recipe.get("compress_token_ids") or models.add_compress_tokens(model, tokenizer, num_compress_tokens)
-    bos = tokenizer.bos_token_id
-    suffix = data.Prompt(tokenizer, len(ids), bos, instruction).suffix()
-    encoder = Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=bos)
-    return SentenceTransformer(str(export(encoder, tokenizer, folder, max_length=max_length, overwrite=overwrite)))
+    encoder = Encoder.from_pretrained(
+        source, instruction=instruction, num_compress_tokens=num_compress_tokens, max_length=max_length, **options
+    )
+    return SentenceTransformer(str(encoder.save_pretrained(folder, overwrite=overwrite)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import json
 import os
 import random
 import shutil
-from dataclasses import replace
 from math import isnan, nan
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -34,10 +33,9 @@ import transformers
 import yaml
 from rich.console import Console
 
-from autoregembed import data
-from autoregembed.build import build_models
+from autoregembed import Decoder, Encoder, data
 from autoregembed.config import Config
-from autoregembed.evaluate import embed, load_sts, spearman, sts, token_mean
+from autoregembed.evaluate import load_sts, spearman, sts, token_mean
 from autoregembed.files import atomic_folder, write_json
 from autoregembed.models import load_causal_lm
 from autoregembed.objective import alignment_scores
@@ -184,12 +182,13 @@ class Study:
         last = Path(configs[-1].output_dir)
         kept = last / "probe.json"
         if not kept.is_file():
-            model = trained(configs[-1])
+            encoder, decoder = trained(configs[-1])
             half = summaries[-1]["precision"] == "bf16"
             with torch.autocast(summaries[-1]["device"].split(":")[0], torch.bfloat16, enabled=half):
-                found = probe(model, self.paths["development"], self.paths["test"] if test else None)
+                found = probe(encoder, self.paths["development"], self.paths["test"] if test else None)
                 if seed == self.budget["seeds"][0]:
-                    found |= decoder_probe(model, configs[-1].beta, self.paths["development"], self.paths["held-out"])
+                    paths = self.paths["development"], self.paths["held-out"]
+                    found |= decoder_probe(encoder, decoder, configs[-1].beta, *paths)
             write_json(kept, found)
         if configs[-1].stage == 2:
             shutil.rmtree(last / "model", ignore_errors=True)
@@ -256,12 +255,12 @@ class Study:
 # What a model has learned
 
 
-def similarities(encoder, tokenizer, pairs) -> dict[str, float]:
+def similarities(encoder: Encoder, pairs) -> dict[str, float]:
     """Spearman of cosine similarity: as it is, about the mean of all texts, and whitened."""
     texts = list(dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]]))
     place = {text: i for i, text in enumerate(texts)}
     a, b = ([place[t] for t in pairs[c]] for c in ("sentence1", "sentence2"))
-    plain = embed(encoder, tokenizer, texts).double()
+    plain = encoder.encode(texts).double()
     centred = plain - plain.mean(0)
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
     whitened = centred @ vectors[:, values > 1e-9] * values[values > 1e-9].rsqrt()
@@ -269,44 +268,37 @@ def similarities(encoder, tokenizer, pairs) -> dict[str, float]:
     return {name: spearman(F.cosine_similarity(x[a], x[b]), pairs["score"]) for name, x in spaces.items()}
 
 
-def trained(config: Config):
-    """Encoder and decoder that a run has left, tokenizer and prompt."""
-    folder = str(Path(config.output_dir) / "model")
-    encoder, decoder, tokenizer, _ = build_models(
-        replace(config, model=folder, num_compress_tokens=None, alignment_weight=1.0)
-    )
-    encoder.eval()
-    prompt = data.Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
-    encoder.suffix_ids = prompt.suffix()
-    return encoder, decoder, tokenizer, prompt
+def trained(config: Config) -> tuple[Encoder, Decoder]:
+    """Encoder and decoder of a finished run."""
+    folder = Path(config.output_dir) / "model"
+    reduction = config.logprob_reduction if config.stage == 2 else "sum"
+    return Encoder.from_pretrained(folder).eval(), Decoder.from_pretrained(folder, logprob_reduction=reduction)
 
 
 @torch.inference_mode()
-def probe(model: tuple, development: Path, test: Path | None) -> dict[str, float]:
-    """Scores on the development pairs in three geometries, and on the test pairs; `model` is what `trained` gives."""
-    encoder, _, tokenizer, _ = model
-    scores = similarities(encoder, tokenizer, load_sts(str(development)))
+def probe(encoder: Encoder, development: Path, test: Path | None) -> dict[str, float]:
+    """Scores on the development pairs in three geometries, and on the test pairs."""
+    scores = similarities(encoder, load_sts(str(development)))
     out = {"development": scores["plain"], "centred": scores["centred"], "whitened": scores["whitened"]}
     if test:
-        out["test"] = similarities(encoder, tokenizer, load_sts(str(test)))["plain"]
+        out["test"] = similarities(encoder, load_sts(str(test)))["plain"]
     return out
 
 
 @torch.inference_mode()
-def decoder_probe(model: tuple, beta: float, development: Path, held_out: Path) -> dict:
+def decoder_probe(encoder: Encoder, decoder: Decoder, beta: float, development: Path, held_out: Path) -> dict:
     """Similarity as the decoder sees it, and how far the alignment's sigmoids are from their linear part."""
-    encoder, decoder, _, prompt = model
     pairs = load_sts(str(development))
     # How much is lost per token when a text is written from the other's z in place of its own, both ways.
     few = pairs.select(range(min(200, len(pairs))))
-    first, second = ([prompt.ids(t) for t in few[c]] for c in ("sentence1", "sentence2"))
+    first, second = (encoder.tokenize(few[c]) for c in ("sentence1", "sentence2"))
     z = encoder(first + second)
     length = torch.tensor([len(t) + 1 for t in first + second])
     own = decoder.logprob(z, first + second) / length
     crossed = decoder.logprob(z.roll(len(few), 0), first + second) / length
     out: dict = {"decoder": spearman((crossed - own).view(2, -1).sum(0), few["score"])}
 
-    rows = data.alignment_rows(data.load_rows(str(held_out)), prompt).to_list()
+    rows = data.alignment_rows(data.load_rows(str(held_out)), encoder.prompt).to_list()
     z = encoder([r["query_ids"] for r in rows] + [r["positive_ids"] for r in rows])
     a, b, c, _ = alignment_scores(decoder, z, rows)
     quantiles = torch.tensor(QUANTILES)
@@ -323,12 +315,10 @@ def untrained(study: Study) -> dict:
     if kept.is_file():
         return json.loads(kept.read_text())
     config = study.config(1, {}, 0, None)
-    encoder, _, tokenizer, _ = build_models(config)
-    lm, _, _ = load_causal_lm(study.base)
-    encoder.eval()
-    encoder.suffix_ids = data.Prompt(tokenizer, 5, None, config.instruction).suffix()
+    encoder = Encoder.from_pretrained(study.base, instruction=config.instruction)
+    lm, tokenizer, _ = load_causal_lm(study.base)
     ways = {
-        "compress_tokens": lambda texts: embed(encoder, tokenizer, texts),
+        "compress_tokens": encoder.encode,
         "all_tokens": lambda texts: token_mean(lm, tokenizer, texts),
     }
     sets = {"development": load_sts(str(study.paths["development"])), "test": load_sts(str(study.paths["test"]))}
