@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from autoregembed import (
     Decoder,
     Encoder,
+    __version__,
     cli,
     data,
     files,
@@ -181,6 +182,11 @@ def test_the_names_of_the_api_page_exist():
     assert len(names) > 10
     for module, name in names:
         assert getattr(importlib.import_module(module), name).__doc__, name
+
+
+def test_the_changelog_begins_with_this_version():
+    versions = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert versions[0] == __version__
 
 
 # ----------------------------------------------------------------------------------------------------------------------
