@@ -41,7 +41,7 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         own = not recipe and config.decoder in (None, config.model)
         decoder = _decoder(config, original, copy.deepcopy(model) if own else None, tokenizer)
     if config.gradient_checkpointing:
-        # The older name is deprecated in Transformers 5.24.
+        # Transformers 5.24 renamed it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     encoder = Encoder.from_model(

@@ -251,9 +251,9 @@ class Encoder(nn.Module):
         """Writes a folder that `Encoder.from_pretrained` and `SentenceTransformer` read; see `export.export`.
 
         Raises:
-            ValueError: this encoder has no tokenizer. And the errors of `export.export`.
+            ValueError: this encoder has no fast tokenizer. And the other errors of `export.export`.
         """
-        return export(self, self.tokenizer, path, max_length=max_length, overwrite=overwrite, card=card)
+        return export(self, path, max_length=max_length, overwrite=overwrite, card=card)
 
     def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.

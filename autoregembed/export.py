@@ -22,15 +22,6 @@ if TYPE_CHECKING:  # Encoder.save_pretrained calls export
     from autoregembed.encoder import Encoder
 
 
-def stock_modules() -> Any:
-    """The module that holds sentence-transformers' Transformer, Pooling and so on; version 5.4 moved it."""
-    try:
-        from sentence_transformers.sentence_transformer import modules
-    except ModuleNotFoundError:
-        from sentence_transformers import models as modules
-    return modules
-
-
 def merged(encoder: Encoder) -> Any:
     """A copy of the encoder's model with adapters merged and compress rows in its embedding matrix.
 
@@ -49,11 +40,12 @@ def merged(encoder: Encoder) -> Any:
     return model
 
 
-def _tokenizer(encoder: Encoder, tokenizer: Any, max_length: int) -> PreTrainedTokenizerFast:
+def _tokenizer(encoder: Encoder, max_length: int) -> PreTrainedTokenizerFast:
     """The tokenizer whose post-processor writes `bos · text · suffix · compress tokens`.
 
     It is of the generic class: some models' own classes write a post-processor anew when they are loaded.
     """
+    tokenizer = encoder.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, expected a fast tokenizer")
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
@@ -94,7 +86,6 @@ def _recipe(encoder: Encoder, max_length: int) -> dict[str, Any]:
 
 def export(
     encoder: Encoder,
-    tokenizer: Any,
     folder: str | Path,
     *,
     max_length: int | None = None,
@@ -106,12 +97,10 @@ def export(
     `autoregembed.json` lies beside the model: compress tokens, suffix, and the original model that the decoder is.
 
     Args:
-        encoder: adapters are merged and compress rows folded in a copy; the encoder itself stays as it is.
-        tokenizer: the fast tokenizer of its training.
+        encoder: with its fast tokenizer; adapters are merged and compress rows folded in a copy of its model.
         folder: new or empty, unless `overwrite`.
-        max_length: tokens of a text with instruction and compress tokens; by default the encoder's
-            own.
-        card: what README.md, the model card, says of the training; without one, that it is not stated.
+        max_length: tokens of a text with instruction and compress tokens; by default the encoder's own.
+        card: what README.md, the model card, says of the training.
 
     Raises:
         FileExistsError: `folder` is in use.
@@ -119,8 +108,9 @@ def export(
         ValueError: a slow tokenizer, or a `max_length` that leaves no room for text or is above the model's positions.
     """
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules as stock
 
-    stock = stock_modules()
+    tokenizer = encoder.tokenizer
     max_length = encoder.fit_max_length(max_length)
     fixed = len(encoder.sequences([[]])[0])
     if max_length <= fixed:
@@ -129,7 +119,7 @@ def export(
         model = base_model(merged(encoder)).eval()
         source = temporary / "source"
         model.save_pretrained(source)
-        _tokenizer(encoder, tokenizer, max_length).save_pretrained(source)
+        _tokenizer(encoder, max_length).save_pretrained(source)
         rows = model.get_input_embeddings().weight.shape[0]
         compress = {f"<{i}>": 1.0 for i in encoder.compress_token_ids}
         modules = [

@@ -14,7 +14,7 @@ import functools
 import math
 import time
 import warnings
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,11 @@ from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.evaluate import load_sts, sts
-from autoregembed.export import export, merged
+from autoregembed.export import merged
 from autoregembed.files import atomic_folder, read_json, remove_stale_tmp, weights_fingerprint, write_json
 from autoregembed.model_card import Card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
-from autoregembed.prompt import Prompt
 from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
 from autoregembed.runtime import (
     HALF_DTYPES,
@@ -146,17 +145,14 @@ class Run:
         self.weights = distributed.broadcast_from_rank0(lambda: weights_fingerprint(*self.models))
 
     def load_data(self) -> None:
-        config, encoder = self.config, self.encoder
-        k, self.max_length = encoder.num_compress_tokens, encoder.fit_max_length(config.max_length)
-        targets = self.decoder.fit_max_target_length(k, config.max_target_length) if self.decoder else 512
-        self.prompt = Prompt(
-            self.tokenizer, k, encoder.bos_token_id, config.instruction, self.max_length, targets
-        )  # fmt: skip
-        encoder.suffix_ids = self.prompt.suffix()
+        config, prompt = self.config, self.encoder.prompt
+        if self.decoder is not None:
+            k = self.encoder.num_compress_tokens
+            prompt = replace(prompt, max_target_length=self.decoder.fit_max_target_length(k, config.max_target_length))
         rows = data.load_rows(config.train_data, config.train_split, config.streaming)
         tokenize = data.compression_rows if config.stage == 1 else data.alignment_rows
         with self.accelerator.main_process_first():
-            self.rows = tokenize(rows, self.prompt, num_proc=config.num_proc)
+            self.rows = tokenize(rows, prompt, num_proc=config.num_proc)
         aligned = config.stage == 2 and config.alignment_weight > 0 and not config.streaming
         if aligned and all(len(t) < 2 for t in self.rows["target_ids"]):
             raise ValueError("data: got no negative in any row, expected at least one when alignment_weight > 0")
@@ -183,7 +179,7 @@ class Run:
         """Spearman's correlation on the evaluation pairs, None without any."""
         if self.pairs is None:
             return None
-        encode = functools.partial(self.encoder.encode, max_length=self.max_length, shared=True)
+        encode = functools.partial(self.encoder.encode, shared=True)
         with self.accelerator.autocast():
             return sts(encode, self.pairs)["spearman"]
 
@@ -358,9 +354,7 @@ class Run:
             self.console.print(f"{step:>6}/{self.max_steps}  spearman {metrics[str(step)]:.4f}", highlight=False)
         if self.config.save_best and best_step(metrics) == str(step):
             encoder = self.full_encoder()
-            save = functools.partial(
-                export, encoder, self.tokenizer, self.out / "best", max_length=self.max_length, overwrite=True
-            )
+            save = functools.partial(encoder.save_pretrained, self.out / "best", overwrite=True)
             distributed.broadcast_from_rank0(save)
 
     def save_checkpoint(self) -> Path:
@@ -421,7 +415,7 @@ class Run:
                 encoder.model.save_pretrained(folder, save_embedding_layers=False)  # the K rows are in it
         save_model(out / "model", merged(encoder), self.tokenizer, self.recipe)
         card = make_card(config, self.recipe["decoder"], self.state.eval_metrics)
-        export(encoder, self.tokenizer, out / "export", max_length=self.max_length, overwrite=True, card=card)
+        encoder.save_pretrained(out / "export", overwrite=True, card=card)
         write_json(out / "summary.json", summary)
 
 

@@ -34,17 +34,15 @@ class Setup:
     """The encoder and decoder of both sides. The encoders share their weights, hence their gradients."""
 
     def __init__(self, device: str, model: Any, tokenizer: Any, rows: list[dict], describe: str, k: int = COMPRESS):
-        from autoregembed.models import add_compress_tokens
-
         self.device, self.model, self.rows, self.describe = device, model, rows, describe
         frozen = copy.deepcopy(model)
-        compress = add_compress_tokens(model, tokenizer, k)
-        options = {"compress_token_ids": compress, "bos_token_id": tokenizer.bos_token_id}
-        eos = tokenizer.eos_token_id
         # Packed attention is a setting of a model, so each side has its own modules over the same parameters.
-        self.encoder = Encoder(model, **options)
-        self.decoder = Decoder(frozen, eos_token_id=eos)
-        self.released = Released(_twin(base_model(model)), _twin(frozen), eos_token_id=eos, **options)
+        self.decoder = Decoder.from_model(frozen, tokenizer)
+        self.encoder = Encoder.from_model(model, tokenizer, num_compress_tokens=k)
+        self.released = Released(
+            _twin(base_model(model)), _twin(frozen), eos_token_id=self.decoder.eos_token_id,
+            compress_token_ids=self.encoder.compress_token_ids, bos_token_id=self.encoder.bos_token_id,
+        )  # fmt: skip
         generator = torch.Generator().manual_seed(1)
         negatives = len(rows[0]["target_ids"]) - 1
         self.reference = (

@@ -14,7 +14,6 @@ from autoregembed import Encoder, models
 from autoregembed.cli import main, read_config
 from autoregembed.config import ConfigError
 from autoregembed.evaluate import load_sts, sts
-from autoregembed.export import export
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 FIELDS = {"stage": 1, "model": "m", "train_data": "d.jsonl", "output_dir": "o"}
@@ -37,7 +36,7 @@ def exported(tmp_path_factory):
     ids = models.add_compress_tokens(model, tokenizer, 3)
     suffix = tokenizer("\n")["input_ids"]
     encoder = Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=1, tokenizer=tokenizer)
-    folder = export(encoder, tokenizer, tmp_path_factory.mktemp("cli") / "model")
+    folder = encoder.save_pretrained(tmp_path_factory.mktemp("cli") / "model")
     return str(folder), encoder.encode
 
 

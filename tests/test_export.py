@@ -9,7 +9,7 @@ from conftest import sentence
 from safetensors.torch import load_file
 
 from autoregembed import Encoder, files, models
-from autoregembed.export import export, merged
+from autoregembed.export import merged
 from autoregembed.model_card import Card
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
@@ -51,7 +51,7 @@ def assert_same_ids(exported, encoder, tokenizer, texts, length):
 
 def test_a_fresh_process_loads_the_folder_and_embeds_the_same(tmp_path):
     encoder = encoder_of()
-    folder = export(encoder, TOKENIZER, tmp_path / "out")
+    folder = encoder.save_pretrained(tmp_path / "out")
     code = """
 import json, sys, torch
 from sentence_transformers import SentenceTransformer
@@ -74,7 +74,7 @@ torch.save(model.encode(texts, convert_to_tensor=True, batch_size=len(texts)), s
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_padding_within_a_batch_is_immaterial(batch_size, tmp_path):
     encoder = encoder_of()
-    exported = load(export(encoder, TOKENIZER, tmp_path / "out", max_length=60))
+    exported = load(encoder.save_pretrained(tmp_path / "out", max_length=60))
     found = exported.encode(TEXTS, convert_to_tensor=True, batch_size=batch_size)
     expected = encoder.encode(TEXTS, max_length=60)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -105,7 +105,7 @@ def family(name: str):
 def test_every_family_of_tokenizers_gives_the_ids_of_training(name, architecture, bos, tmp_path):
     tokenizer = family(name)
     encoder = encoder_of(tokenizer, architecture, bos)
-    exported = load(export(encoder, tokenizer, tmp_path / "out"))
+    exported = load(encoder.save_pretrained(tmp_path / "out"))
     assert_same_ids(exported, encoder, tokenizer, TEXTS, 256)
     found = exported.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(found, encoder.encode(TEXTS), rtol=0, atol=1e-5)
@@ -130,7 +130,7 @@ def test_adapters_are_merged_and_compress_rows_folded_and_the_encoder_stays(tmp_
         before = files.weights_fingerprint(encoder)
         expected = encoder.encode(TEXTS)
         assert (expected - untrained).abs().max() > 1e-2
-        exported = load(export(encoder, TOKENIZER, tmp_path / str(i)))
+        exported = load(encoder.save_pretrained(tmp_path / str(i)))
         found = exported.encode(TEXTS, convert_to_tensor=True)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert files.weights_fingerprint(encoder) == before
@@ -139,7 +139,7 @@ def test_adapters_are_merged_and_compress_rows_folded_and_the_encoder_stays(tmp_
 
 def test_bfloat16_stays_bfloat16(tmp_path):
     encoder = encoder_of(dtype=torch.bfloat16)
-    folder = export(encoder, TOKENIZER, tmp_path / "out")
+    folder = encoder.save_pretrained(tmp_path / "out")
     weights = load_file(folder / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     found = load(folder).encode(TEXTS, convert_to_tensor=True).float()
@@ -151,9 +151,9 @@ def test_a_used_folder_is_kept_unless_told_otherwise(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("keep")
     with pytest.raises(FileExistsError, match=r"^folder: got .*out' in use"):
-        export(encoder, TOKENIZER, tmp_path / "out")
+        encoder.save_pretrained(tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
-    export(encoder, TOKENIZER, tmp_path / "out", overwrite=True)
+    encoder.save_pretrained(tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "mine").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     load(tmp_path / "out")
@@ -162,11 +162,11 @@ def test_a_used_folder_is_kept_unless_told_otherwise(tmp_path):
 def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
-        export(encoder_of(), TOKENIZER, tmp_path / "file" / "out")
+        encoder_of().save_pretrained(tmp_path / "file" / "out")
     if os.geteuid() != 0:
         (tmp_path / "sealed").mkdir(mode=0o500)
         with pytest.raises(PermissionError):
-            export(encoder_of(), TOKENIZER, tmp_path / "sealed" / "out")
+            encoder_of().save_pretrained(tmp_path / "sealed" / "out")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -179,13 +179,15 @@ def test_a_folder_that_cannot_be_made_leaves_nothing(tmp_path):
 )
 def test_lengths_that_leave_no_room_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=rf"^{message}"):
-        export(encoder_of(), TOKENIZER, tmp_path / "out", **options)
+        encoder_of().save_pretrained(tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_slow_tokenizers_are_refused(tmp_path):
+    encoder = encoder_of()
+    encoder.tokenizer = object()
     with pytest.raises(ValueError, match=r"^tokenizer: got object, expected a fast tokenizer"):
-        export(encoder_of(), object(), tmp_path / "out")
+        encoder.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,7 +215,7 @@ def test_the_card_is_valid_metadata_with_three_lines_that_run(tmp_path):
         eval_data="mteb/stsbenchmark-sts",
         scores={"20": 0.61, "0": 0.2345678, "10": None},
     )
-    folder = export(encoder_of(), TOKENIZER, tmp_path / "out", card=known)
+    folder = encoder_of().save_pretrained(tmp_path / "out", card=known)
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     assert data["library_name"] == "sentence-transformers"
@@ -235,7 +237,7 @@ def test_the_card_is_valid_metadata_with_three_lines_that_run(tmp_path):
 def test_a_card_without_facts_guesses_none(tmp_path):
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(export(encoder_of(), TOKENIZER, tmp_path / "out") / "README.md")
+    card = ModelCard.load(encoder_of().save_pretrained(tmp_path / "out") / "README.md")
     data = card.data.to_dict()
     assert data["license"] == "unknown"
     assert "base_model" not in data

@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save, save_file
 from autoregembed import Decoder, Encoder, checkpoint, data, evaluate, files, models, ops, reference_scores
 from autoregembed.cli import main, read_config
 from autoregembed.config import Config
-from autoregembed.export import export
 from autoregembed.files import CheckpointError, file_fingerprint
 from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_model, tiny_tokenizer
@@ -54,7 +53,7 @@ def made(tmp_path_factory) -> Path:
     models.save_model(folder / "lm", model, TOKENIZER, {})
     (folder / "lm" / models.RECIPE).unlink()
     ids = models.add_compress_tokens(model, TOKENIZER, 3)
-    export(Encoder(model, compress_token_ids=ids, bos_token_id=1), TOKENIZER, folder / "e")
+    Encoder(model, compress_token_ids=ids, bos_token_id=1, tokenizer=TOKENIZER).save_pretrained(folder / "e")
     write_jsonl(folder / "one.jsonl", [{"context": sentence(i, 4), "output": sentence(i, 4)} for i in range(4)])
     write_jsonl(folder / "two.jsonl", [{"query": sentence(i, 4), "pos": sentence(i, 3), "neg": "x"} for i in range(4)])
     (folder / "texts.txt").write_text("the cat\n")
@@ -229,7 +228,9 @@ HALVES: dict = {}
 
 def halves():
     if not HALVES:
-        HALVES["encoder"] = Encoder(tiny_model(), compress_token_ids=[317, 318, 319], bos_token_id=1)
+        HALVES["encoder"] = Encoder(
+            tiny_model(), compress_token_ids=[317, 318, 319], bos_token_id=1, tokenizer=TOKENIZER
+        )
         HALVES["decoder"] = Decoder(tiny_model())
     return HALVES["encoder"], HALVES["decoder"]
 
@@ -779,7 +780,7 @@ for _out in BLOCKED:
         train(Config(stage=1, max_steps=1, batch_size=2, precision="fp32", **fields))
 
     case(f"output_dir {_out[:24]}", _call)
-    case(f"export to {_out[:24]}", lambda f, m, o=_out: export(halves()[0], TOKENIZER, o.format(made=m)))
+    case(f"export to {_out[:24]}", lambda f, m, o=_out: halves()[0].save_pretrained(o.format(made=m)))
 
 COMMANDS = [
     "train",

@@ -13,7 +13,6 @@ from sentence_transformers import SentenceTransformer
 
 from autoregembed import Encoder, models
 from autoregembed.evaluate import retrieval, sts
-from autoregembed.export import export
 from autoregembed.integrations.mteb import MTEBEncoder
 from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_model, tiny_tokenizer
@@ -102,7 +101,7 @@ def reader(encoder, instruction: str):
 
 def test_an_exported_model_is_read_with_its_own_instruction(encoder, tmp_path):
     expected = own_scores(*[reader(encoder, "Again:")] * 3)
-    model = SentenceTransformer(str(export(encoder, TOKENIZER, tmp_path / "out")), device="cpu")
+    model = SentenceTransformer(str(encoder.save_pretrained(tmp_path / "out")), device="cpu")
     assert scores(model) == pytest.approx(expected, abs=2e-5)
     assert scores(MTEBEncoder(encoder)) == pytest.approx(expected, abs=2e-5)
 

@@ -10,11 +10,11 @@ from conftest import sentence
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import PreTrainedModel
 
 from autoregembed import Decoder, Encoder, data, models
 from autoregembed.config import Config, Stage2Options
-from autoregembed.export import export, stock_modules
 from autoregembed.integrations.sentence_transformers import (
     AutoRegEmbedLoss,
     FusedInfoNCELoss,
@@ -49,7 +49,7 @@ def encoder_of() -> Encoder:
     model = lm()
     ids = models.add_compress_tokens(model, TOKENIZER, 3)
     suffix = TOKENIZER("\nAgain:\n", add_special_tokens=False)["input_ids"]
-    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=1)
+    return Encoder(model, compress_token_ids=ids, suffix_ids=suffix, bos_token_id=1, tokenizer=TOKENIZER)
 
 
 def decoder_of(**options) -> Decoder:
@@ -58,7 +58,7 @@ def decoder_of(**options) -> Decoder:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> str:
-    return str(export(encoder_of(), TOKENIZER, tmp_path_factory.mktemp("exported") / "model"))
+    return str(encoder_of().save_pretrained(tmp_path_factory.mktemp("exported") / "model"))
 
 
 @pytest.fixture
@@ -339,8 +339,7 @@ def test_what_cannot_be_meant_is_refused(model, call, error, message):
 
 
 def test_models_that_were_not_exported_are_refused(model):
-    stock = stock_modules()
-    plain = SentenceTransformer(modules=[model[0], stock.Pooling(32, "mean")], device="cpu")
+    plain = SentenceTransformer(modules=[model[0], Pooling(32, "mean")], device="cpu")
     with pytest.raises(ValueError, match=r"^model: got no compress tokens"):
         InformationCompressionLoss(plain, decoder_of())
     FusedInfoNCELoss(plain)

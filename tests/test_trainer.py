@@ -184,7 +184,7 @@ if trainer.is_world_process_zero():
 torch.distributed.destroy_process_group()
 """
     (tmp_path / "two.py").write_text(code)
-    folder = st.export(st.encoder_of(), st.TOKENIZER, tmp_path / "model")
+    folder = st.encoder_of().save_pretrained(tmp_path / "model")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     here = Path(__file__).resolve().parent
     path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])

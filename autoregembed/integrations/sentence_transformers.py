@@ -1,4 +1,4 @@
-"""Losses for `SentenceTransformerTrainer`, on models that `autoregembed.export` wrote.
+"""Losses for `SentenceTransformerTrainer`, on models that `Encoder.save_pretrained` wrote.
 
     model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start", instruction="Represent the text.")
     decoder = Decoder.from_pretrained("HuggingFaceTB/SmolLM2-135M", z_norm="match_rms")
@@ -6,9 +6,9 @@
     dataset = loss.precompute_ref_logps(dataset)  # columns anchor, positive, negative
     SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=loss).train()
 
-z are the model's token embeddings at the compress tokens, out of the one forward pass that also makes the sentence
-embedding; targets are the token ids of a column without what the tokenizer writes around a text. A prompt that the
-training arguments put before a column is a part of its texts and of its targets.
+z are the model's token embeddings at the compress tokens, from the same forward pass as the sentence embedding. Targets
+are the token ids of a column without what the tokenizer writes around a text. A prompt that the training arguments put
+before a column becomes part of its texts and of its targets.
 
 With LoRA, wrap the LM inside the first module by `peft.get_peft_model`, with `trainable_token_indices` (see
 `compress_token_ids`), and put `merge_and_unload()` of it back before saving: Transformers before 5.24 loads an adapter
@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.modules import WordWeights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.export import stock_modules
 from autoregembed.model_card import CITATION
 from autoregembed.objective import contrastive_loss, stage2_loss
 from autoregembed.ops import compression_loss
@@ -77,8 +77,7 @@ def from_causal_lm(
 
 def _pooling(model: nn.Module) -> Any:
     """The WordWeights that `export` made (it names the vocabulary's rows <0>, <1> …), or None."""
-    word_weights = stock_modules().WordWeights
-    return next((m for m in model.modules() if isinstance(m, word_weights) and m.vocab[:1] == ["<0>"]), None)
+    return next((m for m in model.modules() if isinstance(m, WordWeights) and m.vocab[:1] == ["<0>"]), None)
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class _Template:
         pooling = _pooling(model)
         if pooling is None:
             raise ValueError(
-                "model: got no compress tokens, expected models that autoregembed.export or from_causal_lm made"
+                "model: got no compress tokens, expected one that Encoder.save_pretrained or from_causal_lm wrote"
             )
         weight = pooling.emb_layer.weight.detach().flatten()
         compress = [i for i, word in enumerate(pooling.vocab) if word in pooling.word_weights]
@@ -209,7 +208,7 @@ class InformationCompressionLoss(_DecoderLoss):
     """Stage 1 of AutoRegEmbed: −log p(output | z(context)) per target token, for columns (context, output).
 
     Args:
-        model: made by `autoregembed.export` or `from_causal_lm`.
+        model: written by `Encoder.save_pretrained` or `from_causal_lm`.
         decoder: the frozen causal LM that `model` was made of; it follows the loss' device.
         max_target_length: tokens of a target that are scored, without eos; by default 512, or what the decoder has
             positions for. The model's tokenizer truncates a target as it does any text.
@@ -347,7 +346,7 @@ class FusedInfoNCELoss(nn.Module):
 
     Same columns (anchor, positive, any number of negatives), same value, same gradient. It saves memory where that
     matrix is larger than the embeddings; for small batches on a CPU the stock loss is as fast or faster
-    (`autoregembed bench --suite integrations`). For any model; in one of `autoregembed.export` it keeps the pooling
+    (`autoregembed bench --suite integrations`). For any model; in one of `Encoder.save_pretrained` it keeps the pooling
     weights as they are.
 
     Args:

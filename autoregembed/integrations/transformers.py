@@ -1,9 +1,8 @@
 """Both stages under Hugging Face's `Trainer`.
 
-    model = AutoModel.from_pretrained(NAME)  # no head: the encoder never reads one
-    ids = models.add_compress_tokens(model, tokenizer, 5)
-    encoder = Encoder(model, compress_token_ids=ids, suffix_ids=prompt.suffix(), bos_token_id=tokenizer.bos_token_id)
-    rows = data.alignment_rows(data.load_rows("triplets.jsonl"), prompt)
+    encoder = Encoder.from_model(AutoModel.from_pretrained(NAME), tokenizer)  # no head: the encoder never reads one
+    decoder = Decoder.from_pretrained(NAME)
+    rows = data.alignment_rows(data.load_rows("triplets.jsonl"), encoder.prompt)
     rows = precompute_ref_logps(rows, encoder, decoder)
     AutoRegEmbedTrainer(encoder, decoder, args, train_dataset=rows, processing_class=tokenizer).train()
 
