@@ -108,7 +108,7 @@ def test_reference_scores_come_back_and_only_for_what_they_belong_to(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training state
+# Checkpoints
 
 
 def trained(width: int = 4, steps: int = 3):

@@ -333,7 +333,7 @@ def test_what_a_model_card_says(model):
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(model, call, error, message):
+def test_invalid_arguments_are_refused(model, call, error, message):
     with pytest.raises(error, match=message):
         call(model)
 

@@ -269,7 +269,7 @@ def test_interrupted_is_a_keyboard_interrupt():
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_calibrate_gives_z_the_decoders_rms_once(model_folder, compression_file, tmp_path, quiet, lora_rank):
+def test_init_output_rms_gives_z_the_decoders_rms_once(model_folder, compression_file, tmp_path, quiet, lora_rank):
     tiny = {"init_output_rms": True, "max_steps": 1, "learning_rate": 1e-12, "lora_rank": lora_rank}
     first = train(stage1(model_folder, compression_file, tmp_path / "one", **tiny), quiet)
     again = train(stage1(first["model"], compression_file, tmp_path / "two", **tiny), quiet)
@@ -285,7 +285,7 @@ def test_calibrate_gives_z_the_decoders_rms_once(model_folder, compression_file,
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_lora_and_calibrate_train_no_norm_but_the_final_one(model_folder, compression_file):
+def test_lora_and_init_output_rms_train_no_norm_but_the_final_one(model_folder, compression_file):
     encoder = build_models(stage1(model_folder, compression_file, "unused", lora_rank=2, init_output_rms=True))[0]
     norms = [n for n, p in encoder.named_parameters() if p.requires_grad and "norm" in n]
     assert len(norms) == 1

@@ -291,6 +291,6 @@ def test_adapters_and_compress_tokens_are_what_a_checkpoint_holds(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused(call, message, tmp_path):
+def test_invalid_arguments_are_refused(call, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
