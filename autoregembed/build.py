@@ -12,6 +12,7 @@ from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.models import (
+    RECIPE_VERSION,
     final_norm,
     fit_length,
     load_causal_lm,
@@ -60,7 +61,7 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
             for layer in getattr(getattr(lm, "model", None), "layers", []):
                 layer.compile(dynamic=True)
     encoder.recipe = {
-        "version": 1,
+        "version": RECIPE_VERSION,
         "compress_token_ids": encoder.compress_token_ids,
         "instruction": config.instruction,
         "bos_token_id": encoder.bos_token_id,

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from autoregembed.files import CheckpointError, atomic_folder, write_json
 from autoregembed.model_card import Card, model_card
-from autoregembed.models import RECIPE, base_model, is_plain
+from autoregembed.models import RECIPE, RECIPE_VERSION, base_model, is_plain
 
 if TYPE_CHECKING:  # Encoder.save_pretrained calls export
     from autoregembed.encoder import Encoder
@@ -73,7 +73,7 @@ def _tokenizer(encoder: Encoder, max_length: int) -> PreTrainedTokenizerFast:
 def _recipe(encoder: Encoder, max_length: int) -> dict[str, Any]:
     """`autoregembed.json`: what `Encoder.from_pretrained` and `Decoder.from_pretrained` need besides the model."""
     return {
-        "version": 1,
+        "version": RECIPE_VERSION,
         **encoder.recipe,
         "compress_token_ids": encoder.compress_token_ids,
         "instruction": encoder.instruction,

@@ -30,8 +30,8 @@ class Card:
         license: SPDX id, or another that the Hugging Face hub knows. It is never guessed.
         train_data: the data file or data set.
         recipe: the options of the training, as YAML can write them.
-        eval_data: what `scores` are on.
-        scores: Spearman's correlation with human ratings by step, "0" before training; None where there is none.
+        eval_data: what `eval_metrics` are measured on.
+        eval_metrics: Spearman's correlation with human ratings by step, "0" before training; None where there is none.
     """
 
     base_model: str | None = None
@@ -39,7 +39,7 @@ class Card:
     train_data: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     eval_data: str | None = None
-    scores: Mapping[str, float | None] = field(default_factory=dict)
+    eval_metrics: Mapping[str, float | None] = field(default_factory=dict)
 
 
 def _name(source: str | None) -> str | None:
@@ -60,7 +60,7 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
         max_length: tokens of a text, with instruction and compress tokens.
         num_compress_tokens: K.
     """
-    measured = sorted((int(step), score) for step, score in card.scores.items() if score is not None)
+    measured = sorted((int(step), score) for step, score in card.eval_metrics.items() if score is not None)
     base, data, rated = _name(card.base_model), _name(card.train_data), _name(card.eval_data) or "unnamed"
     scored: dict[str, Any] = {"task_type": "sts", "dataset_type": rated, "dataset_name": rated}
     results = None

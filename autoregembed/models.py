@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 from autoregembed.files import CheckpointError, atomic_folder, read_json, write_json
 
 RECIPE = "autoregembed.json"
+RECIPE_VERSION = 2  # 1: the fields of 0.2
 
 
 @contextlib.contextmanager
@@ -102,7 +103,7 @@ def read_recipe(source: str) -> dict:
     """`autoregembed.json` of a folder or hub repository that this library wrote, else {}.
 
     Raises:
-        CheckpointError: it is damaged, or a value has another type than this library writes.
+        CheckpointError: it is damaged, of another version, or a value has another type than this library writes.
     """
     try:
         found = cached_file(
@@ -116,6 +117,11 @@ def read_recipe(source: str) -> dict:
         return {}
     path = Path(found)
     recipe = read_json(path, "model")
+    if (version := recipe.get("version", RECIPE_VERSION)) != RECIPE_VERSION:
+        raise CheckpointError(
+            f"model: got version {version!r} of {str(path)!r}, expected {RECIPE_VERSION}; CHANGELOG.md has the fields "
+            "that were renamed"
+        )
     for name in ("compress_token_ids", "suffix_ids"):
         ids = recipe.get(name, [])
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):

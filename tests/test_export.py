@@ -213,7 +213,7 @@ def test_the_card_is_valid_metadata_with_three_lines_that_run(tmp_path):
         train_data=str(tmp_path / "pairs.jsonl"),
         recipe={"stage": 2, "learning_rate": 1e-4},
         eval_data="mteb/stsbenchmark-sts",
-        scores={"20": 0.61, "0": 0.2345678, "10": None},
+        eval_metrics={"20": 0.61, "0": 0.2345678, "10": None},
     )
     folder = encoder_of().save_pretrained(tmp_path / "out", card=known)
     card = ModelCard.load(folder / "README.md")

@@ -351,6 +351,7 @@ def test_a_decoder_needs_an_original(model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("version", 1),
         ("suffix_ids", "abc"),
         ("instruction", 3),
         ("bos_token_id", True),

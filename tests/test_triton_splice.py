@@ -4,25 +4,16 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from triton_cases import DEVICE, bits, few, leaf, poisoned  # noqa: F401
+from triton_cases import DEVICE, ROW_DTYPES, bits, bounds, few, leaf, poisoned, tolerance  # noqa: F401
 
 from autoregembed import ops
 
-DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
 IMPLS = ["triton", "torch"]
 OPS = torch.ops.autoregembed
 
 
-def bounds(lengths, dtype=torch.int32):
-    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(dtype)
-
-
-def tolerance(dtype):
-    return {"rtol": 2 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}
-
-
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 @few(5)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 40),
        st.integers(0, 2), st.booleans(), st.sampled_from([1.0, 8.0]), st.integers(0, 99))  # fmt: skip

@@ -15,6 +15,7 @@ BF16 = pytest.param(
     marks=pytest.mark.skipif(DEVICE == "cpu", reason="tl.dot on bf16 is garbage in Triton's interpreter"),
 )
 DTYPES = [torch.float32, torch.float16, BF16]
+ROW_DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]  # of kernels that only move rows
 
 
 def few(examples: int) -> settings:
@@ -42,3 +43,12 @@ def leaf(x: Tensor, dtype: torch.dtype) -> Tensor:
 def bits(a: Tensor, b: Tensor) -> bool:
     """Equal to the last bit, NaN included."""
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def bounds(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    """cu_seqlens of sequences with these lengths."""
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(dtype)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 2 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps}

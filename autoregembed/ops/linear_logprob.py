@@ -86,15 +86,7 @@ def _linear_logprob_backward(
 
 @_linear_logprob_backward.register_fake
 def _linear_logprob_backward_fake(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    ignore_index: int,
-    impl: str,
+    grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(hidden), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
