@@ -196,11 +196,13 @@ def load_checkpoint(
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"resume_from_checkpoint: got {str(folder)!r} without what a state holds: {error!r}"
+            f"resume_from_checkpoint: got {str(folder)!r} with a missing or malformed entry ({error!r}), expected a "
+            "checkpoint of this version"
         ) from error
     if not good:
         raise CheckpointError(
-            f"resume_from_checkpoint: got {str(folder)!r} with a step, optimiser or RNG of another kind of run"
+            f"resume_from_checkpoint: got {str(folder)!r} with a step, optimizer or RNG of another kind, expected "
+            "a checkpoint of this run"
         )
     with torch.no_grad():
         for name, parameter in trainable.items():

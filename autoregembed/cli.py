@@ -78,7 +78,7 @@ def read_config(arguments: list[str]) -> Any:
     except ArgumentError as error:
         wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
         if wrong is None or wrong[1] not in fields:
-            raise ConfigError(f"config: got fields that do not fit: {error}") from error
+            raise ConfigError(f"config: got fields that cannot be parsed: {error}") from error
         allowed = Config.__dataclass_fields__[wrong[1]].type
         raise ConfigError(f"{wrong[1]}: got {wrong[2].strip()}, expected {allowed}") from error
     return Config(**{name: parsed[name] for name in fields})

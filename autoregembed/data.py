@@ -55,7 +55,7 @@ def load_rows(source: str, split: str | None = None, streaming: bool = False) ->
                 reason = ValueError("it has no rows")
             raise ValueError(f"data: got {source!r}, which cannot be read: {reason}") from error
     elif builder is not None:
-        raise FileNotFoundError(f"data: got no file {source!r}")
+        raise FileNotFoundError(f"data: got {source!r}, which does not exist, expected a file")
     else:
         rows = load_dataset(source, split=split or "train", streaming=streaming)
     if not streaming and len(rows) == 0:

@@ -272,7 +272,7 @@ def fit_length(name: str, length: int | None, positions: int | None, *, default:
     if length is None:
         return default if positions is None else min(default, positions)
     if positions is not None and length > positions:
-        raise ValueError(f"{name}: got {length}, expected at most {positions}, what the model has positions for")
+        raise ValueError(f"{name}: got {length}, expected at most {positions} (the model's positions)")
     return length
 
 

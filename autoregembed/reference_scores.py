@@ -135,8 +135,8 @@ def load_ref_logps(path: Path, fingerprint: dict[str, str]) -> RefLogps:
             checksum = found.pop("checksum", None)
             if found != fingerprint:
                 raise RefLogpsMismatch(
-                    f"ref_logps: got scores of {found} in {str(path)!r}, expected those of {fingerprint}; remove "
-                    "the file to have them computed anew"
+                    f"ref_logps: got scores of {found} in {str(path)!r}, expected those of {fingerprint}; delete "
+                    "the file to recompute them"
                 )
             scores = {name: file.get_tensor(name) for name in ("positive", "negatives")}
     except (SafetensorError, OSError) as error:

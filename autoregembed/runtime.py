@@ -60,7 +60,9 @@ def make_accelerator(config: Config, precision: str) -> Accelerator:
                 "compress tokens and frozen decoder from them before they are sharded"
             )
     elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ConfigError(f"use_fsdp: got true on {accelerator.device.type}, where accelerate has no FSDP")
+        raise ConfigError(
+            f"use_fsdp: got true on {accelerator.device.type}, expected false: accelerate has FSDP on accelerators only"
+        )
     elif kind != DistributedType.NO and "MULTI" not in kind:
         raise ConfigError(f"distributed_type: got {kind.value}, expected DDP or FSDP2")
     return accelerator

@@ -130,7 +130,7 @@ def test_train_trains_and_bad_input_exits_with_2(model_folder, compression_file,
     assert Path(summary["model"], "model.safetensors").is_file()
     for arguments, message in (
         (["train", file, "--max_steps", "0"], "ConfigError: max_steps: got 0"),
-        (["train", file, "--train_data", str(tmp_path / "none.jsonl")], "FileNotFoundError: data: got no file"),
+        (["train", file, "--train_data", str(tmp_path / "none.jsonl")], "FileNotFoundError: data: got"),
         (["train", file, "--model", str(tmp_path)], "CheckpointError: model: got"),
         (["train", file, "--bathc_size", "1"], "did you mean 'batch_size'?"),
     ):
@@ -225,7 +225,7 @@ def test_eval_scores_sts_and_retrieval(exported, sts_file, tmp_path, capsys):
     [
         ([], "ValueError: sts: got None"),
         (["--corpus", "c.jsonl"], "ValueError: queries: got None"),
-        (["--sts", "none.csv"], "FileNotFoundError: data: got no file 'none.csv'"),
+        (["--sts", "none.csv"], "FileNotFoundError: data: got 'none.csv', which does not exist"),
     ],
 )
 def test_eval_refuses(arguments, message, exported, capsys):

@@ -86,7 +86,7 @@ def test_files_that_hold_no_rows_are_refused(name, content, error, message, tmp_
 
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^data: got no file"):
+    with pytest.raises(FileNotFoundError, match=r"^data: got .*, which does not exist"):
         data.load_rows(str(tmp_path / "none.jsonl"))
 
 
