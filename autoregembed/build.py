@@ -42,9 +42,7 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         own = not recipe and config.decoder in (None, config.model)
         decoder = _decoder(config, original, copy.deepcopy(model) if own else None, tokenizer)
     if config.gradient_checkpointing:
-        # Transformers 5.24 renamed it.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     encoder = Encoder.from_model(
         model, tokenizer, recipe=recipe, num_compress_tokens=config.num_compress_tokens, attention="sdpa",
         instruction=config.instruction, max_length=fit_length("max_length", config.max_length, max_positions(model)),
