@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from autoregembed.attention import run_packed, use_packed_attention
+from autoregembed.derivatives import first_order_only
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.files import CheckpointError
 from autoregembed.models import (
     base_model,
+    claim,
     fit_length,
     is_plain,
     load_causal_lm,
@@ -23,6 +24,7 @@ from autoregembed.models import (
     read_recipe,
     require_finite,
     require_gradients,
+    require_no_hidden_adapters,
     split_gguf,
 )
 from autoregembed.ops.linear_logprob import linear_logprob
@@ -57,7 +59,7 @@ class _PairwiseScores(torch.autograd.Function):
         return _in_order(scores, microbatches)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("Decoder.logprob", "token_budget=None with impl='reference' has derivatives of any order")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (u,) = ctx.saved_tensors
         return (grad[:, None, None] * u).to(u.dtype), None, None
@@ -71,7 +73,7 @@ def _in_order(scores: list[Tensor], microbatches: list[list[int]]) -> Tensor:
 class Decoder(nn.Module):
     """A frozen causal LM that reads z as K input embeddings and scores target tokens and the closing eos.
 
-    The model is put into eval mode and none of its parameters require grad afterwards; gradients flow through it to z.
+    The model is and stays in eval mode, without gradients of its parameters; gradients flow through it to z.
     `from_pretrained` makes one that is ready; the constructor takes its parts.
 
     Args:
@@ -86,9 +88,10 @@ class Decoder(nn.Module):
         impl: the backend of `linear_logprob`.
 
     Raises:
-        ValueError: no eos, NaN weights, an unknown option, an adapter of virtual tokens, input embeddings that are not
-            rows of their matrix, a head with an adapter or quantised weights, or one whose logits are not
-            softcap(scale · (hidden Wᵀ + bias)) — found out by comparing with the model's own.
+        ValueError: no eos, NaN weights, an unknown option, the model of an Encoder, adapters that PEFT has put into the
+            model in place or that add virtual tokens, input embeddings that are not rows of their matrix, a head with
+            an adapter or quantised weights, or one whose logits are not softcap(scale · (hidden Wᵀ + bias)), which is
+            found by comparison with the model's own.
     """
 
     def __init__(
@@ -108,7 +111,10 @@ class Decoder(nn.Module):
             raise ValueError(f"z_norm: got {z_norm!r}, expected {Z_NORMS}")
         if logprob_reduction not in LOGPROB_REDUCTIONS:
             raise ValueError(f"logprob_reduction: got {logprob_reduction!r}, expected {LOGPROB_REDUCTIONS}")
-        self.model = model.eval().requires_grad_(False)
+        require_no_hidden_adapters(model)
+        claim(model, self)
+        self.model = model
+        self._freeze()
         self.tokenizer = tokenizer
         self.z_norm = z_norm
         self.logprob_reduction = logprob_reduction
@@ -231,6 +237,20 @@ class Decoder(nn.Module):
         """
         length = self.fit_max_target_length(num_compress_tokens, max_target_length)
         return [ids[:length] for ids in batch_token_ids(self.tokenizer, texts)]
+
+    def train(self, mode: bool = True) -> Decoder:
+        """The model stays in eval mode, whatever mode its owner goes into."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def _freeze(self) -> None:
+        """No dropout and no gradient of a parameter, also where somebody has asked the model itself for them."""
+        if self.model.training:
+            self.model.eval()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
 
     def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.
@@ -371,6 +391,7 @@ class Decoder(nn.Module):
             ValueError: wrong shapes, an empty target, one longer than the model's positions, or a budget below 1.
             IndexError: an id outside the vocabulary, or a z_index outside z.
         """
+        self._freeze()
         weight, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
         if not isinstance(z, Tensor):
             raise TypeError(f"z: got {type(z).__name__}, expected torch.Tensor")

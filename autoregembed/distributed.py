@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from autoregembed.derivatives import first_order_only
 
 T = TypeVar("T")
 
@@ -105,7 +106,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(_all_gather(block))
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("gather_rows", "InfoNCE in one process has them")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         block = grad.new_empty(len(grad) // world_size(), *grad.shape[1:])
         dist.reduce_scatter(block, list(grad.contiguous().chunk(world_size())))

@@ -22,6 +22,7 @@ from autoregembed.models import (
     add_compress_tokens,
     add_lora,
     base_model,
+    claim,
     final_norm,
     fit_length,
     load_adapter,
@@ -105,6 +106,7 @@ class Encoder(nn.Module):
             check_ids("bos_token_id", [[bos_token_id]], vocabulary)
         require_finite(model)
         require_gradients(model)
+        claim(model, self)
         self.compress_rows = None
         if own_compress_rows:
             self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,39 @@ def base_model(model: Any) -> Any:
                 )
         model = model.get_base_model()
     return model.get_decoder() if hasattr(model, "lm_head") or hasattr(model, "get_decoder") else model
+
+
+# Which Encoder or Decoder has a base model; a copy of the model is another one.
+_owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def claim(model: Any, owner: nn.Module) -> None:
+    """Records that `owner`, an Encoder or a Decoder, has the model.
+
+    Raises:
+        ValueError: one of the other kind has it: a decoder would score with what the encoder trains, and freeze it.
+    """
+    base = base_model(model)
+    known = _owners.get(base, lambda: None)()
+    if known is not None and type(known) is not type(owner):
+        raise ValueError(
+            f"model: got one that the {type(known).__name__} has, expected another one for the {type(owner).__name__}: "
+            "load it again (Decoder.from_pretrained), or copy it (copy.deepcopy) before adapters are added"
+        )
+    _owners[base] = weakref.ref(owner)
+
+
+def require_no_hidden_adapters(model: Any) -> None:
+    """Raises ValueError for a model whose layers PEFT has replaced in place: it would score with the adapters."""
+    # A PeftModel, or a model that has loaded an adapter by itself: there the adapters are meant.
+    if hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    for name, module in model.named_modules():
+        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
+            raise ValueError(
+                f"model: got an adapter in {name}, which get_peft_model has put there in place, expected the model "
+                "without adapters: load it again (Decoder.from_pretrained), or copy it before get_peft_model"
+            )
 
 
 def max_positions(model: Any) -> int | None:

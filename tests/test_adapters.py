@@ -1,5 +1,7 @@
 """PEFT adapters and quantised layers in encoder and decoder: used, or refused, never ignored."""
 
+import copy
+
 import pytest
 import torch
 from peft import (
@@ -167,3 +169,13 @@ def test_adapters_and_compress_tokens_train_and_tied_embeddings_stay_tied(tied, 
     assert (again.lm_head.weight is again.get_input_embeddings().weight) is tied
     found = Encoder(again, compress_token_ids=ids, bos_token_id=1)([[5, 6, 7], [8, 9]])
     torch.testing.assert_close(found, z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: copy.deepcopy(m)], ids=["in place", "copied afterwards"])
+def test_a_decoder_does_not_score_with_the_adapters_of_an_encoder(wrap):
+    base = lm()
+    wrapped = adapted(base, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"^model: got an adapter in model\.layers\.0\.\S+q_proj.*load it again"):
+        Decoder(wrap(base))
+    trained = [n for n, p in wrapped.named_parameters() if p.requires_grad]
+    assert trained, "and nothing was frozen"

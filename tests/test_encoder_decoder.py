@@ -562,3 +562,54 @@ def test_a_budget_below_one_token_is_refused():
         encoder_of("llama, tied")(texts(2), None, 0)
     with pytest.raises(ValueError, match=r"^token_budget: got -3, expected at least 1"):
         Decoder(model_of("llama, tied")).logprob(some_z(1), texts(2), None, -3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frozen, and nobody else's
+
+
+def dropping(**options) -> torch.nn.Module:
+    return tiny_model(
+        "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.5, resid_pdrop=0.5, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda decoder: torch.nn.ModuleDict({"decoder": decoder}).train(),
+        lambda decoder: decoder.train(),
+        lambda decoder: decoder.model.train(),
+    ],
+    ids=["its owner", "the decoder", "the model"],
+)
+def test_a_decoder_never_drops_out(ask):
+    decoder, z = Decoder(dropping()), torch.randn(1, K, 32)
+    wanted = decoder.logprob(z, [[5, 6, 7]])
+    ask(decoder)
+    assert torch.equal(decoder.logprob(z, [[5, 6, 7]]), wanted)
+    assert not any(m.training for m in decoder.model.modules())
+
+
+def test_a_decoder_never_trains():
+    decoder = Decoder(model_of("llama, tied"))
+    torch.nn.ModuleList([decoder]).requires_grad_(True)
+    z = some_z(2).requires_grad_()
+    decoder.logprob(z, [[5, 6], [7]], token_budget=5).sum().backward()
+    assert z.grad.abs().max() > 0
+    assert all(p.grad is None and not p.requires_grad for p in decoder.parameters())
+
+
+def test_one_model_in_two_roles_is_refused():
+    model = model_of("llama, tied")
+    encoder = Encoder(model, compress_token_ids=COMPRESS)
+    with pytest.raises(ValueError, match=r"^model: got one that the Encoder has, expected another one for the Decoder"):
+        Decoder(model)
+    assert all(p.requires_grad for p in encoder.model.parameters()), "and nothing was frozen"
+    Decoder(copy.deepcopy(model))
+    decoder = Decoder(model_of("llama, tied"))
+    with pytest.raises(ValueError, match=r"^model: got one that the Decoder has, expected another one for the Encoder"):
+        Encoder(decoder.model.model, compress_token_ids=COMPRESS)
+    model = encoder.model
+    del encoder
+    Decoder(model)  # the one who had it is gone

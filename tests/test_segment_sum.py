@@ -60,9 +60,8 @@ def test_gradcheck(impl):
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_double_backward_is_refused(impl):
     x = torch.randn(5, device=DEVICE, requires_grad=True)
-    (first,) = torch.autograd.grad(segment_sum(x, bounds(0, 5), impl=impl).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(segment_sum(x, bounds(0, 5), impl=impl).square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

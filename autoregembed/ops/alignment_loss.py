@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from autoregembed import reference as spec
+from autoregembed.derivatives import first_order_only, require_reverse_mode
 from autoregembed.ops._checks import FLOATS, require_option, require_positive, require_tensor
 from autoregembed.ops._dispatch import load_kernel, resolve_impl
 
@@ -64,7 +64,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(*output[1:])
 
 
-@once_differentiable
+@first_order_only("alignment_loss")
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 10
@@ -159,6 +159,7 @@ def alignment_loss(
         None if reference_negatives is None else reference_negatives.detach().to(work),
     )
     if impl == "triton":
+        require_reverse_mode("alignment_loss", query_positive, positive_positive, query_negatives)
         loss, s1, s2, accuracy, *_ = _alignment_loss(*scores, negative_mask, beta, temperature, ref_margin, negatives)
         return AlignmentOutput(loss, s1.detach(), s2.detach(), accuracy.detach())
     # B·M numbers are few: the specification is the torch backend.

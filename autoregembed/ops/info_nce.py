@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from autoregembed import reference as spec
+from autoregembed.derivatives import first_order_only, require_reverse_mode
 from autoregembed.kernels.torch import info_nce as torch_kernel
 from autoregembed.ops._checks import (
     FLOATS,
@@ -65,7 +65,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.mark_non_differentiable(*output[1:])
 
 
-@once_differentiable
+@first_order_only("info_nce")
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
@@ -129,6 +129,8 @@ def info_nce(
     if requested == "cpp" and passage_ids is not None:
         raise ImplUnavailable("impl='cpp' has no passage_ids, expected 'auto', 'triton', 'torch', 'reference'")
     target = target.long()
+    if impl != "reference":
+        require_reverse_mode("info_nce", query, passages)
     if impl == "triton" and b > 0 and p > 0:
         if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(query.device.type)

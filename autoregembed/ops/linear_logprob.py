@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from autoregembed import reference as spec
+from autoregembed.derivatives import first_order_only, require_reverse_mode
 from autoregembed.distributed import to_full_tensor
 from autoregembed.ops._checks import (
     FLOATS,
@@ -115,7 +115,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.head = (softcap, scale, ignore_index, impl)
 
 
-@once_differentiable
+@first_order_only("linear_logprob")
 def _backward(ctx: Any, grad: Tensor | None, _grad_u: Any) -> tuple[Tensor | None, ...]:
     """A frozen head scales the rows of U, which the forward left behind; a trainable one recomputes the logits."""
     none = (None,) * 9
@@ -228,6 +228,7 @@ def linear_logprob(
             hidden = torch.cat([hidden[:num_grad_rows], hidden[num_grad_rows:].detach()])
         with torch.autocast(hidden.device.type, enabled=False):
             return spec.linear_logprob(hidden, weight, target, bias=bias, cu_seqlens=cu_seqlens, **options)
+    require_reverse_mode("linear_logprob", hidden, weight, bias)
     logprob = _some_scored_only(hidden, weight, target, bias, num_grad_rows, {**options, "impl": impl})
     if cu_seqlens is None:
         return logprob

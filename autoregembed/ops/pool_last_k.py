@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from autoregembed import reference as spec
+from autoregembed.derivatives import first_order_only, require_reverse_mode
 from autoregembed.kernels.torch import pool_last_k as torch_kernel
 from autoregembed.ops._checks import (
     FLOATS,
@@ -53,7 +53,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.length = hidden.shape[0]
 
 
-@once_differentiable
+@first_order_only("pool_last_k")
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _pool_last_k_backward(grad, *ctx.saved_tensors, ctx.length), None, None, None
 
@@ -99,6 +99,7 @@ def pool_last_k(
         require_tensor("index", index, INTEGERS, {"outputs": None}, like)
     impl = resolve_impl(impl, hidden.device, hidden.dtype, ("triton", "torch"))
     if impl == "triton":
+        require_reverse_mode("pool_last_k", hidden)
         return _pool_last_k(hidden, cu_seqlens, k, index)
     require_sequences(cu_seqlens, hidden.shape[0], k)
     if index is not None:

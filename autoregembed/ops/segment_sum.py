@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from autoregembed import reference as spec
+from autoregembed.derivatives import first_order_only, require_reverse_mode
 from autoregembed.ops._checks import FLOATS, require_bounds, require_cu_seqlens, require_tensor
 from autoregembed.ops._dispatch import load_kernel, resolve_impl
 
@@ -50,7 +50,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.options = x.shape[0], impl
 
 
-@once_differentiable
+@first_order_only("segment_sum")
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _segment_sum_backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
@@ -86,6 +86,7 @@ def segment_sum(x: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Tensor:
     if impl == "reference":
         require_bounds(cu_seqlens, x.shape[0])
         return spec.segment_sum(x, cu_seqlens)
+    require_reverse_mode("segment_sum", x)
     return _segment_sum(x, cu_seqlens, impl)
 
 

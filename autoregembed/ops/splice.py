@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from autoregembed import reference as spec
+from autoregembed.derivatives import first_order_only, require_reverse_mode
 from autoregembed.kernels.torch import splice as torch_kernel
 from autoregembed.ops._checks import (
     FLOATS,
@@ -72,7 +72,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.options = offset, z.shape[0], z.shape[1], z.dtype
 
 
-@once_differentiable
+@first_order_only("splice")
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _splice_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 6
 
@@ -129,6 +129,7 @@ def splice(
     require_finite("embedding_scale", embedding_scale)
     impl = resolve_impl(impl, z.device, z.dtype, ("triton", "torch"))
     if impl == "triton":
+        require_reverse_mode("splice", z)
         return _splice(z, embedding, ids, cu_seqlens, z_index, offset, float(embedding_scale))
     require_sequences(cu_seqlens, ids.shape[0], offset + k)
     rows = torch_kernel.z_rows(cu_seqlens, offset, k)

@@ -1,0 +1,107 @@
+"""Derivatives that an op does not have raise, on every backend; the specification has them."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from triton_cases import DEVICE
+
+from autoregembed import Decoder, alignment_loss, info_nce, linear_logprob, pool_last_k, segment_sum, splice
+from autoregembed.ops import available_impls
+from autoregembed.testing import tiny_model
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def ids(*values: int) -> torch.Tensor:
+    return torch.tensor(values, device=DEVICE)
+
+
+# Every op with a backend of its own, as a function of one tensor. Where a backend is plain PyTorch, autograd has every
+# derivative.
+W, B, C = numbers(11, 6, seed=1), numbers(3), numbers(3, 2)
+EVERY = ("triton", "cpp", "torch")
+CASES = {
+    "linear_logprob": (lambda x, impl: linear_logprob(x, W, ids(0, 3, 10, 5), impl=impl), (4, 6), EVERY),
+    "linear_logprob of a trained head": (
+        lambda w, impl: linear_logprob(W[:4], w, ids(0, 3, 4, 1), impl=impl), (5, 6), EVERY,
+    ),
+    "linear_logprob of a trained bias": (
+        lambda b, impl: linear_logprob(W[:4], W, ids(0, 3, 4, 1), bias=b, impl=impl), (11,), EVERY,
+    ),
+    "linear_logprob by sequence": (
+        lambda x, impl: linear_logprob(x, W, ids(0, 3, 10, 5), cu_seqlens=ids(0, 1, 4), impl=impl), (4, 6),
+        EVERY,
+    ),
+    "segment_sum": (lambda x, impl: segment_sum(x, ids(0, 2, 5), impl=impl), (5,), ("triton", "torch")),
+    "alignment_loss": (
+        lambda a, impl: alignment_loss(a, B, C, ref_margin="none", impl=impl).loss[None], (3,),
+        ("triton",),
+    ),
+    "info_nce": (lambda q, impl: info_nce(q, W, impl=impl)[None], (4, 6), ("triton", "cpp")),
+    "info_nce of passages": (lambda p, impl: info_nce(W[:3], p, impl=impl)[None], (5, 6), ("triton", "cpp")),
+    "pool_last_k": (lambda x, impl: pool_last_k(x, ids(0, 2, 5), 2, impl=impl), (5, 6), ("triton",)),
+    "splice": (lambda z, impl: splice(z, W, ids(0, 0, 1, 0, 0), ids(0, 3, 5), impl=impl), (2, 2, 6), ("triton",)),
+}  # fmt: skip
+PARAMETERS = [(name, impl) for name, (_, _, impls) in CASES.items() for impl in impls]
+
+
+def op_of(name: str, impl: str):
+    function, shape, _ = CASES[name]
+    if available_impls(DEVICE)[impl] != "ok":
+        pytest.skip(available_impls(DEVICE)[impl])
+    return lambda x: function(x, impl), numbers(*shape, seed=3)
+
+
+@pytest.mark.parametrize(("name", "impl"), PARAMETERS)
+def test_a_second_derivative_raises_and_is_not_wrong(name, impl):
+    """The upstream gradient is a constant, and the op's input is no leaf: nothing else would notice."""
+    op, x = op_of(name, impl)
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match=r"^\w+: got a backward with create_graph.*impl='reference'"):
+        torch.autograd.grad(op(torch.tanh(leaf)).sum(), leaf, create_graph=True)
+    (gradient,) = torch.autograd.grad(op(torch.tanh(leaf)).sum(), leaf)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(("name", "impl"), PARAMETERS)
+def test_forward_mode_and_transforms_raise(name, impl):
+    op, x = op_of(name, impl)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        op(forward_ad.make_dual(x, torch.ones_like(x)))
+    for transform in (
+        lambda: torch.func.jvp(op, (x,), (torch.ones_like(x),)),
+        lambda: torch.func.jacfwd(op)(x),
+        lambda: torch.func.grad(lambda y: op(y).sum())(x),
+        lambda: torch.func.vjp(op, x),
+        lambda: torch.func.jacrev(op)(x),
+    ):
+        with pytest.raises(NotImplementedError, match=rf"^{name.split()[0]}: got an input of .*impl='reference'"):
+            transform()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_specification_has_what_the_message_promises(name):
+    function, shape, _ = CASES[name]
+    x = numbers(*shape, seed=3).double()
+    if name in ("segment_sum", "pool_last_k", "splice"):
+        x = x.float()
+    op = lambda y: function(y.float(), "reference")  # noqa: E731
+    step = 1e-2
+    tangent = torch.func.jvp(op, (x,), (torch.ones_like(x),))[1]
+    finite = (op(x + step) - op(x - step)) / (2 * step)
+    torch.testing.assert_close(tangent, finite.to(tangent.dtype), rtol=5e-2, atol=5e-3)
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(op(torch.tanh(leaf)).square().sum(), leaf, create_graph=True)
+    assert torch.autograd.grad(g.square().sum(), leaf)[0].abs().max() > 0
+
+
+def test_scores_of_several_passes_have_no_second_derivative():
+    decoder = Decoder(tiny_model())
+    z = torch.randn(3, 2, 32, requires_grad=True)
+    scores = decoder.logprob(torch.tanh(z), [[5, 6], [7], [8, 9]], token_budget=4)
+    with pytest.raises(NotImplementedError, match=r"^Decoder\.logprob"):
+        torch.autograd.grad(scores.sum(), z, create_graph=True)
+    (gradient,) = torch.autograd.grad(decoder.logprob(torch.tanh(z), [[5], [7], [8]], token_budget=4).sum(), z)
+    assert gradient.abs().max() > 0
