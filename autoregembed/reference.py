@@ -34,6 +34,7 @@ def linear_logprob(
     """log softmax(softcap(scale · (hidden Wᵀ + bias)))[target], (N,), or its sums over sequences, (S,)."""
     if hidden.dtype in (torch.float16, torch.bfloat16):
         hidden, weight = hidden.float(), weight.float()
+    hidden = torch.where((target != ignore_index)[:, None], hidden, 0.0)  # what an ignored row holds never counts
     logits = scale * F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)

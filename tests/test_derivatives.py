@@ -1,4 +1,4 @@
-"""Derivatives that an op does not have raise, on every backend; the specification has them."""
+"""Gradients: what an op does not have raises, and what does not count never reaches one, on every backend."""
 
 import pytest
 import torch
@@ -105,3 +105,51 @@ def test_scores_of_several_passes_have_no_second_derivative():
         torch.autograd.grad(scores.sum(), z, create_graph=True)
     (gradient,) = torch.autograd.grad(decoder.logprob(torch.tanh(z), [[5], [7], [8]], token_budget=4).sum(), z)
     assert gradient.abs().max() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows that do not count
+
+HEADS = [impl for impl, state in available_impls(DEVICE).items() if state == "ok"]
+
+
+def head(impl: str, hidden: torch.Tensor, target: torch.Tensor, trained: bool, **options):
+    """logprob and the gradients of hidden, weight and bias (None where they are frozen)."""
+    leaves = [hidden.clone().requires_grad_(), *(x.clone().requires_grad_(trained) for x in (W, numbers(11, seed=7)))]
+    out = linear_logprob(leaves[0], leaves[1], target, bias=leaves[2], impl=impl, **options)
+    (out * numbers(*out.shape, seed=9)).sum().backward()
+    return out.detach(), *(x.grad for x in leaves)
+
+
+@pytest.mark.parametrize("impl", HEADS)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("filler", [torch.nan, torch.inf])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_what_an_ignored_row_holds_reaches_nothing(impl, trained, filler, softcap):
+    hidden, target = numbers(5, 6, seed=4), ids(1, -100, 3, -100, 10)
+    wanted = head(impl, hidden, target, trained, softcap=softcap)
+    hidden[target == -100] = filler
+    found = head(impl, hidden, target, trained, softcap=softcap)
+    for x, y in zip(found, wanted, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            assert x.abs().max() > 0
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("impl", HEADS)
+@pytest.mark.parametrize("count", [0, 2, 5])
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 3, 5)])
+def test_rows_that_are_scored_only_reach_no_gradient(impl, count, cu_seqlens):
+    hidden, target = numbers(5, 6, seed=4), ids(1, 0, 3, 7, 10)
+    bounds = None if cu_seqlens is None else ids(*cu_seqlens)
+    out, *found = head(impl, hidden, target, True, num_grad_rows=count, cu_seqlens=bounds)
+    leaves = [x.double().requires_grad_() for x in (hidden[:count], W, numbers(11, seed=7))]
+    rows = linear_logprob(*leaves[:2], target[:count], bias=leaves[2], impl="reference")
+    upstream = numbers(*out.shape, seed=9).double()
+    if cu_seqlens is not None:
+        upstream = upstream.repeat_interleave(bounds.diff())
+    wanted = torch.autograd.grad((rows * upstream[:count]).sum(), leaves)
+    assert not found[0][count:].any()
+    for x, y in zip((found[0][:count], *found[1:]), wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)

@@ -224,37 +224,33 @@ def linear_logprob(
         require_ids("target", target, v, ignore_index)
         if cu_seqlens is not None:
             require_bounds(cu_seqlens, n)
-        if num_grad_rows is not None:
-            hidden = torch.cat([hidden[:num_grad_rows], hidden[num_grad_rows:].detach()])
-        with torch.autocast(hidden.device.type, enabled=False):
-            return spec.linear_logprob(hidden, weight, target, bias=bias, cu_seqlens=cu_seqlens, **options)
-    require_reverse_mode("linear_logprob", hidden, weight, bias)
-    logprob = _some_scored_only(hidden, weight, target, bias, num_grad_rows, {**options, "impl": impl})
+    else:
+        require_reverse_mode("linear_logprob", hidden, weight, bias)
+
+    def rows(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
+        """logprob (N,) of some rows."""
+        if impl == "reference":
+            with torch.autocast(hidden.device.type, enabled=False):
+                return spec.linear_logprob(hidden, weight, target, bias=bias, **options)
+        trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+        with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
+        return _linear_logprob(
+            hidden, weight, target, bias, softcap, float(scale), ignore_index, with_gradient, impl
+        )[0]  # fmt: skip
+
+    if num_grad_rows is None or num_grad_rows == n or not torch.is_grad_enabled():
+        logprob = rows(hidden, weight, target, bias)
+    else:
+        frozen_bias = None if bias is None else bias.detach()
+        scored = hidden[num_grad_rows:].detach(), weight.detach(), target[num_grad_rows:], frozen_bias
+        # The first rows keep the result attached to the graph, also where there are none.
+        first = hidden[:num_grad_rows], weight, target[:num_grad_rows], bias
+        logprob = torch.cat([rows(*first), rows(*scored)])
     if cu_seqlens is None:
         return logprob
+    if impl == "reference":
+        return spec.segment_sum(logprob, cu_seqlens)
     return segment_sum(logprob, cu_seqlens, impl="triton" if impl == "triton" else "torch")
-
-
-def _some_scored_only(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    target: Tensor,  # (N,) int64
-    bias: Tensor | None,  # (V,)
-    num_grad_rows: int | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """logprob (N,); rows from `num_grad_rows` on are constants."""
-    trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
-    if num_grad_rows is None or num_grad_rows == len(hidden) or not torch.is_grad_enabled():
-        return _linear_logprob(hidden, weight, target, bias, with_gradient=with_gradient, **options)[0]
-    frozen_bias = None if bias is None else bias.detach()
-    scored = hidden[num_grad_rows:].detach(), weight.detach(), target[num_grad_rows:], frozen_bias
-    constant, _ = _linear_logprob(*scored, with_gradient=False, **options)
-    if num_grad_rows == 0:
-        return constant + hidden[:0].sum(dtype=constant.dtype)  # attached to the graph
-    first = hidden[:num_grad_rows], weight, target[:num_grad_rows], bias
-    return torch.cat([_linear_logprob(*first, with_gradient=with_gradient, **options)[0], constant])
 
 
 class LinearLogprob(nn.Module):

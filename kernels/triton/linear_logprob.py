@@ -569,6 +569,8 @@ def backward(
                 bias=bias, softcap=softcap, scale=scale, ignore_index=ignore_index, grad=grad[rows],
             )  # fmt: skip
             matmul(e, weight, d_hidden[rows])
+            # E is 0 in an ignored row, but 0 · NaN is NaN.
+            h = h.masked_fill((target[rows] == ignore_index)[:, None], 0.0)
             d_weight += matmul(e.t(), h, product)
             d_bias += e.sum(0, dtype=work)
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
