@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import contextlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import xxhash
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
@@ -19,7 +22,7 @@ from autoregembed.config import Config, Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, text_embedding
 from autoregembed.ops import alignment_loss, info_nce
-from autoregembed.packing import make_microbatches
+from autoregembed.packing import Ids, make_microbatches
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
@@ -82,20 +85,30 @@ def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget
     return PairScores(scores[:b], scores[b : 2 * b], c, mask)
 
 
-def contrastive_loss(query: Tensor, passages: Tensor, temperature: float, *, gather: bool = True) -> Tensor:
+def contrastive_loss(
+    query: Tensor, passages: Tensor, temperature: float, *, texts: Sequence[Ids] | None = None, gather: bool = True
+) -> Tensor:
     """InfoNCE of this process's queries.
 
     Args:
         query: (B, D).
         passages: (P, D), the positives in the order of the queries, then any hard negatives.
         temperature: positive.
+        texts: the token ids of the P passages: one that equals a query's positive is no negative of that query. None:
+            all are.
         gather: score against the passages of all processes, with gradient.
     """
-    first = 0
+    first, passage_ids = 0, None
+    if texts is not None:
+        keys = [xxhash.xxh3_64_intdigest(array("q", ids).tobytes()) >> 1 for ids in texts]
+        passage_ids = torch.tensor(keys, dtype=torch.int64, device=query.device)
     if gather:
         passages, first = distributed.gather_rows(passages)
+        passage_ids = None if passage_ids is None else distributed.gather_rows(passage_ids)[0]
+    if passage_ids is not None and len(passage_ids.unique()) == len(passage_ids):
+        passage_ids = None  # which every backend takes, and most take faster
     target = first + torch.arange(len(query), device=query.device)
-    return info_nce(query, passages, target, temperature=temperature)
+    return info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids)
 
 
 class Stage2Loss(NamedTuple):
@@ -114,6 +127,7 @@ def stage2_loss(
     *,
     ref_logps: tuple[Tensor, Tensor] | None = None,
     embeddings: Tensor | None = None,
+    passages: Sequence[Ids] | None = None,
     token_budget: int | None = None,
     gather: bool = True,
 ) -> Stage2Loss:
@@ -126,6 +140,8 @@ def stage2_loss(
         rows: B rows with `target_ids`, [positive, *negatives] as the decoder scores them.
         ref_logps: r_a (B,), r_c (B, ≥ M), where `options.uses_ref_logps`.
         embeddings: (R, D), in the order of z, what InfoNCE compares; by default normalize(mean_k z).
+        passages: the token ids of the texts behind the queries' embeddings, which tell equal passages; by default those
+            of the rows.
         token_budget: as in `Decoder.logprob`.
         gather: InfoNCE takes the passages of all processes.
 
@@ -148,8 +164,10 @@ def stage2_loss(
     if options.contrastive_weight:
         if embeddings is None:
             embeddings = text_embedding(z.to(torch.promote_types(z.dtype, torch.float32)))
-        query, passages = embeddings.tensor_split([len(rows)])
-        nce = contrastive_loss(query, passages, options.contrastive_temperature, gather=gather)
+        if passages is None:
+            passages = texts_of(rows, options.hard_negatives)[0][len(rows) :]
+        query, others = embeddings.tensor_split([len(rows)])
+        nce = contrastive_loss(query, others, options.contrastive_temperature, texts=passages, gather=gather)
         contrastive = options.contrastive_weight * nce
         stats["nce"] = nce.detach()
     return Stage2Loss(alignment, contrastive, stats)

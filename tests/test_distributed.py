@@ -37,7 +37,10 @@ def files(tmp_path_factory) -> dict:
         for i, n in enumerate(sizes)
     ]
     rare = [{**row, "neg": row["neg"][: i == 5]} for i, row in enumerate(stage2)]
-    rows = {1: stage1, 2: stage2, "one negative": rare}
+    repeated = [
+        {**row, "pos": stage2[i % 3]["pos"], "neg": [stage2[(i + 1) % 3]["pos"]]} for i, row in enumerate(stage2)
+    ]
+    rows = {1: stage1, 2: stage2, "one negative": rare, "repeated": repeated}
     return {name: write_jsonl(folder / f"{name}.jsonl", some) for name, some in rows.items()}
 
 
@@ -48,8 +51,12 @@ STEPS = {
     "both losses in parts": {"stage": 2, "contrastive_weight": 0.7, "hard_negatives": True, "token_budget": 160},
     "joint negatives in parts": {"stage": 2, "negatives": "joint", "ref_margin": "subtract", "token_budget": 120},
     "one negative in all": {"stage": 2, "train_data": "one negative"},
+    "contrast of repeated texts": {
+        "stage": 2, "alignment_weight": 0.0, "contrastive_weight": 1.0, "hard_negatives": True,
+        "train_data": "repeated",
+    },
     "contrast alone": {"stage": 2, "alignment_weight": 0.0, "contrastive_weight": 1.0},
-}
+}  # fmt: skip
 
 
 def config_of(model_folder: str, files: dict, **options) -> dict:

@@ -138,6 +138,20 @@ def test_stage_2_has_the_gradient_of_our_own_loop(model, options):
     assert_same_gradients(gradients(transformer(model)), gradient)
 
 
+def test_equal_texts_are_no_negatives_of_each_other(model):
+    rows = [{**row, "positive": TRIPLETS[i % 2]["positive"]} for i, row in enumerate(TRIPLETS)]
+    repeated = Dataset.from_list(rows)
+    options = {"contrastive_weight": 1.0, "ref_margin": "none", "hard_negatives": True}
+    expected, gradient = own_loop(repeated, decoder_of(), stage=2, **options)
+    loss = AutoRegEmbedLoss(model, decoder_of(), Stage2Options(**options))
+    found = sum(loss(features(model, repeated), None).values())
+    found.backward()
+    assert found.item() == pytest.approx(expected, abs=1e-5)
+    assert_same_gradients(gradients(transformer(model)), gradient)
+    stock = FusedInfoNCELoss(model)(features(model, repeated), None)
+    assert loss(features(model, repeated), None)["contrastive"] < stock - 0.05, "which takes them as negatives"
+
+
 def test_left_padding_gives_the_same_loss(model):
     loss = AutoRegEmbedLoss(model, decoder_of(), Stage2Options(ref_margin="none", contrastive_weight=1.0))
     right = loss(features(model, TRIPLETS), None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import stage1, stage2
+from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
 from autoregembed import data, files, models, reference_scores
@@ -68,6 +68,26 @@ def test_an_update_does_not_depend_on_how_the_step_is_cut(model_folder, compress
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-6, msg=name)
     for name in whole_log:
         assert cut_log[name] == pytest.approx(whole_log[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("hard_negatives", [False, True])
+def test_equal_texts_are_no_negatives_of_each_other(model_folder, tmp_path, hard_negatives):
+    rows = [
+        {"query": sentence(i, 5), "pos": sentence(100 + i % 3, 4), "neg": sentence(101 + i % 4, 4)} for i in range(8)
+    ]
+    file = write_jsonl(tmp_path / "repeated.jsonl", rows)
+    options = {"alignment_weight": 0.0, "contrastive_weight": 1.0, "hard_negatives": hard_negatives}
+    objective, encoder, batch = objective_of(stage2(model_folder, file, "unused", **options), file)
+    passages = [row["pos"] for row in rows] + [row["neg"] for row in rows] * hard_negatives
+    e = text_embedding(encoder(*texts_of(batch, hard_negatives)))
+    scores = e[:8] @ e[8:].T / 0.05
+    for i, row in enumerate(rows):
+        for j, text in enumerate(passages):
+            if text == row["pos"] and i != j:
+                scores[i, j] = -torch.inf
+    wanted = torch.nn.functional.cross_entropy(scores, torch.arange(8))
+    assert objective(batch)["loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert wanted < info_nce(e[:8], e[8:]) - 0.1, "unlike the loss that takes them as negatives"
 
 
 def test_contrastive_objective_is_info_nce_over_the_whole_step(model_folder, alignment_file):

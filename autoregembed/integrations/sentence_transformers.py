@@ -166,8 +166,12 @@ class _DecoderLoss(nn.Module):
 
     def _targets(self, features: dict[str, Tensor]) -> list[list[int]]:
         """The ids of a column's texts, as the decoder scores them."""
+        return [ids[: self.max_target_length] for ids in self._texts(features)]
+
+    def _texts(self, features: dict[str, Tensor]) -> list[list[int]]:
+        """The ids of a column's texts, without what the tokenizer writes around them."""
         head, tail = self._template.head, self._template.tail
-        targets = []
+        texts = []
         for row, (ids, mask) in enumerate(
             zip(features["input_ids"].tolist(), features["attention_mask"].tolist(), strict=True)
         ):
@@ -177,8 +181,8 @@ class _DecoderLoss(nn.Module):
                     f"sentence_features: got a text that ends with ids {text[-len(tail) :]} in row {row}, expected "
                     f"texts that the model's own tokenizer has ended with {tail}"
                 )
-            targets.append(text[head : -len(tail)][: self.max_target_length])
-        return targets
+            texts.append(text[head : -len(tail)])
+        return texts
 
     def _check_compress_tokens(self) -> None:
         self._checked = True
@@ -272,12 +276,14 @@ class AutoRegEmbedLoss(_DecoderLoss):
         ref_logps = self._ref_logps(labels, len(columns) - 1, columns[0]["input_ids"])
         rows = self._rows(columns)
         (z_query, query), (z_positive, positive) = map(self._read, columns[:2])
-        embeddings = [query, positive]
+        embeddings, passages = [query, positive], [columns[1]]
         if self.options.hard_negatives and self.options.contrastive_weight:
+            passages += columns[2:]
             embeddings += [self.model(column)["sentence_embedding"] for column in columns[2:]]
         out = stage2_loss(
             self.options, self.decoder, torch.cat([z_query, z_positive]), rows, ref_logps=ref_logps,
             embeddings=torch.cat(embeddings), gather=self.gather_across_devices,
+            passages=[ids for column in passages for ids in self._texts(column)],
         )  # fmt: skip
         parts = {"alignment": out.alignment, "contrastive": out.contrastive}
         given = {name: part for name, part in parts.items() if part is not None}
