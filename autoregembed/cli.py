@@ -122,8 +122,14 @@ def _doctor() -> None:
 def _exported(model: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    from autoregembed.models import wrap_load_errors
+    from autoregembed.models import read_recipe, wrap_load_errors
 
+    recipe = read_recipe(model)
+    if recipe and recipe.get("lm_head", True):
+        raise ValueError(
+            f"model: got {model!r}, a causal LM to train on, expected an export: its sibling export/, or what "
+            "Encoder.save_pretrained writes"
+        )
     with wrap_load_errors(model):
         return SentenceTransformer(model, model_kwargs={"use_safetensors": True})  # never a pickle
 

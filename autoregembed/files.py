@@ -44,12 +44,11 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     old = folder.with_name(f".{folder.name}.old")
     try:
-        temporary.chmod(0o755)
         with _typed_write_errors(folder):
             yield temporary
-        for path in sorted(temporary.rglob("*")):
+        for path in (*sorted(temporary.rglob("*")), temporary):
+            _follow_umask(path)
             _fsync(path)
-        _fsync(temporary)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
@@ -76,6 +75,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with _typed_write_errors(path):
             yield temporary
+        _follow_umask(temporary)
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)
@@ -103,6 +103,13 @@ def _typed_write_errors(path: Path) -> Iterator[None]:
         if not isinstance(error, SafetensorError) and type(error) is not Exception:
             raise
         raise OSError(f"output: got {str(path)!r}, which cannot be written: {error}") from error
+
+
+def _follow_umask(path: Path) -> None:
+    """Gives a path the mode of one that open() or mkdir() makes; mkdtemp and safetensors make private ones."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _fsync(path: Path) -> None:

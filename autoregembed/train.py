@@ -75,6 +75,7 @@ def train(config: Config, console: Console | None = None) -> dict:
     with deterministic(config.deterministic), contextlib.ExitStack() as held:
         run = Run(config, console or Console())
         latest, damaged = distributed.broadcast_from_rank0(lambda: run.claim_output_dir(held))
+        run.load_eval_data()
         run.load_models()
         run.load_data()
         run.place_models()
@@ -136,6 +137,11 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # Models and data
 
+    def load_eval_data(self) -> None:
+        """First of all: a wrong file must not wait for the model and the training data."""
+        config = self.config
+        self.pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
+
     def load_models(self) -> None:
         config = self.config
         if config.log_with:
@@ -156,7 +162,6 @@ class Run:
         aligned = config.stage == 2 and config.alignment_weight > 0 and not config.streaming
         if aligned and all(len(t) < 2 for t in self.rows["target_ids"]):
             raise ValueError("data: got no negative in any row, expected at least one when alignment_weight > 0")
-        self.pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
         rows_per_step = config.batch_size * self.world
         self.max_steps = config.max_steps or max(1, round(config.num_train_epochs * len(self.rows) / rows_per_step))
 

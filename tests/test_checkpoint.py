@@ -1,3 +1,6 @@
+import os
+import stat
+
 import pytest
 import torch
 from conftest import sentence
@@ -195,3 +198,21 @@ def test_an_interrupted_replacement_leaves_the_old_folder(tmp_path):
         (folder / "b").write_text("new")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_and_folders_follow_the_umask(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        with files.atomic_folder(tmp_path / "folder") as folder:
+            (folder / "inner").mkdir()
+            save_file({"x": torch.zeros(1)}, folder / "inner" / "x.safetensors")
+        with files.atomic_file(tmp_path / "x.safetensors") as path:
+            save_file({"x": torch.zeros(1)}, path)
+    finally:
+        os.umask(before)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*")}
+    assert modes == {
+        "folder": 0o777 & ~mask, "inner": 0o777 & ~mask, "x.safetensors": 0o666 & ~mask,
+    }  # fmt: skip
+    assert stat.S_IMODE((tmp_path / "folder" / "inner" / "x.safetensors").stat().st_mode) == 0o666 & ~mask

@@ -154,6 +154,25 @@ def test_help_exits_with_0(capsys):
 # encode, eval, doctor
 
 
+@pytest.mark.parametrize("command", ["encode", "eval"])
+def test_the_model_of_a_run_is_not_its_export(command, model_folder, tmp_path, capsys):
+    """sentence-transformers would take the mean over all tokens, without a word."""
+    model, tokenizer, _ = models.load_causal_lm(model_folder)
+    ids = models.add_compress_tokens(model, tokenizer, 3)
+    folder = models.save_model(tmp_path / "model", model, tokenizer, {"compress_token_ids": ids})
+    (tmp_path / "texts.txt").write_text("the cat\n")
+    pairs = tmp_path / "sts.csv"
+    pairs.write_text("sentence1,sentence2,score\nthe cat,a mat,1\nthe,a,2\n")
+    rest = (
+        [str(tmp_path / "texts.txt"), str(tmp_path / "out.safetensors")]
+        if command == "encode"
+        else ["--sts", str(pairs)]
+    )
+    assert main([command, str(folder), *rest]) == 2
+    assert "ValueError: model: got" in "".join(capsys.readouterr().err.split("\n"))
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 @pytest.mark.parametrize("source", ["file", "stdin"])
 def test_encode_writes_the_embeddings_of_the_lines(source, exported, tmp_path, monkeypatch, capsys):
     folder, expected = exported

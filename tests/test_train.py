@@ -70,6 +70,12 @@ def test_an_update_does_not_depend_on_how_the_step_is_cut(model_folder, compress
         assert cut_log[name] == pytest.approx(whole_log[name], rel=1e-4, abs=1e-5), name
 
 
+def test_wrong_evaluation_data_is_refused_before_anything_is_loaded(model_folder, compression_file, tmp_path, quiet):
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [{"text": "the cat"}])
+    with pytest.raises(ValueError, match="sentence1"):
+        train(stage1(str(tmp_path / "no model"), compression_file, tmp_path / "out", eval_data=wrong), quiet)
+
+
 @pytest.mark.parametrize("hard_negatives", [False, True])
 def test_equal_texts_are_no_negatives_of_each_other(model_folder, tmp_path, hard_negatives):
     rows = [
