@@ -99,14 +99,14 @@ def contrastive_loss(
         gather: score against the passages of all processes, with gradient.
     """
     first, passage_ids = 0, None
-    if texts is not None:
-        keys = [xxhash.xxh3_64_intdigest(array("q", ids).tobytes()) >> 1 for ids in texts]
+    gather = gather and distributed.world_size() > 1
+    keys = [xxhash.xxh3_64_intdigest(array("q", ids).tobytes()) >> 1 for ids in texts or ()]
+    # Only where texts repeat: without ids every backend can run. Other processes may have what this one has.
+    if texts is not None and (gather or len(set(keys)) < len(keys)):
         passage_ids = torch.tensor(keys, dtype=torch.int64, device=query.device)
     if gather:
         passages, first = distributed.gather_rows(passages)
         passage_ids = None if passage_ids is None else distributed.gather_rows(passage_ids)[0]
-    if passage_ids is not None and len(passage_ids.unique()) == len(passage_ids):
-        passage_ids = None  # which every backend takes, and most take faster
     target = first + torch.arange(len(query), device=query.device)
     return info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids)
 
