@@ -146,8 +146,11 @@ def _encode(model: str, texts: str, output: str) -> None:
 
     from autoregembed.files import atomic_file
 
+    kind = Path(texts).suffix.lower()
+    if kind in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"):
+        raise ValueError(f"texts: got {texts!r}, a {kind} file, expected plain text with one text a line")
     try:
-        with sys.stdin if texts == "-" else open(texts, encoding="utf-8") as file:
+        with sys.stdin if texts == "-" else open(texts, encoding="utf-8-sig") as file:
             lines = [line.rstrip("\n") for line in file]
     except UnicodeDecodeError as error:
         raise ValueError(f"texts: got {texts!r}, which cannot be read as UTF-8: {error}") from error

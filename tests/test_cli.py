@@ -154,6 +154,21 @@ def test_help_exits_with_0(capsys):
 # encode, eval, doctor
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSON", "rows.csv", "rows.tsv", "rows.txt.gz"])
+def test_encode_takes_no_file_of_rows_for_texts(name, exported, tmp_path, capsys):
+    (tmp_path / name).write_text('{"text": "the cat"}\n')
+    assert main(["encode", exported[0], str(tmp_path / name), str(tmp_path / "out.safetensors")]) == 2
+    assert "ValueError: texts: got" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(exported, tmp_path):
+    (tmp_path / "texts.txt").write_text("the cat\n", encoding="utf-8-sig")
+    assert main(["encode", exported[0], str(tmp_path / "texts.txt"), str(tmp_path / "out.safetensors")]) == 0
+    found = load_file(tmp_path / "out.safetensors")["embeddings"]
+    torch.testing.assert_close(found, exported[1](["the cat"]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("command", ["encode", "eval"])
 def test_the_model_of_a_run_is_not_its_export(command, model_folder, tmp_path, capsys):
     """sentence-transformers would take the mean over all tokens, without a word."""
