@@ -35,7 +35,7 @@ class Stage2Options:
 
     Args:
         alignment_weight: factor of the alignment loss; 0 turns it off, and no decoder is needed.
-        contrastive_weight: factor of InfoNCE over the text embeddings.
+        contrastive_weight: factor of InfoNCE over the text embeddings; equal texts are no negatives of each other.
         contrastive_temperature: temperature of InfoNCE.
         beta: β of the alignment loss.
         temperature: τ of the alignment loss.

@@ -261,7 +261,7 @@ def base_model(model: Any) -> Any:
 
 
 # Which Encoder or Decoder has a base model; a copy of the model is another one.
-_owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+_owners: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def claim(model: Any, owner: nn.Module) -> None:
@@ -270,14 +270,15 @@ def claim(model: Any, owner: nn.Module) -> None:
     Raises:
         ValueError: one of the other kind has it: a decoder would score with what the encoder trains, and freeze it.
     """
-    base = base_model(model)
-    known = _owners.get(base, lambda: None)()
-    if known is not None and type(known) is not type(owner):
-        raise ValueError(
-            f"model: got one that the {type(known).__name__} has, expected another one for the {type(owner).__name__}: "
-            "load it again (Decoder.from_pretrained), or copy it (copy.deepcopy) before adapters are added"
-        )
-    _owners[base] = weakref.ref(owner)
+    owners = _owners.setdefault(base_model(model), weakref.WeakSet())
+    for known in owners:
+        if type(known) is not type(owner):
+            raise ValueError(
+                f"model: got one that the {type(known).__name__} has, expected another one for the "
+                f"{type(owner).__name__}: load it again (Decoder.from_pretrained), or copy it (copy.deepcopy) before "
+                "adapters are added"
+            )
+    owners.add(owner)
 
 
 def require_no_hidden_adapters(model: Any) -> None:

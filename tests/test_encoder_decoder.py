@@ -613,3 +613,8 @@ def test_one_model_in_two_roles_is_refused():
     model = encoder.model
     del encoder
     Decoder(model)  # the one who had it is gone
+    model = model_of("llama, tied")
+    first = Encoder(model, compress_token_ids=COMPRESS)
+    Encoder(model, compress_token_ids=COMPRESS)  # and is gone at once, unlike the first
+    with pytest.raises(ValueError, match=r"^model: got one that the Encoder has"):
+        Decoder(first.model)
