@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -16,6 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from autoregembed import data
 from autoregembed.models import base_model
 from autoregembed.packing import make_microbatches
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
@@ -49,56 +53,127 @@ def load_sts(source: str, split: str | None = None) -> Dataset:
     """Rows {sentence1, sentence2, score} of a csv, jsonl, json or parquet file or a hub data set.
 
     Raises:
-        ValueError: a column is missing, there is no row, or a score is not a number.
+        ValueError: a column is missing, there is no row, a sentence is empty, a score is not a number (text that reads
+            as a number is one), or all scores are equal.
+        TypeError: a sentence is no string.
     """
     rows = data.load_rows(source, split)
     data.require_columns(rows, ("sentence1", "sentence2", "score"))
-    for row, score in enumerate(rows["score"]):
-        if not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(f"data: got {score!r} as 'score' in row {row}, expected a number")
-    return rows
+    table: dict[str, list] = {"sentence1": [], "sentence2": [], "score": []}
+    for i, row in enumerate(rows):
+        where = f"in row {i} of {source!r}"
+        for column in ("sentence1", "sentence2"):
+            table[column].append(_nonempty(_text(row[column], column, where), column, where))
+        table["score"].append(_number(row["score"], "score", where))
+    if len(set(table["score"])) == 1:
+        raise ValueError(
+            f"data: got {table['score'][0]} as 'score' in every row of {source!r}, expected at least two values, "
+            "without which Spearman's correlation is undefined"
+        )
+    return Dataset.from_dict(table)
 
 
 def load_retrieval(corpus: str, queries: str, qrels: str, split: str | None = None) -> tuple[dict, dict, dict]:
     """(queries, corpus, qrels) as `retrieval` takes them, from the three parts of a BEIR data set.
 
     Args:
-        corpus: rows {_id, text, title?}: a file or hub data set; a title stands before its text.
+        corpus: rows {_id, text, title?}: a file or hub data set; a title stands before its text, either may be empty.
         queries: rows {_id, text}.
         qrels: rows {query-id, corpus-id, score}.
         split: of hub data sets.
 
     Raises:
-        ValueError: a column is missing, there is no row, or a score is not a number.
+        ValueError: a column is missing, there is no row, a query is empty, a relevance is not a number (text that
+            reads as a number is one), or an id has two texts or a pair two relevances.
+        TypeError: a text is no string, or an id neither a string nor an integer.
     """
     texts: list[dict[str, str]] = []
     for source in (queries, corpus):
         rows = data.load_rows(source, split)
         data.require_columns(rows, ("_id", "text"))
-        texts.append({str(r["_id"]): " ".join(filter(None, (r.get("title"), r["text"]))) for r in rows})
+        known: dict[str, str] = {}
+        for i, row in enumerate(rows):
+            where = f"in row {i} of {source!r}"
+            title = "" if row.get("title") is None else _text(row["title"], "title", where)
+            text = " ".join(filter(None, (title, _text(row["text"], "text", where))))
+            if source == queries:
+                _nonempty(text, "text", where)
+            name = _id(row["_id"], "_id", where)
+            if known.setdefault(name, text) != text:
+                raise ValueError(f"data: got {name!r} as '_id' {where} and before with another text, expected one text")
+        texts.append(known)
     relevance: dict[str, dict[str, float]] = {}
     rows = data.load_rows(qrels, split)
     data.require_columns(rows, ("query-id", "corpus-id", "score"))
-    for row in rows:
-        if not isinstance(row["score"], int | float):
-            raise ValueError(f"data: got {row['score']!r} as 'score' in {qrels!r}, expected a number")
-        relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = row["score"]
+    for i, row in enumerate(rows):
+        where = f"in row {i} of {qrels!r}"
+        query, document = (_id(row[column], column, where) for column in ("query-id", "corpus-id"))
+        score = _number(row["score"], "score", where)
+        if relevance.setdefault(query, {}).setdefault(document, score) != score:
+            raise ValueError(
+                f"data: got {score} as 'score' {where} and before {relevance[query][document]} for the same pair, "
+                "expected one relevance"
+            )
     return texts[0], texts[1], relevance
 
 
+def _text(value: Any, column: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"data: got {value!r} as {column!r} {where}, expected a string")
+    return value
+
+
+def _nonempty(text: str, column: str, where: str) -> str:
+    if not text.strip():
+        raise ValueError(f"data: got an empty {column!r} {where}, expected a text")
+    return text
+
+
+def _id(value: Any, column: str, where: str) -> str:
+    if type(value) not in (str, int) or value == "":
+        raise TypeError(f"data: got {value!r} as {column!r} {where}, expected a string or an integer")
+    return str(value)
+
+
+def _number(value: Any, column: str, where: str) -> float:
+    """A number, or text that is one, as csv and tsv files hold it."""
+    plain = isinstance(value, int | float) or (isinstance(value, str) and _NUMBER.fullmatch(value.strip()))
+    if not plain or isinstance(value, bool) or not math.isfinite(float(value)):
+        raise ValueError(f"data: got {value!r} as {column!r} {where}, expected a number")
+    return float(value)
+
+
 def spearman(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
-    """Spearman's rank correlation, ties at their mean rank."""
-    return float(spearmanr(x, y).statistic)
+    """Spearman's rank correlation, ties at their mean rank.
+
+    Raises:
+        ValueError: it is undefined: a value is not finite, or one side has no two different values.
+    """
+    sides = [np.asarray(side, dtype=np.float64) for side in (x, y)]
+    for name, side in zip("xy", sides, strict=True):
+        if not np.isfinite(side).all():
+            raise ValueError(f"{name}: got a value that is not finite, expected numbers")
+        if not len(side) or (side == side[0]).all():
+            raise ValueError(f"{name}: got no two different values, expected some, as Spearman's correlation needs")
+    return float(spearmanr(*sides).statistic)
 
 
-def sts(embed: Embed, pairs: Any) -> dict[str, float]:
-    """{"spearman": correlation of cosine similarity with the human scores}; every distinct text is embedded once."""
+def sts(embed: Embed, pairs: Any) -> dict[str, Any]:
+    """{"spearman": correlation of cosine similarity with the human scores}; every distinct text is embedded once.
+
+    Where it is undefined, {"spearman": None, "spearman_undefined": why}: an encoder that embeds all texts alike, or as
+    NaN, has none.
+    """
     first, second, scores = (list(pairs[name]) for name in ("sentence1", "sentence2", "score"))
-    texts = list(dict.fromkeys([*first, *second]))
-    place = {text: i for i, text in enumerate(texts)}
-    e = embed(texts)
-    a, b = (e[[place[t] for t in column]] for column in (first, second))
-    return {"spearman": spearman((a * b).sum(1), scores)}
+    e, place = _embed_distinct(embed, [*first, *second])
+    e = F.normalize(e.double(), dim=1)
+    a, b = place.split(len(first))
+    try:
+        # In fp32 the similarity of a text to itself is 1 for all; the last bits of fp64 would rank them.
+        return {"spearman": spearman((e[a] * e[b]).sum(1).float(), scores)}
+    except ValueError as error:
+        why = str(error).replace("x:", "similarities:", 1).replace("y:", "scores:", 1)
+        return {"spearman": None, "spearman_undefined": why}
 
 
 def retrieval(
@@ -108,37 +183,74 @@ def retrieval(
     qrels: dict[str, dict[str, float]],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
-    """nDCG@10 (gain = relevance, discount log2(rank + 1)) and recall@k by cosine similarity, means over queries.
+    """nDCG@10 and recall@k by cosine similarity, as BEIR has them: trec_eval's measures, means over judged queries.
 
-    Queries without a relevant document are left out. Equal scores rank in the corpus' order.
+    The gain of a document is its relevance (0 if negative), its discount log2(rank + 1). A document is relevant above
+    0. Relevant documents that the corpus lacks count as not found. A query with judgments of which none is relevant
+    scores 0; one without judgments does not count. A document with the id of the query is left out as the query
+    itself, unless it is judged relevant. Scores are compared in fp32; documents of the same score, such as equal texts,
+    rank by id, the last first.
+
+    Args:
+        queries, corpus: texts by id.
+        qrels: relevance by document id, by query id.
+        ks: depths of recall.
 
     Raises:
-        ValueError: no query has a relevant document in the corpus, or a relevance names an unknown document.
+        ValueError: no document of the corpus is relevant to a query, or an embedding is not finite.
     """
-    unknown = next((d for q in qrels.values() for d in q if d not in corpus), None)
-    if unknown is not None:
-        raise ValueError(f"qrels: got document {unknown!r}, expected those of the corpus")
-    wanted = [q for q in queries if any(r > 0 for r in qrels.get(q, {}).values())]
-    if not wanted:
-        raise ValueError("qrels: got no relevant document for any query, expected at least one")
-    ids = list(corpus)
-    documents, questions = embed(list(corpus.values())), embed([queries[q] for q in wanted])
-    deepest = min(max(10, *ks), len(ids))
+    judged = judged_queries(queries, qrels)
+    relevant = {q: {d: r for d, r in qrels[q].items() if r > 0} for q in judged}
+    if not any(d in corpus for found in relevant.values() for d in found):
+        raise ValueError("qrels: got no relevant document for any query, expected at least one id of the corpus")
+    ids = sorted(corpus, reverse=True)
+    questions, asked = _embed_distinct(embed, [queries[q] for q in judged])
+    documents, place = _embed_distinct(embed, [corpus[d] for d in ids])
     totals = {"ndcg@10": 0.0, **{f"recall@{k}": 0.0 for k in ks}}
-    for part, names in zip(questions.split(256), _chunks(wanted, 256), strict=True):
-        ranking = (part @ documents.T).sort(dim=1, descending=True, stable=True).indices[:, :deepest]
-        for name, row in zip(names, ranking.tolist(), strict=True):
-            relevance = {d: r for d, r in qrels[name].items() if r > 0}
-            gains = [relevance.get(ids[i], 0) for i in row]
-            ideal = sorted(relevance.values(), reverse=True)
-            totals["ndcg@10"] += _dcg(gains[:10]) / _dcg(ideal[:10])
-            for k in ks:
-                totals[f"recall@{k}"] += sum(g > 0 for g in gains[:k]) / len(relevance)
-    return {name: total / len(wanted) for name, total in totals.items()}
+    for query, columns in zip(judged, best_columns(questions[asked], documents, place, max(10, *ks) + 1), strict=True):
+        relevance = relevant[query]
+        ranking = [ids[i] for i in columns if ids[i] != query or query in relevance]
+        gains = [relevance.get(d, 0) for d in ranking]
+        ideal = sorted(relevance.values(), reverse=True)
+        totals["ndcg@10"] += _dcg(gains[:10]) / _dcg(ideal[:10]) if ideal else 0.0
+        for k in ks:
+            totals[f"recall@{k}"] += sum(g > 0 for g in gains[:k]) / max(len(relevance), 1)
+    return {name: total / len(judged) for name, total in totals.items()}
 
 
-def _chunks(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def judged_queries(queries: dict[str, str], qrels: dict[str, dict[str, float]]) -> list[str]:
+    """The ids of the queries that `retrieval` takes the mean over, in the order of `queries`."""
+    return [q for q in queries if qrels.get(q)]
+
+
+def _embed_distinct(embed: Embed, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Embeddings of the distinct texts, and the row of each text in them."""
+    rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return embed(list(rows)).cpu(), torch.tensor([rows[text] for text in texts], dtype=torch.int64)
+
+
+def best_columns(
+    questions: Tensor,  # (Q, D)
+    documents: Tensor,  # (P, D)
+    place: Tensor,  # (n,) int64: the row of `documents` of each candidate
+    k: int,
+) -> Iterator[list[int]]:
+    """Per question the k candidates of the highest product, exactly; of equal ones those that stand first.
+
+    Products are rounded from fp64, so neither the block nor the place in it shows in their bits.
+    """
+    for name, embeddings in (("queries", questions), ("corpus", documents)):
+        if not embeddings.isfinite().all():
+            raise ValueError(f"{name}: got an embedding that is not finite, expected finite ones")
+    for block in questions.split(256):
+        best = torch.empty(len(block), 0, dtype=torch.int64)
+        for columns in torch.arange(len(place)).split(1 << 14):
+            products = (block.double() @ documents[place[columns]].double().T).float() + 0.0  # no -0.0
+            bits = products.view(torch.int32)
+            order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers that compare as the floats do
+            keys = (order << 32) | (0xFFFFFFFF - columns)  # distinct, so that topk has no tie to break
+            best = torch.cat([best, keys], 1).topk(min(k, best.shape[1] + len(columns))).values
+        yield from (0xFFFFFFFF - (best & 0xFFFFFFFF)).tolist()
 
 
 def _dcg(gains: Sequence[float]) -> float:

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import pytrec_eval
 import torch
 import torch.nn.functional as F
 from conftest import sentence, write_jsonl
@@ -9,7 +10,16 @@ from hypothesis import strategies as st
 
 from autoregembed import Encoder
 from autoregembed.encoder import text_embedding
-from autoregembed.evaluate import load_retrieval, load_sts, retrieval, spearman, sts, token_mean
+from autoregembed.evaluate import (
+    best_columns,
+    judged_queries,
+    load_retrieval,
+    load_sts,
+    retrieval,
+    spearman,
+    sts,
+    token_mean,
+)
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -62,11 +72,50 @@ def test_sts_embeds_each_text_once_and_ranks_by_cosine():
     assert sts(vectors(table, seen), {**pairs, "score": [1, 5, 3]})["spearman"] == pytest.approx(-1.0)
 
 
-@pytest.mark.parametrize("score", ["high", None, math.inf])
+PAIR = {"sentence1": "a", "sentence2": "b", "score": 1.5}
+
+
+@pytest.mark.parametrize("score", ["high", None, math.inf, "nan", "", "1_0"])
 def test_sts_scores_must_be_numbers(score, tmp_path):
-    rows = [{"sentence1": "a", "sentence2": "b", "score": score}]
-    with pytest.raises(ValueError, match=r"^data: got .* as 'score' in row 0, expected a number"):
+    rows = [PAIR | {"score": str(PAIR["score"]) if isinstance(score, str) else 1.5}, PAIR | {"score": score}]
+    with pytest.raises(ValueError, match=r"^data: got .* as 'score' in row 1 of '.*a.jsonl', expected a number"):
         load_sts(write_jsonl(tmp_path / "a.jsonl", rows))
+
+
+def test_sts_scores_may_be_written_as_text(tmp_path):
+    rows = [PAIR | {"score": score} for score in ("4", " 2.50", "1e-1", "-.5")]
+    assert load_sts(write_jsonl(tmp_path / "a.jsonl", rows))["score"][:] == [4, 2.5, 0.1, -0.5]
+
+
+@pytest.mark.parametrize("column", ["sentence1", "sentence2"])
+@pytest.mark.parametrize(
+    ("value", "error"), [(None, TypeError), (5, TypeError), (["b"], TypeError), ("", ValueError), (" \t", ValueError)]
+)
+def test_sts_sentences_must_be_texts(column, value, error, tmp_path):
+    rows = [PAIR | {"score": 2, column: value}] * 2  # of one type, as any reader of columns keeps it
+    with pytest.raises(error, match=rf"^data: got .*{column}' in row 0 of '.*a.jsonl', expected a (string|text)"):
+        load_sts(write_jsonl(tmp_path / "a.jsonl", rows))
+
+
+def test_sts_without_two_scores_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^data: got 1.5 as 'score' in every row of .*, expected at least two values"):
+        load_sts(write_jsonl(tmp_path / "a.jsonl", [PAIR, PAIR | {"sentence1": "c"}]))
+
+
+def test_an_undefined_correlation_is_none_with_the_reason():
+    pairs = {"sentence1": ["a", "b", "c"], "sentence2": ["b", "b", "a"], "score": [1, 2, 3]}
+    table = {name: [1.0, 2.0, 0.5] for name in "abc"}
+    same = {"spearman": None, "spearman_undefined": "similarities: got no two different values, expected some, as "
+            "Spearman's correlation needs"}  # fmt: skip
+    assert sts(vectors(table, []), pairs) == same
+    # Each text beside itself: the similarities are 1, whatever the rounding of the vectors' norms.
+    twins = {"sentence1": list("abc"), "sentence2": list("abc"), "score": [1, 2, 3]}
+    table = {"a": [1.0, 0.3, 0.7], "b": [3.0, 0.1, 9.0], "c": [0.2, 0.7, 0.9]}
+    assert sts(vectors(table, []), twins) == same
+    assert "not finite" in sts(vectors(table | {"a": [math.nan] * 3}, []), pairs)["spearman_undefined"]
+    found = sts(vectors(table, []), pairs | {"score": [2, 2, 2]})
+    assert found["spearman"] is None
+    assert found["spearman_undefined"].startswith("scores: ")
 
 
 def test_sts_needs_its_columns(tmp_path):
@@ -88,10 +137,8 @@ def test_retrieval_by_hand():
     names = list("abcdefghijklmn")
     corpus = {n: n for n in reversed(names)}
     # Ranked a b c …: relevant are b (2), d (1) and, at place 12, l (1).
-    qrels = {"1": {"b": 2, "d": 1, "l": 1, "e": 0}, "2": {}, "3": {"a": 0}}
-    found = retrieval(
-        vectors(on_a_ray(names), []), {"1": "q", "2": "q", "3": "q"}, corpus, qrels, ks=(1, 2, 10, 12, 100)
-    )
+    qrels = {"1": {"b": 2, "d": 1, "l": 1, "e": 0}, "2": {}}
+    found = retrieval(vectors(on_a_ray(names), []), {"1": "q", "2": "q"}, corpus, qrels, ks=(1, 2, 10, 12, 100))
     dcg = 2 / math.log2(3) + 1 / math.log2(5)
     ideal = 2 + 1 / math.log2(3) + 1 / math.log2(4)
     assert found == {
@@ -104,19 +151,106 @@ def test_retrieval_by_hand():
     }
 
 
-def test_retrieval_takes_the_mean_over_queries_and_ties_in_corpus_order():
+def test_retrieval_takes_the_mean_over_queries_and_ties_by_id_the_last_first():
     table = {"q": [1.0, 0.0], "r": [0.0, 1.0], "a": [1.0, 0.0], "b": [2.0, 0.0], "c": [0.0, 1.0]}
-    qrels = {"1": {"b": 1}, "2": {"c": 1}}
-    found = retrieval(vectors(table, []), {"1": "q", "2": "r"}, {"x": "a", "b": "b", "c": "c"}, qrels, ks=(1,))
-    assert found == {"ndcg@10": pytest.approx((1 / math.log2(3) + 1) / 2), "recall@1": 0.5}
+    qrels = {"1": {"x": 1}, "2": {"c": 1}}
+    for corpus in ({"x": "a", "y": "b", "c": "c"}, {"y": "a", "c": "c", "x": "b"}):
+        found = retrieval(vectors(table, []), {"1": "q", "2": "r"}, corpus, qrels, ks=(1,))
+        assert found == {"ndcg@10": pytest.approx((1 / math.log2(3) + 1) / 2), "recall@1": 0.5}
 
 
-@pytest.mark.parametrize(
-    ("qrels", "message"), [({"1": {"zz": 1}}, "got document 'zz'"), ({"1": {"a": 0}}, "got no relevant document")]
-)
-def test_retrieval_refuses_relevance_that_means_nothing(qrels, message):
-    with pytest.raises(ValueError, match=rf"^qrels: {message}"):
+def test_equal_texts_tie_whatever_their_batch_makes_of_them():
+    """An encoder gives the same text other last bits in another batch; as two documents it has one score."""
+    calls = []
+
+    def embed(texts):
+        calls.extend(texts)
+        return F.normalize(torch.tensor([[1.0, 0.1 * len(t) + 1e-4 * i] for i, t in enumerate(texts)]), dim=-1)
+
+    corpus = {"1": "same", "2": "other text", "3": "same"}
+    assert retrieval(embed, {"q": "same"}, corpus, {"q": {"3": 1}}, ks=(1,))["recall@1"] == 1
+    assert retrieval(embed, {"q": "same"}, corpus, {"q": {"1": 1}}, ks=(1, 2)) == {
+        "ndcg@10": pytest.approx(1 / math.log2(3)), "recall@1": 0, "recall@2": 1,
+    }  # fmt: skip
+    assert calls == ["same", "same", "other text"] * 2
+
+
+def test_a_query_in_the_corpus_is_not_its_own_answer():
+    corpus = {"5": "q", "2": "b", "3": "c"}
+    embed = vectors(on_a_ray("abcd"), [])
+    assert retrieval(embed, {"5": "q"}, corpus, {"5": {"2": 1}}, ks=(1,)) == {"ndcg@10": 1, "recall@1": 1}
+    # Judged irrelevant, it is left out all the same; of another id, it is a document like any other.
+    assert retrieval(embed, {"5": "q"}, corpus, {"5": {"5": 0, "2": 1}}, ks=(1,))["recall@1"] == 1
+    assert retrieval(embed, {"05": "q"}, corpus, {"05": {"2": 1}}, ks=(1,))["recall@1"] == 0
+    # Judged relevant, it is another text that happens to have the number of the query.
+    assert retrieval(embed, {"3": "q"}, corpus, {"3": {"3": 1}}, ks=(2, 3)) == {
+        "ndcg@10": 0.5, "recall@2": 0, "recall@3": 1,
+    }  # fmt: skip
+
+
+def test_a_relevant_document_that_the_corpus_lacks_was_not_found():
+    found = retrieval(vectors(on_a_ray("ab"), []), {"1": "q"}, {"a": "a"}, {"1": {"a": 1, "gone": 3}}, ks=(1,))
+    assert found == {"ndcg@10": pytest.approx(1 / (3 + 1 / math.log2(3))), "recall@1": 0.5}
+
+
+@pytest.mark.parametrize("qrels", [{"1": {"zz": 1}}, {"1": {"a": 0}}, {"1": {"a": -1}}, {"2": {"a": 1}}, {}])
+def test_retrieval_refuses_relevance_that_means_nothing(qrels):
+    with pytest.raises(ValueError, match=r"^qrels: got no relevant document for any query"):
         retrieval(vectors(on_a_ray("a"), []), {"1": "q"}, {"a": "a"}, qrels)
+
+
+@pytest.mark.parametrize("name", ["queries", "corpus"])
+def test_retrieval_refuses_embeddings_that_are_not_finite(name):
+    table = {"q": [1.0, 0.0], "a": [1.0, 0.0]} | {"q" if name == "queries" else "a": [math.nan, 0.0]}
+    with pytest.raises(ValueError, match=rf"^{name}: got an embedding that is not finite"):
+        retrieval(vectors(table, []), {"1": "q"}, {"a": "a"}, {"1": {"a": 1}})
+
+
+IDS = ["001", "01", "1", "10", "2", "a", "Z", "é", "ß", "doc-9", "doc-10", "日本"]
+
+
+@st.composite
+def runs(draw):
+    """Vectors on a small grid, so that scores tie; judgments of absent documents, of 0 and below; ids on both sides."""
+    grid = st.tuples(*[st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0])] * 3)
+    ids = st.lists(st.sampled_from(IDS), unique=True, min_size=1)
+    corpus, queries = draw(ids), draw(ids)
+    names = [f"d{d}" for d in corpus] + [f"q{q}" for q in queries]
+    table = {name: draw(grid) for name in names}
+    qrels = {q: draw(st.dictionaries(st.sampled_from(IDS), st.integers(-2, 3), max_size=8)) for q in queries}
+    return table, {q: f"q{q}" for q in queries}, {d: f"d{d}" for d in corpus}, qrels
+
+
+@given(runs())
+@settings(deadline=None, max_examples=100)
+def test_retrieval_is_that_of_pytrec_eval(run):
+    """trec_eval's own measures, of the run that BEIR makes: all documents but the query itself."""
+    table, queries, corpus, qrels = run
+    qrels = {q: {d: r for d, r in found.items() if d != q or r <= 0} for q, found in qrels.items()}
+    if not any(r > 0 and d in corpus for q in queries for d, r in qrels[q].items()):
+        return
+    scores = {
+        q: {d: sum(x * y for x, y in zip(table[a], table[b], strict=True)) for d, b in corpus.items() if d != q}
+        for q, a in queries.items()
+    }
+    # trec_eval takes what is below 0 for not judged; its Python package then writes outside of an array.
+    judged = {q: {d: max(r, 0) for d, r in found.items()} for q, found in qrels.items() if found}
+    found = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.1,3,100"}).evaluate(scores)
+    mean = {n: sum(m[n.replace("ndcg", "ndcg_cut").replace("@", "_")] for m in found.values()) / len(judged)
+            for n in ("ndcg@10", "recall@1", "recall@3", "recall@100")}  # fmt: skip
+    assert set(found) == set(judged)
+    embed = lambda texts: torch.tensor([table[t] for t in texts])  # noqa: E731
+    assert retrieval(embed, queries, corpus, qrels, ks=(1, 3, 100)) == pytest.approx(mean, abs=1e-12)
+
+
+def test_the_ranking_is_exact_over_several_blocks():
+    """More queries and documents than one block holds, with many ties: the order of a sort of everything."""
+    generator = torch.Generator().manual_seed(0)
+    documents = torch.randint(-2, 3, (40_000, 4), generator=generator).float()
+    questions = torch.randint(-2, 3, (300, 4), generator=generator).float()
+    place = torch.randperm(40_000, generator=generator)
+    wanted = (questions @ documents[place].T).sort(dim=1, descending=True, stable=True).indices[:, :101]
+    assert list(best_columns(questions, documents, place, 101)) == wanted.tolist()
 
 
 def test_retrieval_reads_beir_files(tmp_path):
@@ -127,9 +261,56 @@ def test_retrieval_reads_beir_files(tmp_path):
     (tmp_path / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\t7\t2\n1\t8\t0\n")
     found = load_retrieval(corpus, queries, str(tmp_path / "test.tsv"))
     assert found == ({"1": "q"}, {"7": "T x", "8": "y"}, {"1": {"7": 2, "8": 0}})
+    assert judged_queries(found[0], found[2]) == ["1"]
     (tmp_path / "test.tsv").write_text("query\tcorpus-id\tscore\n1\t7\t2\n")
     with pytest.raises(ValueError, match=r"missing \['query-id'\]"):
         load_retrieval(corpus, queries, str(tmp_path / "test.tsv"))
+
+
+GOOD = {
+    "corpus": {"_id": "7", "title": "T", "text": "x"},
+    "queries": {"_id": "1", "text": "q"},
+    "qrels": {"query-id": "1", "corpus-id": "7", "score": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "bad", "error", "message"),
+    [
+        ("corpus", {"text": 5}, TypeError, "got 5 as 'text' in row 0 of '.*corpus.jsonl', expected a string"),
+        ("corpus", {"title": 5}, TypeError, "got 5 as 'title' in row 0"),
+        ("corpus", {"text": None}, TypeError, "got None as 'text' in row 0"),
+        ("corpus", {"_id": None}, TypeError, "got None as '_id' in row 0 .*, expected a string or an integer"),
+        ("corpus", {"_id": 1.5}, TypeError, "got 1.5 as '_id' in row 0"),
+        ("queries", {"_id": ""}, TypeError, "got '' as '_id' in row 0"),
+        ("queries", {"text": ""}, ValueError, "got an empty 'text' in row 0 of '.*queries.jsonl'"),
+        ("qrels", {"score": None}, ValueError, "got None as 'score' in row 0 of '.*qrels.jsonl', expected a number"),
+        ("qrels", {"score": True}, ValueError, "got True as 'score' in row 0"),
+        ("qrels", {"corpus-id": None}, TypeError, "got None as 'corpus-id' in row 0"),
+    ],
+)
+def test_beir_files_are_checked_cell_by_cell(part, bad, error, message, tmp_path):
+    rows = {name: [row | bad if name == part else row] for name, row in GOOD.items()}
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", found) for name, found in rows.items()]
+    with pytest.raises(error, match=f"^data: {message}"):
+        load_retrieval(*files)
+
+
+def test_beir_files_contradict_themselves_nowhere(tmp_path):
+    twice = {name: [row, dict(row)] for name, row in GOOD.items()}
+    files = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in twice.items()}
+    assert load_retrieval(**files) == ({"1": "q"}, {"7": "T x"}, {"1": {"7": 1}})
+    for name, other in (("corpus", {"text": "y"}), ("queries", {"text": "y"}), ("qrels", {"score": 2})):
+        rows = [GOOD[name], GOOD[name] | other]
+        with pytest.raises(ValueError, match=r"^data: got .* in row 1 of .* and before"):
+            load_retrieval(**files | {name: write_jsonl(tmp_path / "other.jsonl", rows)})
+
+
+def test_a_document_may_be_empty(tmp_path):
+    """BEIR's corpora have some."""
+    files = {name: write_jsonl(tmp_path / f"{name}.jsonl", [row]) for name, row in GOOD.items()}
+    files["corpus"] = write_jsonl(tmp_path / "empty.jsonl", [{"_id": 7, "title": None, "text": ""}])
+    assert load_retrieval(**files)[1] == {"7": ""}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
