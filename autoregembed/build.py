@@ -18,6 +18,7 @@ from autoregembed.models import (
     load_causal_lm,
     max_positions,
     module_name,
+    original_in,
     original_of,
     read_recipe,
 )
@@ -36,6 +37,8 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         original = original_of(config.decoder, config.gguf_file)
     elif recipe.get("decoder"):
         original = {name: recipe.get(name) for name in original}
+        if config.needs_decoder and with_decoder:
+            original_in(recipe, config.model)
     # The decoder comes first: compress tokens are added to the model in place.
     decoder = None
     if config.needs_decoder and with_decoder:
@@ -68,6 +71,7 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         "decoder_add_bos": config.decoder_add_bos,
         "output_rms_initialized": recipe.get("output_rms_initialized", False),
         "stage": config.stage,
+        **({} if recipe.get("lm_head", True) else {"lm_head": False}),  # an export has none to go on with
         **original,
     }
     return encoder, decoder, tokenizer, encoder.recipe

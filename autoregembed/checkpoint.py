@@ -156,12 +156,10 @@ def load_checkpoint(
     known = state.get("run", {})
     if not isinstance(known, dict):
         raise CheckpointError(f"resume_from_checkpoint: got settings {known!r} in {str(folder)!r}, expected an object")
-    for name, value in (run or {}).items():
+    causes = [*_DERIVED]  # last, and of them what follows from the others
+    for name, value in sorted((run or {}).items(), key=lambda item: causes.index(item[0]) if item[0] in causes else -1):
         if known.get(name, value) != value:
-            raise CheckpointError(
-                f"{name}: got {value!r}, expected {known[name]!r}, with which {str(folder)!r} was trained; "
-                "another output_dir starts anew"
-            )
+            raise CheckpointError(_another_run(folder, name, value, known[name]))
     try:
         saved, tensors, generators = (load_file(folder / name) for name in CHECKPOINT_FILES[:3])
     except (SafetensorError, OSError) as error:
@@ -218,6 +216,31 @@ def load_checkpoint(
     if f"{rank}.cuda" in wanted_rng:
         torch.cuda.set_rng_state(generators[f"{rank}.cuda"])
     return state
+
+
+# Settings of a run that are not what the user wrote.
+_DERIVED = {
+    "model": "other weights of encoder or decoder",
+    "train_data": "other rows",
+    "processes": "the number of processes",
+    "max_steps": "the number of steps, from max_steps or from num_train_epochs, batch_size and rows",
+}
+
+
+def _another_run(folder: Path, name: str, value: object, known: object) -> str:
+    """Why a checkpoint is not that of this run, and how to go on: `folder` is OUTPUT_DIR/checkpoints/step-…."""
+    out = folder.parent.parent
+    said = f" ({_DERIVED[name]})" if name in _DERIVED else ""
+    way = "lr_scheduler_type constant would have allowed it; " if name == "max_steps" else ""
+    result = out / "model"
+    ended = (
+        f"its result, model: {str(result)!r}," if result.is_dir() else f"its result, {str(result)!r} once it is done,"
+    )
+    return (
+        f"{name}: got {value!r}, expected {known!r}{said}, with which {str(folder)!r} was trained; {way}"
+        f"{str(out / 'config.json')!r} has the settings that resume this run; to go on with others, start from {ended} "
+        "in another output_dir"
+    )
 
 
 def _same_kind(value: object, known: object) -> bool:

@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import inspect
 import itertools
-import json
 import os
 import platform
 import re
@@ -122,13 +121,20 @@ def _doctor() -> None:
 def _exported(model: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    from autoregembed.models import read_recipe, wrap_load_errors
+    from autoregembed.models import read_recipe, require_source, wrap_load_errors
 
+    require_source(model)
     recipe = read_recipe(model)
     if recipe and recipe.get("lm_head", True):
         raise ValueError(
             f"model: got {model!r}, a causal LM to train on, expected an export: its sibling export/, or what "
             "Encoder.save_pretrained writes"
+        )
+    # Without it sentence-transformers would take the mean over all tokens.
+    if os.path.isdir(model) and not os.path.isfile(os.path.join(model, "modules.json")):
+        raise ValueError(
+            f"model: got {model!r}, which has no modules.json, expected an export: a run's export/, or what "
+            "Encoder.save_pretrained or sentence-transformers writes"
         )
     with wrap_load_errors(model):
         return SentenceTransformer(model, model_kwargs={"use_safetensors": True})  # never a pickle
@@ -144,7 +150,7 @@ def _encode(model: str, texts: str, output: str) -> None:
     """
     from safetensors.torch import save_file
 
-    from autoregembed.files import atomic_file
+    from autoregembed.files import atomic_file, require_writable_file
 
     kind = Path(texts).suffix.lower()
     if kind in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"):
@@ -159,11 +165,11 @@ def _encode(model: str, texts: str, output: str) -> None:
             raise ValueError(f"texts: got an empty text in line {number}, expected at least one token")
     if not lines:
         raise ValueError(f"texts: got no line in {texts!r}, expected at least one")
-    target = Path(output)
-    if not target.parent.is_dir() or target.is_dir():
-        raise FileNotFoundError(f"output: got {output!r}, expected a file in a folder that exists")
-    embeddings = _exported(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
-    with atomic_file(target) as temporary:
+    require_writable_file(output, "output")
+    exported = _exported(model)
+    require_writable_file(output, "output", size=4 * len(lines) * (exported.get_embedding_dimension() or 0))
+    embeddings = exported.encode(lines, convert_to_tensor=True, show_progress_bar=False)
+    with atomic_file(Path(output)) as temporary:
         save_file({"embeddings": embeddings.cpu().contiguous()}, temporary)
     console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
 
@@ -189,8 +195,10 @@ def _evaluate(
         json_file: receives the result too.
     """
     from autoregembed import evaluate
-    from autoregembed.files import write_json
+    from autoregembed.files import json_text, require_writable_file, write_json
 
+    if json_file:
+        require_writable_file(json_file, "json_file")
     retrieval = {"corpus": corpus, "queries": queries, "qrels": qrels}
     missing = [name for name, value in retrieval.items() if value is None]
     if len(missing) in (1, 2):
@@ -208,9 +216,12 @@ def _evaluate(
     if pairs is not None:
         result |= {"sts": sts, "pairs": len(pairs), **evaluate.sts(embed, pairs)}
     if parts is not None:
-        sizes = {"queries": len(parts[0]), "documents": len(parts[1])}
+        asked, documents, judgments = parts
+        judged = evaluate.judged_queries(asked, judgments)
+        absent = sum(r > 0 and d not in documents for q in judged for d, r in judgments[q].items())
+        sizes = {"queries": len(judged), "documents": len(documents), "relevant_but_absent": absent}
         result |= {"corpus": corpus, **sizes, **evaluate.retrieval(embed, *parts)}
-    console.print_json(json.dumps(result))
+    console.print_json(json_text(result))
     if json_file:
         write_json(Path(json_file), result)
 
@@ -244,8 +255,12 @@ def _bench(
     """
     from autoregembed.bench import results
     from autoregembed.bench.suite import bench
+    from autoregembed.files import require_writable_file
 
     old = results.load(Path(compare)) if compare else None
+    for name, path in (("json", json), ("report", report)):
+        if path:
+            require_writable_file(path, name)
     files = {"json_file": Path(json) if json else None, "report": Path(report) if report else None}
     options = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
     found = bench(suite, quick=quick, device=device, console=console, **files, **options)
@@ -285,9 +300,10 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             from torch import distributed
 
+            from autoregembed.files import json_text
             from autoregembed.train import train
 
-            console.print_json(json.dumps(train(read_config(arguments[1:]), console)))
+            console.print_json(json_text(train(read_config(arguments[1:]), console)))
             if distributed.is_available() and distributed.is_initialized():
                 distributed.destroy_process_group()
             return 0
@@ -295,6 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
             arguments = [arguments[0], *_named(_encode if arguments[0] == "encode" else _evaluate, arguments[1:])]
         parsed = parser.parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
+        options = {n: os.path.expanduser(v) if isinstance(v, str) else v for n, v in options.items()}
         commands_by_name: dict[str, Callable] = {
             "encode": _encode,
             "eval": _evaluate,
@@ -306,7 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(str(stop) or "interrupted")
         return 130
     except (ValueError, TypeError, IndexError, ArithmeticError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(
+            f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         return 2
 
 

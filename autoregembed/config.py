@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from types import UnionType
@@ -223,6 +224,9 @@ class Config(Stage2Options):
         self._require_positive(
             "num_train_epochs", "learning_rate", "compress_learning_rate", "lora_alpha", "adam_beta2"
         )  # fmt: skip
+        for name in ("model", "decoder", "train_data", "eval_data", "output_dir", "ref_logps_file"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         if self.save_best and not (self.eval_data and self.eval_steps):
             raise ConfigError("save_best: got True, expected False unless eval_data and eval_steps are set")
         if self.streaming and self.max_steps is None:

@@ -21,6 +21,7 @@ from autoregembed.models import (
     is_plain,
     load_causal_lm,
     max_positions,
+    original_in,
     read_recipe,
     require_finite,
     require_gradients,
@@ -187,13 +188,13 @@ class Decoder(nn.Module):
         source, gguf_file = split_gguf(name_or_path, gguf_file)
         recipe = read_recipe(source)
         if recipe:
-            original = recipe.get("decoder")
+            original, recorded = original_in(recipe, source) if recipe.get("decoder") else (None, None)
             if not original or read_recipe(original):
                 raise CheckpointError(
                     f"decoder: got {source!r}, a trained encoder that started from {original!r}; expected the original "
                     "model"
                 )
-            source, gguf_file = original, gguf_file or recipe.get("decoder_gguf_file")
+            source, gguf_file = original, gguf_file or recorded
         model, tokenizer, _ = load_causal_lm(
             source, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
         )

@@ -255,7 +255,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: this encoder has no fast tokenizer. And the other errors of `export.export`.
         """
-        return export(self, path, max_length=max_length, overwrite=overwrite, card=card)
+        return export(self, Path(path).expanduser(), max_length=max_length, overwrite=overwrite, card=card)
 
     def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.

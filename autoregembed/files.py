@@ -10,8 +10,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,11 +38,12 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         FileExistsError: `folder` exists, is not empty, and `overwrite` is False.
         OSError: a write failed; the previous content is untouched.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder: got {str(folder)!r} in use, expected a new or empty folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    with _named_os_errors("folder", str(folder)):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     old = folder.with_name(f".{folder.name}.old")
     try:
         with _typed_write_errors(folder):
@@ -60,6 +62,67 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         if not folder.exists() and old.exists():
             old.rename(folder)
         raise
+
+
+def require_writable_file(path: str | Path, name: str, size: int = 0) -> None:
+    """Makes sure, before the work is done, that its result can be written to `path`; `name` is the argument.
+
+    Args:
+        size: bytes that will be written, where they are known.
+
+    Raises:
+        OSError: no such folder, `path` is no plain file, or the file system takes no file or not as many bytes.
+    """
+    path = Path(path)
+    if not path.parent.is_dir() or path.is_dir():
+        raise FileNotFoundError(f"{name}: got {str(path)!r}, expected a file in a folder that exists")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{name}: got {str(path)!r}, which is no plain file, expected a new or plain file")
+    _try_to_write(path.parent, name, str(path), size)
+
+
+def require_writable_folder(
+    folder: str | Path, name: str, *, folders: Sequence[str] = (), files: Sequence[str] = (), size: int = 0
+) -> None:
+    """Makes `folder` if it is missing, and makes sure that the named results can be written into it.
+
+    Args:
+        folders, files: what will be written there; what bears such a name must be of that kind.
+        size: bytes that will be written, where they are known.
+
+    Raises:
+        OSError: what stands in the way.
+    """
+    folder = Path(folder)
+    with _named_os_errors(name, str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    for entry in (*folders, *files):
+        path, kind = folder / entry, "folder" if entry in folders else "file"
+        if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
+            raise FileExistsError(f"{name}: got {str(path)!r}, which is no {kind}, expected a {kind} or nothing there")
+    _try_to_write(folder, name, str(folder), size)
+
+
+def _try_to_write(folder: Path, name: str, shown: str, size: int) -> None:
+    with _named_os_errors(name, shown), tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
+        file.flush()
+    disk = shutil.disk_usage(folder)
+    if disk.total and size > disk.free:  # some network file systems say 0 of 0
+        raise OSError(f"{name}: got {shown!r} with {disk.free / 1e9:.3f} GB free, expected {size / 1e9:.3f} GB")
+
+
+@contextlib.contextmanager
+def _named_os_errors(name: str, shown: str) -> Iterator[None]:
+    """The argument stands before the system's reason, which may speak of a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        taken = isinstance(error, FileExistsError)
+        reason = f"{error.filename!r} is no folder" if taken else error.strerror or str(error)
+        named = type(error)(f"{name}: got {shown!r}, which cannot be written: {reason}")
+        named.errno = error.errno
+        raise named from error
 
 
 @contextlib.contextmanager
@@ -109,7 +172,8 @@ def _follow_umask(path: Path) -> None:
     """Gives a path the mode of one that open() or mkdir() makes; mkdtemp and safetensors make private ones."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+    inherited = path.stat().st_mode & stat.S_ISGID  # of a folder that a group shares
+    path.chmod((0o777 | inherited if path.is_dir() else 0o666) & ~mask)
 
 
 def _fsync(path: Path) -> None:
@@ -120,10 +184,19 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def json_text(value: object, indent: int | None = None) -> str:
+    """JSON, which has no NaN and no infinity.
+
+    Raises:
+        ValueError: `value` holds one of them.
+    """
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 def write_json(path: Path, value: object) -> None:
-    """Writes JSON beside `path` and renames it, so that a reader never sees half a file."""
+    """Writes JSON beside `path` and renames it, so that a reader never sees half a file; errors of `json_text`."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, name: str) -> dict:

@@ -36,13 +36,35 @@ def wrap_load_errors(source: str, name: str = "model") -> Iterator[None]:
         raise CheckpointError(f"{name}: got {short!r}, which cannot be loaded: {reason[:2000]}") from error
 
 
+def require_source(source: str, name: str = "model", hint: str = "a folder or a hub id") -> None:
+    """Raises CheckpointError for a path that does not exist, which Transformers would take for a hub id."""
+    local = source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source
+    if local and not os.path.exists(source):
+        raise CheckpointError(f"{name}: got {source!r}, which cannot be loaded: it does not exist; expected {hint}")
+
+
+def original_in(recipe: dict, source: str) -> tuple[str, str | None]:
+    """The original model that the recipe of the folder `source` names, and its GGUF file.
+
+    Raises:
+        CheckpointError: it was a folder, which is gone; the message says who names it.
+    """
+    original, gguf_file = recipe["decoder"], recipe.get("decoder_gguf_file")
+    hint = (
+        f"the model that {source!r} was trained from, as its {RECIPE} says: if it has moved, give its new place as "
+        "`decoder` (autoregembed train), or to Decoder.from_pretrained, or correct that file"
+    )
+    require_source(original, "decoder", hint)
+    return original, gguf_file
+
+
 def split_gguf(name_or_path: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
     """(hub id or folder, GGUF file in it or None): a path that ends in .gguf is taken apart.
 
     Raises:
         ValueError: a path to a GGUF file, and a `gguf_file` besides.
     """
-    source = str(name_or_path)
+    source = os.path.expanduser(name_or_path)
     if not source.endswith(".gguf"):
         return source, gguf_file
     if gguf_file is not None:
@@ -64,6 +86,8 @@ def load_causal_lm(
     Raises:
         CheckpointError: the source cannot be loaded, or lacks weights that Transformers would then draw at random.
     """
+    source = os.path.expanduser(source)
+    require_source(source)
     options = {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})}
     weights: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}  # never a pickle
     recipe = read_recipe(source)

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from autoregembed.config import Config, ConfigError
-from autoregembed.files import atomic_file
+from autoregembed.files import atomic_file, json_text
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -159,7 +159,7 @@ def append_log(path: Path, row: dict) -> None:
     """Adds one line of JSON; numbers that are not finite become null, since JSON has none."""
     row = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json_text(row) + "\n")
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -33,7 +33,14 @@ from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.evaluate import load_sts, sts
 from autoregembed.export import merged
-from autoregembed.files import atomic_folder, read_json, remove_stale_tmp, weights_fingerprint, write_json
+from autoregembed.files import (
+    atomic_folder,
+    read_json,
+    remove_stale_tmp,
+    require_writable_folder,
+    weights_fingerprint,
+    write_json,
+)
 from autoregembed.model_card import Card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
@@ -59,6 +66,9 @@ FREE_FIELDS = {
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
     "log_with", "num_proc",
 }  # fmt: skip
+
+RESULT_FOLDERS = ("model", "export", "adapter", "best", "checkpoints")
+RESULT_FILES = ("config.json", "lock", "metrics.jsonl", "nonfinite.jsonl", "summary.json")
 
 MAX_SKIPPED = 10  # steps in a row: by then the parameters are the reason, not the rows
 
@@ -121,7 +131,7 @@ class Run:
 
     def claim_output_dir(self, held: contextlib.ExitStack) -> tuple[Path | None, list[str]]:
         """Locks `output_dir` until `held` closes; returns the checkpoint to resume from and why others are skipped."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        require_writable_folder(self.out, "output_dir", folders=RESULT_FOLDERS, files=RESULT_FILES)
         held.enter_context(exclusive_run(self.out))
         remove_stale_tmp(self.out)
         remove_stale_tmp(self.checkpoints)
@@ -148,7 +158,17 @@ class Run:
             self.accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
         self.encoder, self.decoder, self.tokenizer, self.recipe = build_models(config)
         self.models: list[Encoder | Decoder] = [m for m in (self.encoder, self.decoder) if m is not None]
+        distributed.broadcast_from_rank0(self.require_space)
         self.weights = distributed.broadcast_from_rank0(lambda: weights_fingerprint(*self.models))
+
+    def require_space(self) -> None:
+        """Before the training: what is certain to be written must fit onto the disk."""
+        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.encoder.parameters()]
+        weights, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
+        # Each replaces its predecessor once it is whole; a checkpoint holds the weights and AdamW's two moments.
+        results = weights * (1 if (self.out / "model").exists() else 2)
+        checkpoint = 3 * trained if self.config.save_steps else 0
+        require_writable_folder(self.out, "output_dir", size=results + checkpoint)
 
     def load_data(self) -> None:
         config, prompt = self.config, self.encoder.prompt
@@ -181,12 +201,15 @@ class Run:
                 model.use_attention(attention)
 
     def evaluate(self) -> float | None:
-        """Spearman's correlation on the evaluation pairs, None without any."""
+        """Spearman's correlation on the evaluation pairs, None without any or where it is undefined."""
         if self.pairs is None:
             return None
         encode = functools.partial(self.encoder.encode, shared=True)
         with self.accelerator.autocast():
-            return sts(encode, self.pairs)["spearman"]
+            found = sts(encode, self.pairs)
+        if found["spearman"] is None:
+            self.console.print(f"evaluation: no Spearman correlation, {found['spearman_undefined']}", highlight=False)
+        return found["spearman"]
 
     def init_output_rms(self) -> None:
         if not self.config.init_output_rms or self.decoder is None or self.recipe["output_rms_initialized"]:
@@ -247,6 +270,7 @@ class Run:
         for reason in damaged:
             self.console.print(f"resume_from_checkpoint: skipped {reason}")
         if latest is None:
+            self.console.print(f"resume_from_checkpoint: no checkpoint in {self.checkpoints}, starts at step 1")
             return False
         accelerator = self.accelerator
         saved = load_checkpoint(
@@ -393,6 +417,10 @@ class Run:
 
     def finish(self) -> dict:
         config, out, metrics = self.config, self.out, self.state.eval_metrics
+        best: dict[str, Any] = {}
+        if config.save_best:
+            step = int(best_step(metrics))
+            best = {"best": str(out / "best"), "best_step": step} if step else {"best": None, "best_step": None}
         summary = {
             "stage": config.stage,
             "steps": self.max_steps,
@@ -400,7 +428,7 @@ class Run:
             "spearman": metrics,
             "model": str(out / "model"),
             "export": str(out / "export"),
-            **({"best": str(out / "best"), "best_step": int(best_step(metrics))} if config.save_best else {}),
+            **best,
             "device": str(self.accelerator.device),
             "processes": self.world,
             "precision": self.precision,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from autoregembed.files import write_json
 
 from . import (
     bench_alignment_loss,
@@ -131,9 +132,7 @@ def bench(
                 progress.console.print(line)
             progress.advance(task)
             if json_file:  # after every case, so that an interrupted run keeps its results
-                temporary = json_file.with_name(f".{json_file.name}.tmp")
-                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-                temporary.replace(json_file)
+                write_json(json_file, found)
     console.print(summary(found))
     if left_out:
         console.print(f"left out after {limit:.0f} s: {', '.join(left_out)}")

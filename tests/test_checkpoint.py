@@ -1,12 +1,17 @@
+import errno
+import math
 import os
+import shutil
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import sentence
 from safetensors.torch import load_file, save_file
 
-from autoregembed import checkpoint, files, models, reference_scores
+from autoregembed import checkpoint, files, models, reference_scores, runtime
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -216,3 +221,71 @@ def test_files_and_folders_follow_the_umask(mask, tmp_path):
         "folder": 0o777 & ~mask, "inner": 0o777 & ~mask, "x.safetensors": 0o666 & ~mask,
     }  # fmt: skip
     assert stat.S_IMODE((tmp_path / "folder" / "inner" / "x.safetensors").stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_folder_that_a_group_shares_stays_shared(tmp_path):
+    """A folder made in it inherits its setgid bit, as one that mkdir makes does."""
+    tmp_path.chmod(0o2775)
+    (tmp_path / "made").mkdir()
+    with files.atomic_folder(tmp_path / "folder") as folder:
+        (folder / "inner").mkdir()
+    modes = {p.name: p.stat().st_mode for p in (tmp_path / "folder", tmp_path / "folder" / "inner")}
+    assert modes == dict.fromkeys(("folder", "inner"), (tmp_path / "made").stat().st_mode)
+    assert modes["folder"] & stat.S_ISGID
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_json_holds_what_json_has_not(value, tmp_path):
+    files.write_json(tmp_path / "a.json", {"x": 1.5})
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "a.json", {"x": [1.0, {"y": value}]})
+    assert [p.read_text() for p in tmp_path.iterdir()] == ['{\n  "x": 1.5\n}\n']
+    runtime.append_log(tmp_path / "log.jsonl", {"step": 1, "loss": value})
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+
+
+def test_a_folder_that_cannot_be_made_is_named_and_not_its_temporary_one(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    message = r"^folder: got '.*/file/out', which cannot be written: '.*/file' is no folder$"
+    with pytest.raises(FileExistsError, match=message), files.atomic_folder(tmp_path / "file" / "out"):
+        pass
+
+
+def test_a_full_disk_is_seen_by_writing(tmp_path, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda **_: Full())
+    with pytest.raises(OSError, match=r"^output: got '.*/a', which cannot be written: No space left on device"):
+        files.require_writable_file(tmp_path / "a", "output")
+    with pytest.raises(OSError, match=r"^output_dir: got '.*/b', which cannot be written: No space left on device"):
+        files.require_writable_folder(tmp_path / "b", "output_dir")
+
+
+def test_a_read_only_folder_is_refused(tmp_path):
+    """As root, by a process that may not ignore permissions."""
+    (tmp_path / "ro").mkdir(mode=0o555)
+    code = (
+        "import sys; from autoregembed import files\n"
+        "for check, path in ((files.require_writable_file, sys.argv[1] + '/x'),\n"
+        "                    (files.require_writable_folder, sys.argv[1]),\n"
+        "                    (files.require_writable_folder, sys.argv[1] + '/new')):\n"
+        "    try: check(path, 'output')\n"
+        "    except PermissionError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "ro")]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root needs setpriv to give up its right to ignore permissions")
+        drop = "-dac_override,-dac_read_search"
+        command = ["setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}", *command]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
+    names = [str(tmp_path / "ro" / "x"), str(tmp_path / "ro"), str(tmp_path / "ro" / "new")]
+    assert found == [f"output: got {name!r}, which cannot be written: Permission denied" for name in names]

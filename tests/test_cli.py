@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +227,64 @@ def test_encode_refuses_and_writes_nothing(content, options, message, exported, 
     assert {p.name for p in tmp_path.iterdir()} <= {"texts.txt"}
 
 
+@pytest.mark.parametrize("command", ["encode", "eval"])
+def test_a_folder_without_pooling_is_no_export(command, model_folder, tmp_path, sts_file, capsys):
+    """sentence-transformers would take the mean over all tokens, without a word."""
+    (tmp_path / "texts.txt").write_text("the cat\n")
+    rest = [str(tmp_path / "texts.txt"), str(tmp_path / "out")] if command == "encode" else ["--sts", sts_file]
+    assert main([command, model_folder, *rest]) == 2
+    assert "which has no modules.json, expected an export" in capsys.readouterr().err
+    assert main([command, "/nowhere/export", *rest]) == 2
+    assert "model: got '/nowhere/export', which cannot be loaded: it does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["none/out.json", ".", "file/out.json", "pipe"])
+@pytest.mark.parametrize("command", ["encode", "eval", "bench"])
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(command, place, tmp_path, monkeypatch, capsys):
+    """Neither the model nor the pairs exist, and yet it is the output that is named."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("in the way")
+    Path("texts.txt").write_text("the cat\n")
+    os.mkfifo("pipe")
+    arguments = {
+        "encode": ["encode", "/nowhere", "texts.txt", place],
+        "eval": ["eval", "/nowhere", "--sts", "none.csv", "--json_file", place],
+        "bench": ["bench", "--json", place],
+    }
+    assert main(arguments[command]) == 2
+    name = {"encode": "output", "eval": "json_file", "bench": "json"}[command]
+    assert f"Error: {name}: got '{place}', " in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "texts.txt", "pipe"}
+
+
+def test_embeddings_that_do_not_fit_onto_the_disk_are_not_computed(exported, tmp_path, monkeypatch, capsys):
+    (tmp_path / "texts.txt").write_text("the cat\n" * 10)
+    usage = shutil.disk_usage(tmp_path)
+    arguments = ["encode", exported[0], str(tmp_path / "texts.txt"), str(tmp_path / "out")]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 10 * 32 - 1))
+    assert main(arguments) == 2
+    assert "OSError: output: got" in (error := capsys.readouterr().err)
+    assert "GB free, expected" in error
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 10 * 32))
+    assert main(arguments) == 0
+
+
+def test_a_tilde_is_the_home_folder(exported, sts_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported[0], tmp_path / "home export")
+    (tmp_path / "texts.txt").write_text("the cat\n")
+    assert main(["encode", "~/home export", "~/texts.txt", "~/out.safetensors"]) == 0
+    assert main(["eval", "~/home export", "--sts", sts_file, "--json_file", "~/out.json"]) == 0
+    assert (tmp_path / "out.safetensors").is_file()
+    assert (tmp_path / "out.json").is_file()
+    config = read_config(
+        ["--stage", "1", "--model", "~/lm", "--train_data", "~/t.jsonl", "--output_dir", "~/out", "--decoder", "~user"]
+    )
+    assert (config.model, config.train_data) == (f"{tmp_path}/lm", f"{tmp_path}/t.jsonl")
+    assert (config.output_dir, config.decoder, config.eval_data) == (f"{tmp_path}/out", "~user", None)
+
+
 def beir(tmp_path) -> list[str]:
     corpus = [{"_id": str(i), "title": "", "text": sentence(i, 6)} for i in range(20)]
     queries = [{"_id": f"q{i}", "text": sentence(i, 6)} for i in range(5)]
@@ -248,10 +308,33 @@ def test_eval_scores_sts_and_retrieval(exported, sts_file, tmp_path, capsys):
     assert (found["pairs"], found["queries"], found["documents"]) == (12, 5, 20)
     assert found["recall@1"] == pytest.approx(0.8)
     assert 0.8 <= found["ndcg@10"] < 1
+    assert found["relevant_but_absent"] == 0
     assert main(["eval", folder, "--sts", sts_file]) == 0
     assert "ndcg@10" not in json.loads(capsys.readouterr().out)
     assert main(["eval", folder, *beir(tmp_path)]) == 0
     assert "spearman" not in json.loads(capsys.readouterr().out)
+
+
+def test_eval_says_what_counts(exported, tmp_path, capsys):
+    arguments = beir(tmp_path)
+    with (tmp_path / "qrels.tsv").open("a") as file:
+        file.write("q4\tgone\t1\nq4\tlost\t0\nnobody\t1\t1\n")
+    write_jsonl(tmp_path / "q.jsonl", [{"_id": f"q{i}", "text": sentence(i, 6)} for i in range(9)])
+    assert main(["eval", exported[0], *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["queries"], found["documents"], found["relevant_but_absent"]) == (5, 20, 1)
+
+
+def test_an_undefined_correlation_is_null_with_its_reason(exported, tmp_path, capsys):
+    rows = [{"sentence1": "the cat", "sentence2": "the cat", "score": i} for i in range(3)]
+    output = tmp_path / "result.json"
+    file = write_jsonl(tmp_path / "same.jsonl", rows)
+    assert main(["eval", exported[0], "--sts", file, "--json_file", str(output)]) == 0
+    refuse = {"parse_constant": lambda name: pytest.fail(f"{name} is no JSON")}
+    found = json.loads(output.read_text(), **refuse)
+    assert json.loads(capsys.readouterr().out, **refuse) == found
+    assert found["spearman"] is None
+    assert "two different values" in found["spearman_undefined"]
 
 
 @pytest.mark.parametrize(

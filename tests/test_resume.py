@@ -213,6 +213,38 @@ def test_a_run_is_not_resumed_as_another(field, stopped, tmp_path, quiet):
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in (folder / "out").rglob("*")} == before
 
 
+def test_a_refused_resume_says_how_to_go_on(model_folder, compression_file, tmp_path, quiet):
+    out = tmp_path / "out"
+    options = {"max_steps": None, "save_steps": 1, "num_train_epochs": 1.0}
+    train(stage1(model_folder, compression_file, out, **options), quiet)
+    for changes, message in (
+        ({"batch_size": 4}, "batch_size: got 4, expected 8"),
+        ({"num_train_epochs": 2.0}, r"max_steps: got 6, expected 3 \(.*num_train_epochs.*lr_scheduler_type"),
+    ):
+        config = stage1(model_folder, compression_file, out, **options | changes, resume_from_checkpoint=True)
+        with pytest.raises(CheckpointError, match=f"^{message}") as error:
+            train(config, quiet)
+        assert f"'{out}/config.json' has the settings that resume this run" in str(error.value)
+        assert f"start from its result, model: '{out}/model', in another output_dir" in str(error.value)
+    # Both ways out are open.
+    fields = json.loads((out / "config.json").read_text())
+    train(train_module.Config(**fields | {"resume_from_checkpoint": True}), quiet)
+    config.model, config.output_dir = str(out / "model"), str(tmp_path / "next")
+    assert train(config, quiet)["steps"] == 6
+    shutil.rmtree(out / "model")
+    config.model, config.output_dir = model_folder, str(out)
+    with pytest.raises(CheckpointError, match=r"start from its result, '.*/out/model' once it is done, in another"):
+        train(config, quiet)
+
+
+def test_a_resume_without_a_checkpoint_says_so(model_folder, compression_file, tmp_path, capsys):
+    from rich.console import Console
+
+    config = stage1(model_folder, compression_file, tmp_path / "out", max_steps=1, resume_from_checkpoint=True)
+    train(config, Console(width=1000))
+    assert f"resume_from_checkpoint: no checkpoint in {tmp_path}/out/checkpoints" in capsys.readouterr().out
+
+
 def test_places_and_what_is_written_when_may_change(stopped, tmp_path, quiet):
     folder, fields = stopped
     for name in ("one", "two"):

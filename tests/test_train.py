@@ -1,4 +1,6 @@
+import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import torch
 from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
-from autoregembed import data, files, models, reference_scores
+from autoregembed import Decoder, Encoder, data, files, models, reference_scores
 from autoregembed.build import build_models
 from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import text_embedding
@@ -19,7 +21,7 @@ from autoregembed.ops import info_nce
 from autoregembed.packing import make_microbatches
 from autoregembed.prompt import Prompt
 from autoregembed.reference_scores import compute_ref_logps
-from autoregembed.testing import tiny_model
+from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import Interrupted, train
 
 
@@ -249,8 +251,110 @@ def test_k_mismatch_with_a_checkpoint_is_refused(model_folder, compression_file,
 
 def test_an_unwritable_output_folder_fails_at_once(model_folder, compression_file, tmp_path, quiet):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
-        train(stage1(model_folder, compression_file, tmp_path / "file" / "out"), quiet)
+    with pytest.raises(OSError, match=r"^output_dir: got '.*/file/out', which cannot be written"):
+        train(stage1("/nowhere", compression_file, tmp_path / "file" / "out"), quiet)
+
+
+@pytest.mark.parametrize("name", ["model", "export", "adapter", "best", "checkpoints", "summary.json", "metrics.jsonl"])
+def test_what_stands_in_the_way_of_a_result_is_named_before_the_model_is_loaded(
+    name, compression_file, tmp_path, quiet
+):
+    if "." in name:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to("/nowhere/either")
+    with pytest.raises(FileExistsError, match=rf"^output_dir: got '.*/{name}', which is no (file|folder)"):
+        train(stage1("/nowhere", compression_file, tmp_path), quiet)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "stage1.jsonl"] == [name]
+
+
+@pytest.mark.parametrize(("options", "copies"), [({}, 2), ({"save_steps": 1}, 5), ({"lora_rank": 2}, 2)])
+def test_a_result_that_does_not_fit_onto_the_disk_is_not_trained(
+    options, copies, model_folder, compression_file, tmp_path, quiet, monkeypatch
+):
+    config = stage1(model_folder, compression_file, tmp_path / "out", max_steps=1, **options)
+    size = sum(p.numel() * p.element_size() for p in build_models(config)[0].parameters())
+    usage = files.shutil.disk_usage(tmp_path)
+    free = {"bytes": copies * size - 1}
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=free["bytes"]))
+    with pytest.raises(OSError, match=r"^output_dir: got '.*/out' with .* GB free, expected "):
+        train(config, quiet)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"lock"}
+    free["bytes"] += 1
+    train(config, quiet)
+    # Written anew, each replaces the one before: there need not be room for both at once.
+    free["bytes"] = size
+    if not options:
+        train(config, quiet)
+
+
+def test_a_run_from_an_export_leaves_a_model_that_loads(compression_file, alignment_file, tmp_path, quiet):
+    """An export has no LM head; where it is not tied, nobody else has its weights either."""
+    tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
+    model = tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=False)
+    models.save_model(tmp_path / "lm", model, tokenizer, {})
+    (tmp_path / "lm" / models.RECIPE).unlink()
+    out = tmp_path / "one"
+    train(stage1(str(tmp_path / "lm"), compression_file, out, max_steps=2), quiet)
+    made = [
+        train(stage2(str(out / folder), alignment_file, tmp_path / f"from {folder}", max_steps=1), quiet)
+        for folder in ("model", "export")
+    ]
+    same, found = (Encoder.from_pretrained(summary["model"]).encode(["the cat"]) for summary in made)
+    torch.testing.assert_close(found, same, rtol=0, atol=1e-6)
+    train(stage2(made[1]["model"], alignment_file, tmp_path / "three", max_steps=1), quiet)
+    assert all(torch.equal(w, model.state_dict()[n]) for n, w in
+               Decoder.from_pretrained(made[1]["model"]).model.state_dict().items())  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "../a/b", "~/model", "runs/stage1/model"])
+def test_a_path_that_does_not_exist_is_taken_for_no_hub_id(name, compression_file, tmp_path, quiet):
+    for field in ("model", "decoder"):
+        config = {"model": name} if field == "model" else {"model": "/nowhere/model", "decoder": name}
+        with pytest.raises(
+            files.CheckpointError, match=r"^model: got '[^']+', which cannot be loaded: it does not exist; expected a"
+        ):
+            train(stage1(config.pop("model"), compression_file, tmp_path / "out", **config), quiet)
+
+
+def test_a_base_model_that_has_moved_is_named_by_who_names_it(
+    model_folder, compression_file, alignment_file, tmp_path, quiet
+):
+    shutil.copytree(model_folder, tmp_path / "base")
+    out = tmp_path / "out"
+    train(stage1(str(tmp_path / "base"), compression_file, out, max_steps=1), quiet)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    message = r"^decoder: got '.*/base', which cannot .* not exist; .*/(model|export)' was trained from, .*`decoder`"
+    with pytest.raises(files.CheckpointError, match=message):
+        train(stage2(str(out / "model"), alignment_file, tmp_path / "two", max_steps=1), quiet)
+    for folder in ("model", "export"):
+        with pytest.raises(files.CheckpointError, match=message):
+            Decoder.from_pretrained(out / folder)
+        Encoder.from_pretrained(out / folder)  # needs no decoder
+    moved = str(tmp_path / "moved")
+    train(stage2(str(out / "model"), alignment_file, tmp_path / "two", max_steps=1, decoder=moved), quiet)
+    assert json.loads((tmp_path / "two" / "model" / "autoregembed.json").read_text())["decoder"] == moved
+    # Nor does a loss without a decoder.
+    options = {"alignment_weight": 0.0, "contrastive_weight": 1.0, "max_steps": 1}
+    train(stage2(str(out / "model"), alignment_file, tmp_path / "three", **options), quiet)
+
+
+def test_equal_embeddings_leave_no_nan_in_what_a_run_writes(model_folder, compression_file, tmp_path):
+    from rich.console import Console
+
+    rows = [{"sentence1": "the cat", "sentence2": "the cat", "score": i} for i in range(4)]
+    pairs = write_jsonl(tmp_path / "same.jsonl", rows)
+    console = Console(file=io.StringIO(), width=1000)
+    options = {"eval_data": pairs, "eval_steps": 1, "save_best": True, "save_steps": 1, "max_steps": 2}
+    summary = train(stage1(model_folder, compression_file, tmp_path / "out", **options), console)
+    assert summary["spearman"] == {"0": None, "1": None, "2": None}
+    assert (summary["best"], summary["best_step"]) == (None, None)
+    assert "evaluation: no Spearman correlation, similarities: got no two different" in console.file.getvalue()
+    written = [p for p in (tmp_path / "out").rglob("*.json*") if p.is_file()]
+    assert len(written) > 8
+    for path in written:
+        for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+            json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_a_full_disk_leaves_no_half_written_folder(tmp_path):
