@@ -251,6 +251,9 @@ def test_the_ranking_is_exact_over_several_blocks():
     place = torch.randperm(40_000, generator=generator)
     wanted = (questions @ documents[place].T).sort(dim=1, descending=True, stable=True).indices[:, :101]
     assert list(best_columns(questions, documents, place, 101)) == wanted.tolist()
+    # In fp32 the first product is -0, which is no less than 0.
+    tiny = torch.tensor([[-1e-30], [0.0]])
+    assert list(best_columns(-tiny[:1], tiny, torch.arange(2), 2)) == [[0, 1]]
 
 
 def test_retrieval_reads_beir_files(tmp_path):
