@@ -13,9 +13,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from autoregembed import data
 from autoregembed.models import base_model
 from autoregembed.packing import make_microbatches
+from autoregembed.tables import as_number, as_text, read_documents, read_qrels, read_rows, require_keys
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
@@ -46,17 +46,18 @@ def token_mean(model: Any, tokenizer: Any, texts: Sequence[str], *, token_budget
 
 
 def load_sts(source: str, split: str | None = None) -> Dataset:
-    """Rows {sentence1, sentence2, score} of a csv, jsonl, json or parquet file or a hub data set.
+    """Rows {sentence1, sentence2, score} of a csv, tsv, jsonl, json or parquet file or a hub data set.
 
     Raises:
-        ValueError: a column is missing, there is no row, or a score is not a number.
+        TypeError, ValueError: a column is missing, there is no row, a sentence is no text or a score no number.
     """
-    rows = data.load_rows(source, split)
-    data.require_columns(rows, ("sentence1", "sentence2", "score"))
-    for row, score in enumerate(rows["score"]):
-        if not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(f"data: got {score!r} as 'score' in row {row}, expected a number")
-    return rows
+    columns: dict[str, list] = {"sentence1": [], "sentence2": [], "score": []}
+    for place, row in read_rows(source, split):
+        require_keys(row, list(columns), place)
+        for name in ("sentence1", "sentence2"):
+            columns[name].append(as_text(row[name], name, place))
+        columns["score"].append(as_number(row["score"], "score", place))
+    return Dataset.from_dict(columns)
 
 
 def load_retrieval(corpus: str, queries: str, qrels: str, split: str | None = None) -> tuple[dict, dict, dict]:
@@ -69,21 +70,9 @@ def load_retrieval(corpus: str, queries: str, qrels: str, split: str | None = No
         split: of hub data sets.
 
     Raises:
-        ValueError: a column is missing, there is no row, or a score is not a number.
+        TypeError, ValueError: a column is missing, there is no row, a text or id is none, or a score is not a number.
     """
-    texts: list[dict[str, str]] = []
-    for source in (queries, corpus):
-        rows = data.load_rows(source, split)
-        data.require_columns(rows, ("_id", "text"))
-        texts.append({str(r["_id"]): " ".join(filter(None, (r.get("title"), r["text"]))) for r in rows})
-    relevance: dict[str, dict[str, float]] = {}
-    rows = data.load_rows(qrels, split)
-    data.require_columns(rows, ("query-id", "corpus-id", "score"))
-    for row in rows:
-        if not isinstance(row["score"], int | float):
-            raise ValueError(f"data: got {row['score']!r} as 'score' in {qrels!r}, expected a number")
-        relevance.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = row["score"]
-    return texts[0], texts[1], relevance
+    return read_documents(queries, split), read_documents(corpus, split), read_qrels(qrels, split)
 
 
 def spearman(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:

@@ -84,6 +84,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def require_writable(path: Path, name: str) -> None:
+    """Makes sure, before a long computation, that `path` can be written after it; `name` is what errors name.
+
+    Raises:
+        OSError: its folder cannot be made or takes no file, or `path` is a folder or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{name}: got {str(path)!r}, which is no plain file, expected a new or plain file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"{name}: got {str(path)!r}, which cannot be written ({error.strerror}), expected a file in a folder of "
+            "your own"
+        ) from error
+
+
 def remove_stale_tmp(parent: Path) -> None:
     """Removes what killed writers left in `parent`, and restores a folder that was renamed but not yet replaced."""
     for path in sorted(parent.glob(".*")):

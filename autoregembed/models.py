@@ -127,6 +127,9 @@ def read_recipe(source: str) -> dict:
         ids = recipe.get(name, [])
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise CheckpointError(f"model: got {name} {ids!r} in {str(path)!r}, expected a list of ids")
+    prompts = recipe.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise CheckpointError(f"model: got prompts {prompts!r} in {str(path)!r}, expected texts by name")
     for name, kind in _RECIPE_TYPES.items():
         value = recipe.get(name)
         if value is not None and type(value) is not kind:

@@ -65,7 +65,7 @@ def test_sts_embeds_each_text_once_and_ranks_by_cosine():
 @pytest.mark.parametrize("score", ["high", None, math.inf])
 def test_sts_scores_must_be_numbers(score, tmp_path):
     rows = [{"sentence1": "a", "sentence2": "b", "score": score}]
-    with pytest.raises(ValueError, match=r"^data: got .* as 'score' in row 0, expected a number"):
+    with pytest.raises(ValueError, match=r"^data: got .* as 'score' in line 1 of 'a.jsonl', expected a number"):
         load_sts(write_jsonl(tmp_path / "a.jsonl", rows))
 
 
