@@ -239,6 +239,9 @@ class Config(Stage2Options):
         for name in ("model", "output_dir", "decoder", "ref_logps_file"):
             if getattr(self, name) is not None:
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
+        # One name or several with commas; any other string is PEFT's, a regular expression of whole names.
+        if isinstance(self.lora_targets, str) and re.fullmatch(r"[\w.]+(, *[\w.]+)*", self.lora_targets):
+            self.lora_targets = [x.strip() for x in self.lora_targets.split(",")]
         if isinstance(self.columns, str):
             self.columns = _parse_columns(self.columns)
         if not self.train_data:

@@ -96,10 +96,12 @@ def retrieval(
     corpus: dict[str, str],
     qrels: dict[str, dict[str, float]],
     ks: Sequence[int] = (1, 5, 10),
+    embed_queries: Embed | None = None,
 ) -> dict[str, float]:
     """nDCG@10 (gain = relevance, discount log2(rank + 1)) and recall@k by cosine similarity, means over queries.
 
-    Queries without a relevant document are left out. Equal scores rank in the corpus' order.
+    Queries without a relevant document are left out. Equal scores rank in the corpus' order. `embed_queries` embeds the
+    queries where they have another prompt than the documents.
 
     Raises:
         ValueError: no query has a relevant document in the corpus, or a relevance names an unknown document.
@@ -111,7 +113,7 @@ def retrieval(
     if not wanted:
         raise ValueError("qrels: got no relevant document for any query, expected at least one")
     ids = list(corpus)
-    documents, questions = embed(list(corpus.values())), embed([queries[q] for q in wanted])
+    documents, questions = embed(list(corpus.values())), (embed_queries or embed)([queries[q] for q in wanted])
     deepest = min(max(10, *ks), len(ids))
     totals = {"ndcg@10": 0.0, **{f"recall@{k}": 0.0 for k in ks}}
     for part, names in zip(questions.split(256), _chunks(wanted, 256), strict=True):

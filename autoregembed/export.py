@@ -111,6 +111,7 @@ def export(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as stock
 
+    folder = Path(folder).expanduser()
     tokenizer = encoder.tokenizer
     max_length = encoder.fit_max_length(max_length)
     fixed = len(encoder.sequences([[]])[0])

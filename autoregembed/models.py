@@ -42,7 +42,7 @@ def split_gguf(name_or_path: str | Path, gguf_file: str | None = None) -> tuple[
     Raises:
         ValueError: a path to a GGUF file, and a `gguf_file` besides.
     """
-    source = str(name_or_path)
+    source = os.path.expanduser(str(name_or_path))
     if not source.endswith(".gguf"):
         return source, gguf_file
     if gguf_file is not None:
