@@ -442,7 +442,7 @@ def load_rows(source: str | Sequence[str], split: str | None = None, streaming: 
         source: a jsonl, json, csv, tsv or parquet file (text also as .gz), several of them (a list, or names with
             commas between), a folder with corpus.jsonl, queries.jsonl and qrels/*.tsv, or a hub id.
         split: of a hub data set, or of the qrels of a BEIR folder; by default "train".
-        streaming: read the rows while they are used, without a cache.
+        streaming: read the rows while they are used; none of them is kept.
 
     Raises:
         FileNotFoundError: `source` looks like a file and there is none.
@@ -462,10 +462,10 @@ def load_rows(source: str | Sequence[str], split: str | None = None, streaming: 
         if file_kind(path) is None and not _is_beir(path):
             next(_read_file(path))  # raises
     options = {"sources": tuple(sources), "split": split}
+    require_cache()
     if streaming:
         generator = IterableDataset.from_generator(_carry, features=_CARRIER, gen_kwargs={**options, "fingerprint": ""})
         return Table(generator, "")
-    require_cache()
     fingerprint = _bytes_fingerprint(sources, split)
     try:
         carrier = Dataset.from_generator(

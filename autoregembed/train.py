@@ -195,10 +195,8 @@ class Run:
         if rows < self.world:
             raise ValueError(f"data: got {rows} rows for {self.world} processes, expected at least one for each")
         self.config = replace(config, batch_size=rows // self.world)
-        self.console.print(
-            f"batch_size: {config.batch_size} on each of {self.world} processes is more than the {rows} rows of the "
-            f"data; a step reads {self.config.batch_size}"
-        )
+        size, number = self.config.batch_size, "1 row" if rows == 1 else f"{rows} rows"
+        self.console.print(f"batch_size: cut from {config.batch_size} to {size} a process, for data of {number}")
 
     def place_models(self) -> None:
         # What will be sharded need not fit on a device whole.

@@ -235,6 +235,8 @@ def test_several_files_are_a_list_or_have_commas_between(tmp_path):
     ]
     assert read_config([config_file(tmp_path), "--train_data", "a.jsonl,b.jsonl"]).train_data == "a.jsonl,b.jsonl"
     assert read_config([config_file(tmp_path), "--lora_targets", "q_proj,v_proj"]).lora_targets == ["q_proj", "v_proj"]
+    assert read_config([config_file(tmp_path), "--lora_targets", "q_proj"]).lora_targets == ["q_proj"]
+    assert read_config([config_file(tmp_path), "--lora_targets", r".*\.q_proj"]).lora_targets == r".*\.q_proj"
     assert read_config([config_file(tmp_path)]).lora_targets == "all-linear"
 
 

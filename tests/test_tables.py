@@ -63,7 +63,7 @@ def test_csv_gives_back_every_text(rows, end, packed, bom, tmp_path):
 @fast
 @given(rows=tables_of_text(texts.map(lambda t: t.translate({9: None, 10: None, 13: None}))), blank=st.booleans())
 def test_tsv_gives_back_every_text(rows, blank, tmp_path):
-    lines = ["\t".join(rows[0]), *("\t".join(row.values()) for row in rows)]
+    lines = ["\t".join(rows[0]), *("\t".join(row[name] for name in rows[0]) for row in rows)]
     (tmp_path / "a.tsv").write_bytes(("\n".join(lines) + "\n" * (1 + 2 * blank)).encode())
     assert read(tmp_path / "a.tsv") == rows
 
@@ -91,10 +91,13 @@ def test_json_gives_back_every_value(rows, ascii, tmp_path):
        name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.csv.gz"]))  # fmt: skip
 def test_any_bytes_are_rows_or_an_error_that_names_the_file(content, name, tmp_path):
     (tmp_path / name).write_bytes(content)
+    message, rows = f"data: got {str(tmp_path / name)!r}", []
     try:
-        assert all(isinstance(row, dict) for row in read(tmp_path / name))
+        rows = read(tmp_path / name)
     except ValueError as error:
-        assert str(error).startswith(f"data: got {str(tmp_path / name)!r}")
+        message = str(error)
+    assert message.startswith(f"data: got {str(tmp_path / name)!r}")
+    assert all(isinstance(row, dict) for row in rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ def test_texts_of_any_length_are_read(tmp_path):
 )
 def test_the_line_is_named(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="^data: got ") as error:
+    with pytest.raises(ValueError, match=r"^data: got ") as error:
         data.load_rows(str(tmp_path / name))
     assert f"{name}', which cannot be read: {message}" in str(error.value)
 
@@ -237,7 +240,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/cache")
     with pytest.raises(OSError, match=r"^HF_DATASETS_CACHE: got '/proc/cache', where nothing can be written"):
         data.load_rows(file)
-    assert len(list(data.load_rows(file, streaming=True))) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,17 +294,14 @@ def test_columns_can_be_mapped(tmp_path):
 @pytest.mark.parametrize(
     "extra",
     [
-        {"answer": "a cat"}, {"negs": ["old"]}, {"bad_passages": [{"text": "rain"}]}, {"label": 0}, {"score": 0.2},
+        {"answer": "a cat"}, {"bad": ["old"]}, {"bad_passages": [{"text": "rain"}]}, {"label": 0}, {"score": 0.2},
         {"title": "old"}, {"context_2": "雨"},
     ],
 )  # fmt: skip
 def test_what_looks_like_data_is_not_ignored(extra, tmp_path):
     good = {"query": "the", "pos": "cat"}
-    if "negs" not in extra:
-        with pytest.raises(
-            ValueError, match=r"^data: got the columns .* in row 1 \(line 2 of 'a.jsonl'\), which nothing"
-        ):
-            align([good, {**good, **extra}], tmp_path)
+    with pytest.raises(ValueError, match=r"^data: got the columns .* in row 1 \(line 2 of 'a.jsonl'\), which noth"):
+        align([good, {**good, **extra}], tmp_path)
     assert len(align([good, {**good, **extra}], tmp_path, columns={"query": "query"})) == 2
 
 
