@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         lora_modules_to_save=[module_name(model, final_norm(model))] if config.init_output_rms else None,
         own_compress_rows=not config.lora_rank,
     )  # fmt: skip
+    given = {"query": config.query_instruction, "document": config.passage_instruction}
+    encoder.prompts |= {name: text for name, text in given.items() if text is not None}
     for name, parameter in encoder.model.named_parameters():
         if any(re.search(pattern, name) for pattern in config.freeze) and "trainable_tokens" not in name:
             parameter.requires_grad_(False)
@@ -65,6 +68,7 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         "version": RECIPE_VERSION,
         "compress_token_ids": encoder.compress_token_ids,
         "instruction": config.instruction,
+        "prompts": encoder.prompts,
         "bos_token_id": encoder.bos_token_id,
         "max_length": encoder.max_length,
         "z_norm": config.z_norm,
@@ -90,6 +94,11 @@ def _decoder(config: Config, original: dict[str, Any], model: Any, tokenizer: An
         raise ConfigError(f"decoder_add_bos: got True, expected False: the tokenizer of {config.model!r} has no bos")
     if model is not None:
         return Decoder.from_model(model, tokenizer, **options)
+    if config.decoder is None and Path(source).is_absolute() and not Path(source).exists():
+        raise ConfigError(
+            f"decoder: got None, and {source!r}, the model that {config.model!r} was trained from, no longer exists; "
+            "expected its present place"
+        )
     if read_recipe(source):
         raise ConfigError(f"decoder: got {source!r}, a trained encoder; expected the original model")
     return Decoder.from_pretrained(source, gguf_file=gguf_file, trust_remote_code=config.trust_remote_code, **options)

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def read_config(arguments: list[str]) -> Any:
     if "--config" in arguments:
         if arguments[-1] == "--config":
             raise ConfigError("config: got no value, expected a YAML file")
-        path = Path(arguments[arguments.index("--config") + 1])
+        path = Path(arguments[arguments.index("--config") + 1]).expanduser()
+        arguments = [str(path) if i and arguments[i - 1] == "--config" else a for i, a in enumerate(arguments)]
         try:
             text = path.read_text(encoding="utf-8")
             if len(text) > 1 << 20 or text.count("[") + text.count("{") > 1000:
@@ -140,35 +141,69 @@ def _exported(model: str) -> Any:
         return SentenceTransformer(model, model_kwargs={"use_safetensors": True})  # never a pickle
 
 
-def _encode(model: str, texts: str, output: str) -> None:
-    """Embeds the lines of a text file or of stdin with MODEL, an exported folder, into a .safetensors file.
+def _texts(source: str, column: str | None) -> list[str]:
+    """The texts of a file of lines, of stdin ("-") or of a file of rows, none of them empty."""
+    from autoregembed.tables import as_text, document_text, file_kind, read_rows, require_keys
+
+    placed: Iterable[tuple[str, str]]
+    if file_kind(source):
+        rows = list(read_rows([source]))
+        for place, row in rows:
+            require_keys(row, [column or "text"], place)
+        if column is None:
+            placed = [(place, document_text(row, place)) for place, row in rows]
+        else:
+            placed = [(place, as_text(row[column], column, place)) for place, row in rows]
+    else:
+        if column is not None:
+            raise ValueError(f"column: got {column!r} with {source!r}, expected None for a file that has no columns")
+        if Path(source).suffix.lower() == ".gz":
+            raise ValueError(f"texts: got {source!r}, expected text that is not compressed, or a file of rows")
+        try:
+            with sys.stdin if source == "-" else open(source, encoding="utf-8") as file:
+                content = file.read().removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"texts: got {source!r}, which cannot be read as UTF-8: {error}") from error
+        lines = content.split("\n")
+        placed = [(f"line {i}", line) for i, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1)]
+    for place, text in placed:
+        if not text.strip():
+            raise ValueError(f"texts: got an empty text in {place}, expected at least one token")
+    if not placed:
+        raise ValueError(f"texts: got no line in {source!r}, expected at least one")
+    return [text for _, text in placed]
+
+
+def _require_prompt(exported: Any, prompt_name: str | None) -> None:
+    """Which side the texts are of is never guessed: without its prompt a text is read as it never was in training."""
+    known = sorted(name for name, prompt in (exported.prompts or {}).items() if prompt)
+    if prompt_name is None and known and exported.default_prompt_name is None:
+        raise ValueError(f"prompt_name: got None, expected one of {known}, the model's prompts, or none")
+    if prompt_name not in (None, "none", *known):
+        raise ValueError(f"prompt_name: got {prompt_name!r}, expected one of {known} or none")
+
+
+def _encode(model: str, texts: str, output: str, column: str | None = None, prompt_name: str | None = None) -> None:
+    """Embeds the texts of a file or of stdin with MODEL, an exported folder, into a .safetensors file.
 
     Args:
         model: an exported folder, or any sentence-transformers model.
-        texts: one text a line; "-" is stdin.
-        output: receives `embeddings` (n, D), rows of norm 1, in the order of the lines.
+        texts: one text a line ("-" is stdin), or rows: a jsonl, json, csv, tsv or parquet file.
+        output: receives `embeddings` (n, D), rows of norm 1, in the order of the texts.
+        column: of rows; by default text, with the row's title before it, as in BEIR.
+        prompt_name: the prompt of the model that stands before the texts: query, document, or none.
     """
     from safetensors.torch import save_file
 
     from autoregembed.files import atomic_file, require_writable_file
 
-    kind = Path(texts).suffix.lower()
-    if kind in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz"):
-        raise ValueError(f"texts: got {texts!r}, a {kind} file, expected plain text with one text a line")
-    try:
-        with sys.stdin if texts == "-" else open(texts, encoding="utf-8-sig") as file:
-            lines = [line.rstrip("\n") for line in file]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"texts: got {texts!r}, which cannot be read as UTF-8: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise ValueError(f"texts: got an empty text in line {number}, expected at least one token")
-    if not lines:
-        raise ValueError(f"texts: got no line in {texts!r}, expected at least one")
+    lines = _texts(texts, column)
     require_writable_file(output, "output")
     exported = _exported(model)
+    _require_prompt(exported, prompt_name)
     require_writable_file(output, "output", size=4 * len(lines) * (exported.get_embedding_dimension() or 0))
-    embeddings = exported.encode(lines, convert_to_tensor=True, show_progress_bar=False)
+    prompt = {"prompt": ""} if prompt_name == "none" else {"prompt_name": prompt_name}
+    embeddings = exported.encode(lines, **prompt, convert_to_tensor=True, show_progress_bar=False)
     with atomic_file(Path(output)) as temporary:
         save_file({"embeddings": embeddings.cpu().contiguous()}, temporary)
     console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
@@ -208,9 +243,16 @@ def _evaluate(
     pairs = None if sts is None else evaluate.load_sts(sts, split)
     parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
     exported = _exported(model)
+    options = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
 
     def embed(texts: list[str]) -> Any:
-        return exported.encode(texts, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False).cpu()
+        return exported.encode(texts, **options).cpu()
+
+    def embed_queries(texts: list[str]) -> Any:
+        return exported.encode_query(texts, **options).cpu()
+
+    def embed_documents(texts: list[str]) -> Any:
+        return exported.encode_document(texts, **options).cpu()
 
     result: dict = {"model": model}
     if pairs is not None:
@@ -220,7 +262,8 @@ def _evaluate(
         judged = evaluate.judged_queries(asked, judgments)
         absent = sum(r > 0 and d not in documents for q in judged for d, r in judgments[q].items())
         sizes = {"queries": len(judged), "documents": len(documents), "relevant_but_absent": absent}
-        result |= {"corpus": corpus, **sizes, **evaluate.retrieval(embed, *parts)}
+        scores = evaluate.retrieval(embed_documents, *parts, embed_queries=embed_queries)
+        result |= {"corpus": corpus, **sizes, **scores}
     console.print_json(json_text(result))
     if json_file:
         write_json(Path(json_file), result)

@@ -23,11 +23,25 @@ def _matches(value: object, hint: Any) -> bool:
         return any(type(value) is type(p) and value == p for p in parts)
     if origin in (Union, UnionType):
         return any(_matches(value, part) for part in parts)
+    if origin is dict:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_matches(k, parts[0]) and _matches(v, parts[1]) for k, v in pairs)
     if origin is list:
         return isinstance(value, list) and all(_matches(v, parts[0]) for v in value)
     if hint is float:
         return type(value) in (int, float)
     return type(value) is hint
+
+
+def _parse_columns(text: str) -> dict[str, str]:
+    """ "query=question,pos=answer" as a mapping."""
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, column = (x.strip() for x in part.partition("="))
+        if not (name and equals and column) or name in found:
+            raise ConfigError(f"columns: got {text!r}, expected name=column,…, such as query=question,pos=answer")
+        found[name] = column
+    return found
 
 
 @dataclass(kw_only=True)
@@ -94,18 +108,24 @@ class Config(Stage2Options):
         stage: 1, information compression; 2, conditional distribution alignment.
         model: the encoder to start from: a folder or hub id of a causal LM. Stage 2 normally starts from the model of
             stage 1.
-        train_data: a jsonl, json, csv, tsv or parquet file, or a hub id. Stage 1 rows: context, output, instruction?;
-            stage 2 rows: query, pos, neg, instruction? or anchor, positive, negative.
+        train_data: a jsonl, json, csv, tsv or parquet file, several of them, a BEIR folder, or a hub id. Stage 1 rows:
+            context, output, instruction?; stage 2 rows: query, pos, neg?, instruction?, prompt? or anchor, positive,
+            negative?, with negative_1, negative_2 … for more than one; prompt stands before the query.
         output_dir: receives model/, export/, checkpoints/, metrics.jsonl and summary.json.
         decoder: the frozen decoder; default: the one that `model` was trained with, otherwise `model` itself.
         gguf_file: the file inside `model` (and `decoder`) when it is a GGUF folder.
         trust_remote_code: run model code that comes with a hub repository.
-        instruction: used for rows without an instruction, for evaluation and for the export.
+        columns: the data's own names of these columns, as query=question,pos=answer or as a mapping. Columns with
+            neither such a name nor one of those above are then left out; without `columns` they are refused.
+        instruction: behind the texts of rows without an instruction, in evaluation and in the export.
+        query_instruction: stage 2: before the text of a query, as prompts are in sentence-transformers; the export has
+            it as its prompt "query". Default: that of `model`.
+        passage_instruction: stage 2: before positives and negatives; the prompt "document" of the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
         max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
             the model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
-        train_split: the split of a hub data set.
+        train_split: the split of a hub data set, or of the qrels of a BEIR folder; default: train.
         streaming: stream the data; needs `max_steps`, and no reference scores.
         eval_data: rows of sentence1, sentence2, score; Spearman's correlation is measured before, during and after
             training.
@@ -113,7 +133,7 @@ class Config(Stage2Options):
         eval_steps: evaluate every so many steps; 0: only before and after.
         max_steps: optimizer steps; default: from `num_train_epochs`.
         num_train_epochs: passes over the data when `max_steps` is not given.
-        batch_size: rows of a step on each process.
+        batch_size: rows of a step on each process; cut to the rows that the data have.
         token_budget: tokens of one pass of the encoder or the decoder; default: the whole step at once.
         learning_rate: the peak learning rate.
         compress_learning_rate: that of the K compress-token embeddings; default: `learning_rate`.
@@ -133,7 +153,8 @@ class Config(Stage2Options):
             the RMS of the decoder's input embeddings.
         logprob_reduction: how the alignment reads log p of a target: sum over tokens (the paper), or mean, which does
             not favour short targets; β should then be larger by the length of a text.
-        ref_logps_file: reference scores to use; default: kept beside the data, by fingerprint.
+        ref_logps_file: reference scores to use; default: kept in the cache of `datasets`, by
+            fingerprint.
         precision: auto (bf16 where the GPU or CPU multiplies it in hardware, otherwise fp32), fp32, bf16, or fp16 with
             loss scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
@@ -158,12 +179,15 @@ class Config(Stage2Options):
 
     stage: Literal[1, 2]
     model: str
-    train_data: str
+    train_data: list[str] | str
     output_dir: str
     decoder: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
+    columns: dict[str, str] | str | None = None
     instruction: str = "Represent the text."
+    query_instruction: str | None = None
+    passage_instruction: str | None = None
     num_compress_tokens: int | None = None
     max_length: int | None = None
     max_target_length: int | None = None
@@ -210,8 +234,22 @@ class Config(Stage2Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value in vars(self).items():
-            if isinstance(value, str) and "\0" in value:
+            if "\0" in str(value):
                 raise ConfigError(f"{name}: got a null byte in {value!r}, expected text without one")
+        for name in ("model", "output_dir", "decoder", "ref_logps_file"):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
+        # One name or several with commas; any other string is PEFT's, a regular expression of whole names.
+        if isinstance(self.lora_targets, str) and re.fullmatch(r"[\w.]+(, *[\w.]+)*", self.lora_targets):
+            self.lora_targets = [x.strip() for x in self.lora_targets.split(",")]
+        if isinstance(self.columns, str):
+            self.columns = _parse_columns(self.columns)
+        if not self.train_data:
+            raise ConfigError(f"train_data: got {self.train_data!r}, expected a file, a folder or a hub id")
+        if self.stage == 1:
+            for name in ("query_instruction", "passage_instruction"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected None in stage 1")
         if self.seed >= 2**31:
             raise ConfigError(f"seed: got {self.seed}, expected less than {2**31}")
         self._require_at_least(
@@ -238,6 +276,12 @@ class Config(Stage2Options):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"freeze: got {pattern!r}, expected regular expressions ({error})") from error
+
+    @property
+    def column_map(self) -> dict[str, str] | None:
+        """`columns`, parsed."""
+        assert not isinstance(self.columns, str)
+        return self.columns
 
     @property
     def needs_decoder(self) -> bool:

@@ -3,204 +3,311 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
 import itertools
+import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import xxhash
-from datasets import Dataset, IterableDataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from autoregembed.prompt import Prompt
+from autoregembed.tables import Row, Rows, Table, as_text, load_rows, require_keys
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_DEEPEST = 64  # nested lists and objects of a row
+__all__ = [
+    "Rows", "alignment_rows", "batches", "check_first_row", "compression_rows", "content_fingerprint", "drawn",
+    "load_rows", "permutation",
+]  # fmt: skip
 
-Rows: TypeAlias = Dataset | IterableDataset
+Columns = Mapping[str, str]  # a name that this library reads -> the column of the data
+
+_IDS = List(Value("int64"))
+_COMPRESSION = Features(dict.fromkeys(("text_ids", "suffix_ids", "target_ids"), _IDS))
+_ALIGNMENT = Features(
+    {
+        **dict.fromkeys(("query_ids", "positive_ids", "suffix_ids"), _IDS),
+        **{name: List(_IDS) for name in ("negative_ids", "passage_suffix_ids", "target_ids")},
+    }
+)
 
 
-def load_rows(source: str, split: str | None = None, streaming: bool = False) -> Rows:
-    """Loads a local jsonl, json, csv, tsv or parquet file (text formats may be gzipped), or a data set of the hub.
+# ----------------------------------------------------------------------------------------------------------------------
+# What a row says
 
-    Raises:
-        FileNotFoundError: `source` looks like a file and there is none.
-        ValueError: an empty data set, an unknown file type, or a file that cannot be parsed.
-    """
-    path = Path(source)
-    suffixes = [s for s in path.suffixes[-2:] if s != ".gz"]
-    builder = _BUILDERS.get(suffixes[-1].lower()) if suffixes else None
-    if path.is_file():
-        if builder is None:
-            raise ValueError(f"data: got {source!r}, expected files ending in {', '.join(_BUILDERS)} (or .gz)")
-        # "NA", "null" and "None" are ordinary texts.
-        options: dict[str, Any] = {"keep_default_na": False} if builder == "csv" else {}
-        if suffixes[-1].lower() == ".tsv":
-            options["delimiter"] = "\t"
+_QUERY, _POSITIVE = ("query", "anchor"), ("pos", "positive")
+_NEGATIVE = re.compile(r"(?:hard_?)?neg(?:ative)?s?(?:_?(\d+))?")  # neg, negative_1, neg2, hard_negative_3
+_STAGE_1, _STAGE_2 = ("context", "output", "instruction"), (*_QUERY, *_POSITIVE, "instruction", "prompt")
+
+# What says where a row comes from, and scores of teachers: training without them is training on the same texts.
+_PROVENANCE = re.compile(
+    r"(?:.*[_-])?(?:ids?|idx|index|split|url|source|lang|language|licen[cs]e|date|timestamp)|.+_scores?|[qpd]id|docid"
+    r"|uuid|guid|origin|dataset(?:_name)?|subset|domain|category|topic|task(?:_name|_type)?|type|meta(?:data)?"
+    r"|__index_level_\d+__|Unnamed: \d+|"
+)
+_LABELS = ("label", "labels", "score", "scores")  # a pair with a label of 0 is no positive
+
+
+class _Text(NamedTuple):
+    instruction: str | None  # its own, None where it has none
+    text: str
+
+
+class _Triplet(NamedTuple):
+    query: _Text
+    prompt: str | None  # the row's own, before the query
+    positives: list[_Text]
+    negatives: list[_Text]
+
+
+def _map_columns(row: Row, columns: Columns, place: str) -> Row:
+    missing = sorted({c for c in columns.values() if c not in row})
+    if missing:
+        raise ValueError(
+            f"data: got columns {sorted(row)} in {place}, expected {missing} too, as `columns` says; null where a row "
+            "has none"
+        )
+    taken = set(columns.values())
+    rest = {name: value for name, value in row.items() if name not in taken}
+    return {**rest, **{name: row[column] for name, column in columns.items()}}
+
+
+def _bears_text(value: Any) -> bool:
+    if isinstance(value, str):
         try:
-            if builder == "json" and not streaming:
-                _require_readable(path)
-            rows = load_dataset(builder, data_files=str(path), split="train", streaming=streaming, **options)
-        except (DatasetGenerationError, ValueError, StopIteration, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            reason = error.__cause__ or error
-            if isinstance(error, StopIteration) or "no data" in str(error):
-                reason = ValueError("it has no rows")
-            raise ValueError(f"data: got {source!r}, which cannot be read: {reason}") from error
-    elif builder is not None:
-        raise FileNotFoundError(f"data: got {source!r}, which does not exist, expected a file")
-    else:
-        rows = load_dataset(source, split=split or "train", streaming=streaming)
-    if not streaming and len(rows) == 0:
-        raise ValueError(f"data: got no rows in {source!r}, expected at least one")
-    return rows
+            float(value)
+        except ValueError:
+            return any(c.isalpha() for c in value) and value.lower() not in ("true", "false")
+        return False
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and any(map(_bears_text, value))
 
 
-def _require_readable(path: Path) -> None:
-    """Refuses what Arrow's JSON reader misses: bytes that are not UTF-8, and nesting that overflows its stack."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"line {number}: {error}") from error
-            if line.count(b"[") + line.count(b"{") > _DEEPEST:
-                bare = np.frombuffer(re.sub(rb'"(?:[^"\\]|\\.)*"', b"", line, flags=re.DOTALL), dtype=np.uint8)
-                opening, closing = np.isin(bare, list(b"[{")), np.isin(bare, list(b"]}"))
-                if (opening.cumsum() - closing.cumsum()).max() > _DEEPEST:
-                    raise ValueError(f"line {number} is nested more than {_DEEPEST} deep")
+def _require_known(row: Row, known: tuple[str, ...], place: str) -> None:
+    """Refuses columns that hold data and that nothing reads; those of the other stage may stand beside them."""
+    unknown = [
+        name
+        for name, value in row.items()
+        if name not in (*_STAGE_1, *_STAGE_2)
+        and not _NEGATIVE.fullmatch(name)
+        and not _PROVENANCE.fullmatch(name)
+        and (value is not None if name in _LABELS else _bears_text(value))
+    ]
+    if "prompt" in row and "prompt" not in known and row["prompt"] is not None:
+        unknown.append("prompt")
+    if unknown:
+        raise ValueError(
+            f"data: got the columns {unknown} in {place}, which nothing would read, expected {', '.join(known)}; map "
+            f"them by the option columns ({known[0]}={unknown[0]}), or leave them out: with that option "
+            f"({known[0]}={known[0]}) unknown columns are not read"
+        )
 
 
-def _columns(rows: Rows) -> list[str]:
-    if rows.column_names is not None:
-        return rows.column_names
-    first = next(iter(rows), None)
-    if first is None:
-        raise ValueError("data: got no rows in the stream, expected at least one")
-    return list(first)
+def _one_of(row: Row, names: tuple[str, ...], place: str) -> str:
+    found = [name for name in names if row.get(name) is not None] or [name for name in names if name in row]
+    if len(found) > 1:
+        raise ValueError(f"data: got the columns {found} in {place}, expected one of them")
+    if not found:
+        wanted = f"{{{_QUERY[0]}, {_POSITIVE[0]}}} or {{{_QUERY[1]}, {_POSITIVE[1]}}}, or others by the option columns"
+        raise ValueError(f"data: got columns {sorted(row)} in {place}, expected {wanted}; missing {[names[0]]}")
+    return found[0]
 
 
-def require_columns(rows: Rows, *alternatives: tuple[str, ...]) -> tuple[str, ...]:
-    """The first of several sets of column names that `rows` has.
-
-    Raises:
-        ValueError: it has none of them; the missing columns of the first set are named.
-    """
-    columns = _columns(rows)
-    for names in alternatives:
-        if set(names) <= set(columns):
-            return names
-    wanted = " or ".join("{" + ", ".join(names) + "}" for names in alternatives)
-    missing = sorted(set(alternatives[0]) - set(columns))
-    raise ValueError(f"data: got columns {sorted(columns)}, expected {wanted}; missing {missing}")
-
-
-def _nonempty(ids: list, column: str, row: int) -> list:
-    if not ids:
-        raise ValueError(f"data: got an empty {column!r} in row {row}, expected at least one token")
-    return ids
-
-
-def _text(value: Any, column: str, row: int) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"data: got {value!r} as {column!r} in row {row}, expected a string")
-    return value
-
-
-def _texts(value: Any, column: str, row: int) -> list[str]:
+def _texts(value: Any, column: str, place: str) -> list[str]:
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        raise TypeError(f"data: got {value!r} as {column!r} in row {row}, expected a string or a list of strings")
+        raise TypeError(f"data: got {value!r} as {column!r} in {place}, expected a string or a list of strings")
     return values
 
 
-def _instruction(batch: dict, i: int, row: int) -> str | None:
-    value = batch["instruction"][i] if "instruction" in batch else None
-    return value if value is None else _text(value, "instruction", row)
+def _pair(value: Any, column: str, place: str, query: str) -> _Text:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(
+            f"data: got {value!r} as {column!r} in {place}, expected an [instruction, text] pair, since {query!r} is "
+            "a list"
+        )
+    return _Text(*_texts(value, column, place))
 
 
-def _map(rows: Rows, function: Callable, prompt: Prompt, version: str, num_proc: int | None) -> Rows:
-    options = {"batched": True, "with_indices": True, "remove_columns": _columns(rows)}
-    if isinstance(rows, IterableDataset):
-        return rows.map(function, **options)
+def _optional(row: Row, column: str, place: str) -> str | None:
+    value = row.get(column)
+    return None if value is None else as_text(value, column, place)
+
+
+def _compression_texts(row: Row, columns: Columns | None, place: str) -> tuple[str, str, str | None]:
+    """context, output, instruction."""
+    row = _map_columns(row, columns or {}, place)
+    require_keys(row, _STAGE_1[:2], place)
+    if columns is None:
+        _require_known(row, _STAGE_1, place)
+    context, output = (as_text(row[name], name, place) for name in _STAGE_1[:2])
+    return context, output, _optional(row, "instruction", place)
+
+
+def _alignment_texts(row: Row, columns: Columns | None, place: str) -> _Triplet:
+    row = _map_columns(row, columns or {}, place)
+    query, positive = (_one_of(row, names, place) for names in (_QUERY, _POSITIVE))
+    if columns is None:
+        _require_known(row, (query, positive, "neg", "negative_1 …", "instruction", "prompt"), place)
+    matches = sorted((int(m[1] or 0), m[0]) for m in map(_NEGATIVE.fullmatch, row) if m)
+    # A csv has no null: there an empty cell is what a row with fewer negatives has.
+    negatives = {name: row[name] for _, name in matches if row[name] is not None and row[name] != ""}
+    instruction, prompt = (_optional(row, name, place) for name in ("instruction", "prompt"))
+    if isinstance(row[query], list):  # MEDI: every text is an [instruction, text] pair
+        return _Triplet(
+            _pair(row[query], query, place, query),
+            prompt,
+            [_pair(row[positive], positive, place, query)],
+            [_pair(value, name, place, query) for name, value in negatives.items() if value != []],
+        )
+    return _Triplet(
+        _Text(instruction, as_text(row[query], query, place)),
+        prompt,
+        [_Text(instruction, text) for text in _nonempty(_texts(row[positive], positive, place), positive, place)],
+        [_Text(instruction, text) for name, value in negatives.items() for text in _texts(value, name, place)],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows to ids
+
+
+def _nonempty(ids: list, column: str, place: str) -> list:
+    if not ids:
+        raise ValueError(f"data: got an empty {column!r} in {place}, expected at least one token")
+    return ids
+
+
+def _first(rows: Rows) -> tuple[Row, str]:
+    item = next(iter(rows.carrier if isinstance(rows, Table) else rows), None)
+    if item is None:
+        raise ValueError("data: got no rows in the stream, expected at least one")
+    return (json.loads(item["row"]), f"row 0 ({item['place']})") if isinstance(rows, Table) else (item, "row 0")
+
+
+def check_first_row(rows: Rows, stage: int, columns: Columns | None = None) -> None:
+    """Raises what `compression_rows` (stage 1) or `alignment_rows` would of the first row, without a tokenizer."""
+    names = _STAGE_1 if stage == 1 else _STAGE_2
+    unknown = [n for n in columns or {} if n not in names and not (stage == 2 and _NEGATIVE.fullmatch(n))]
+    if unknown:
+        more = "" if stage == 1 else ", neg, negative_1 …"
+        raise ValueError(f"columns: got {unknown[0]!r}, expected {', '.join(names)}{more}")
+    row, place = _first(rows)
+    (_compression_texts if stage == 1 else _alignment_texts)(row, columns, place)
+
+
+def _map(
+    rows: Rows, convert: Callable[[Row, str], list[Row]], features: Features, prompt: Prompt, version: str,
+    columns: Columns | None, num_proc: int | None,
+) -> Dataset | IterableDataset:  # fmt: skip
+    table = isinstance(rows, Table)
+    source = rows.carrier if isinstance(rows, Table) else rows
+
+    def run(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        out: dict[str, list] = {name: [] for name in features}
+        for i, index in enumerate(indices):
+            if table:
+                row, place = json.loads(batch["row"][i]), f"row {index} ({batch['place'][i]})"
+            else:
+                row, place = {name: values[i] for name, values in batch.items()}, f"row {index}"
+            for found in convert(row, place):
+                for name, values in out.items():
+                    values.append(found[name])
+        return out
+
+    names = source.column_names if source.column_names is not None else list(next(iter(source)))
+    options = {"batched": True, "with_indices": True, "remove_columns": names, "features": features}
+    if isinstance(source, IterableDataset):
+        return source.map(run, **options)
     # Our own fingerprint: that of the function's closure would change with the tokenizer's state.
-    fingerprint = hashlib.sha256(f"{rows._fingerprint}|{prompt.fingerprint()}|{version}".encode()).hexdigest()[:16]
-    num_proc = num_proc if num_proc and num_proc > 1 and len(rows) >= 1000 * num_proc else None
+    known = rows.fingerprint if isinstance(rows, Table) else source._fingerprint
+    parts = f"{known}|{prompt.fingerprint()}|{version}|{columns and sorted(columns.items())}"
+    fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    num_proc = num_proc if num_proc and num_proc > 1 and len(source) >= 1000 * num_proc else None
     try:
-        return rows.map(function, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenize")
-    except UnicodeDecodeError as error:  # of a parquet file
+        return source.map(run, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenize")
+    except UnicodeDecodeError as error:  # of an Arrow data set
         raise ValueError(f"data: got a text that is no UTF-8, expected UTF-8 texts: {error}") from error
 
 
-def compression_rows(rows: Rows, prompt: Prompt, *, num_proc: int | None = None) -> Rows:
-    """Stage 1: {context, output, instruction?} to {text_ids, suffix_ids, target_ids}, truncated."""
-    require_columns(rows, ("context", "output"))
+def compression_rows(
+    rows: Rows, prompt: Prompt, *, columns: Columns | None = None, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Stage 1: {context, output, instruction?} to {text_ids, suffix_ids, target_ids}, truncated.
 
-    def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        out: dict[str, list] = {"text_ids": [], "suffix_ids": [], "target_ids": []}
-        for i, row in enumerate(indices):
-            suffix = prompt.suffix(_instruction(batch, i, row))
-            context = _nonempty(prompt.ids(_text(batch["context"][i], "context", row)), "context", row)
-            output = _nonempty(prompt.ids(_text(batch["output"][i], "output", row)), "output", row)
-            out["text_ids"].append(prompt.text(context, suffix, row))
-            out["suffix_ids"].append(suffix)
-            out["target_ids"].append(output[: prompt.max_target_length])
-        return out
+    Args:
+        rows: what `load_rows` gives, or a data set of `datasets`.
+        columns: the data's own names of these columns; columns that it does not name and that mean nothing here are
+            then left out. Without it a column that holds text and that nothing would read is refused.
+        num_proc: processes that tokenize.
 
-    return _map(rows, tokenize, prompt, "compression-1", num_proc)
-
-
-def alignment_rows(rows: Rows, prompt: Prompt, *, num_proc: int | None = None) -> Rows:
-    """Stage 2: one row per (query, positive) to {query_ids, positive_ids, negative_ids, suffix_ids, target_ids}.
-
-    `target_ids` is [positive, *negatives] as the decoder scores them; the others are as the encoder reads them.
-    Columns: {query, pos, neg} with strings or lists (BGE; several positives make several rows), MEDI's
-    [instruction, text] pairs, or {anchor, positive, negative}. Negatives and an `instruction` column are optional.
+    Raises:
+        TypeError, ValueError: a wrong row; the message has its index, its file and its line.
     """
-    names = require_columns(rows, ("query", "pos"), ("anchor", "positive"))
-    negative = {"pos": "neg", "positive": "negative"}[names[1]]
+    check_first_row(rows, 1, columns)
 
-    def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        out: dict[str, list] = {
-            "query_ids": [],
-            "positive_ids": [],
-            "negative_ids": [],
-            "suffix_ids": [],
-            "target_ids": [],
-        }
-        for i, row in enumerate(indices):
-            query, positives = batch[names[0]][i], batch[names[1]][i]
-            negatives = batch[negative][i] if negative in batch and batch[negative][i] is not None else []
-            instruction = _instruction(batch, i, row)
-            if isinstance(query, list):  # MEDI: every text is an [instruction, text] pair
-                for column, pair in ((names[0], query), (names[1], positives), (negative, negatives)):
-                    if not isinstance(pair, list) or (len(pair) != 2 and (pair or column != negative)):
-                        raise ValueError(
-                            f"data: got {pair!r} as {column!r} in row {row}, expected an [instruction, text] pair, "
-                            f"since {names[0]!r} is a list"
-                        )
-                instruction, query = _texts(query, names[0], row)
-                positives, negatives = positives[1:], negatives[1:]
-            suffix = prompt.suffix(instruction)
-            query_ids = _nonempty(prompt.ids(_text(query, names[0], row)), names[0], row)
-            negative_ids = [_nonempty(prompt.ids(t), negative, row) for t in _texts(negatives, negative, row)]
-            for positive in _nonempty(_texts(positives, names[1], row), names[1], row):
-                positive_ids = _nonempty(prompt.ids(positive), names[1], row)
-                out["query_ids"].append(prompt.text(query_ids, suffix, row))
-                out["positive_ids"].append(prompt.text(positive_ids, suffix, row))
-                out["negative_ids"].append([prompt.text(t, suffix, row) for t in negative_ids])
-                out["suffix_ids"].append(suffix)
-                out["target_ids"].append([t[: prompt.max_target_length] for t in (positive_ids, *negative_ids)])
+    def convert(row: Row, place: str) -> list[Row]:
+        context, output, instruction = _compression_texts(row, columns, place)
+        suffix = prompt.suffix(instruction)
+        text_ids = _nonempty(prompt.ids(context), "context", place)
+        target_ids = _nonempty(prompt.ids(output), "output", place)
+        text_ids, target_ids = prompt.text(text_ids, suffix, place), target_ids[: prompt.max_target_length]
+        return [{"text_ids": text_ids, "suffix_ids": suffix, "target_ids": target_ids}]
+
+    return _map(rows, convert, _COMPRESSION, prompt, "compression-2", columns, num_proc)
+
+
+def alignment_rows(
+    rows: Rows, prompt: Prompt, *, columns: Columns | None = None, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Stage 2: one row per (query, positive), from {query or anchor, pos or positive} and any negatives.
+
+    `target_ids` is [positive, *negatives] as the decoder scores them, without prompts; `query_ids`, `positive_ids` and
+    `negative_ids` are as the encoder reads them, `suffix_ids` what follows the query and `passage_suffix_ids` what
+    follows each of [positive, *negatives].
+
+    The columns hold strings or lists (BGE; several positives make several rows). Negatives stand in `neg` or
+    `negative`, or in `negative_1`, `negative_2` …. `instruction` is the suffix of all texts of a row; MEDI's
+    [instruction, text] pairs give each its own. `prompt` stands before the query in place of `query_instruction`.
+
+    The other arguments and errors are those of `compression_rows`.
+    """
+    check_first_row(rows, 2, columns)
+
+    def convert(row: Row, place: str) -> list[Row]:
+        triplet = _alignment_texts(row, columns, place)
+
+        def side(before: str, part: _Text, column: str) -> tuple[list[int], list[int], list[int]]:
+            """Ids as the encoder reads them, their suffix, and ids as the decoder scores them."""
+            suffix = prompt.suffix(part.instruction)
+            ids = _nonempty(prompt.ids(part.text), column, place)
+            read = prompt.ids(before + part.text) if before else ids
+            return prompt.text(read, suffix, place), suffix, ids[: prompt.max_target_length]
+
+        before = prompt.query_instruction if triplet.prompt is None else triplet.prompt
+        query_ids, suffix, _ = side(before, triplet.query, "query")
+        negatives = [side(prompt.passage_instruction, part, "neg") for part in triplet.negatives]
+        out = []
+        for part in triplet.positives:
+            passages = [side(prompt.passage_instruction, part, "pos"), *negatives]
+            out.append(
+                {
+                    "query_ids": query_ids,
+                    "positive_ids": passages[0][0],
+                    "negative_ids": [read for read, _, _ in negatives],
+                    "suffix_ids": suffix,
+                    "passage_suffix_ids": [own for _, own, _ in passages],
+                    "target_ids": [target for _, _, target in passages],
+                }
+            )
         return out
 
-    return _map(rows, tokenize, prompt, "alignment-1", num_proc)
+    return _map(rows, convert, _ALIGNMENT, prompt, "alignment-2", columns, num_proc)
 
 
 def content_fingerprint(rows: Dataset) -> str:
@@ -221,7 +328,7 @@ def content_fingerprint(rows: Dataset) -> str:
 
 
 def batches(
-    rows: Rows,
+    rows: Dataset | IterableDataset,
     batch_size: int,
     *,
     seed: int,
@@ -274,4 +381,9 @@ def _streamed(
                     batch = []
         if not found:
             raise ValueError("data: got no rows in the stream, expected at least one")
+        if place < batch_size * world:
+            raise ValueError(
+                f"batch_size: got {batch_size} on each of {world} processes, expected at most {place // world} for the "
+                f"{place} rows of the stream"
+            )
         epoch += 1

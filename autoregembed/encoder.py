@@ -59,6 +59,7 @@ class Encoder(nn.Module):
         instruction: the text that `suffix_ids` stand for.
         max_length: tokens of one text with all that surrounds it, where texts are tokenized here; by default 512, or
             the model's positions if fewer.
+        prompts: what stands before the texts of a side, {"query": …, "document": …}, as in sentence-transformers.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         own_compress_rows: keep the K compress embeddings in a parameter of its own, `compress_rows` (K, D), so that
             they can have their own learning rate and be trained where the embedding matrix is frozen.
@@ -79,6 +80,7 @@ class Encoder(nn.Module):
         tokenizer: Any = None,
         instruction: str | None = None,
         max_length: int | None = None,
+        prompts: Mapping[str, str] | None = None,
         attention: str = "auto",
         own_compress_rows: bool = False,
     ):
@@ -92,6 +94,7 @@ class Encoder(nn.Module):
         if suffix_ids is None:
             suffix_ids = [] if instruction is None else instruction_ids(tokenizer, instruction)
         self.suffix_ids = list(suffix_ids)
+        self.prompts = dict(prompts or {})
         self.max_length = fit_length("max_length", max_length, max_positions(model))
         self.recipe: dict[str, Any] = {}  # what a saved folder says of its training besides
         embedding = model.get_input_embeddings()
@@ -236,6 +239,7 @@ class Encoder(nn.Module):
             tokenizer=tokenizer,
             instruction=recipe.get("instruction") if instruction is None else instruction,
             max_length=recipe.get("max_length") if max_length is None else max_length,
+            prompts=recipe.get("prompts"),
             attention=attention,
             own_compress_rows=own_compress_rows,
         )
@@ -280,7 +284,11 @@ class Encoder(nn.Module):
             name = "tokenizer" if self.tokenizer is None else "instruction"
             raise ValueError(f"{name}: got None, expected one: use from_pretrained, or give the constructor one")
         k, bos = self.num_compress_tokens, self.bos_token_id
-        return Prompt(self.tokenizer, k, bos, self.instruction, self.max_length)
+        before = self.prompts.get
+        return Prompt(
+            self.tokenizer, k, bos, self.instruction, self.max_length,
+            query_instruction=before("query", ""), passage_instruction=before("document", ""),
+        )  # fmt: skip
 
     def fit_max_length(self, length: int | None = None) -> int:
         """Tokens of one text with all that surrounds it: `length`, by default the encoder's own `max_length`.
@@ -322,6 +330,7 @@ class Encoder(nn.Module):
         max_length: int | None = None,
         token_budget: int = 4096,
         shared: bool = False,
+        prompt_name: str | None = None,
     ) -> Tensor:
         """normalize(mean_k z) of each text, without dropout and without gradient.
 
@@ -330,13 +339,19 @@ class Encoder(nn.Module):
             instruction, max_length: as in `tokenize`.
             token_budget: tokens of one pass.
             shared: all processes are called with the same texts; each embeds a share of them and gets all embeddings.
+            prompt_name: "query" or "document": `prompts` has what stands before the texts; by default nothing does.
 
         Returns:
             (n, D) float32 on the CPU, in the order of `texts`.
 
         Raises:
-            ValueError: no text. And the errors of `tokenize`.
+            ValueError: no text, or a prompt that there is not. And the errors of `tokenize`.
         """
+        if prompt_name is not None:
+            if prompt_name not in self.prompts:
+                raise ValueError(f"prompt_name: got {prompt_name!r}, expected None or one of {sorted(self.prompts)}")
+            batch_token_ids(self.tokenizer, texts)  # a prompt would hide an empty text
+            texts = [self.prompts[prompt_name] + text for text in texts]
         ids = self.tokenize(texts, instruction=instruction, max_length=max_length)
         if not ids:
             raise ValueError("texts: got none, expected at least one")

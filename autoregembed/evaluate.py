@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,11 +14,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from autoregembed import data
 from autoregembed.models import base_model
 from autoregembed.packing import make_microbatches
-
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+from autoregembed.tables import as_number, as_text, read_documents, read_qrels, read_rows, require_keys, require_text
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 
@@ -50,21 +47,18 @@ def token_mean(model: Any, tokenizer: Any, texts: Sequence[str], *, token_budget
 
 
 def load_sts(source: str, split: str | None = None) -> Dataset:
-    """Rows {sentence1, sentence2, score} of a csv, jsonl, json or parquet file or a hub data set.
+    """Rows {sentence1, sentence2, score} of a csv, tsv, jsonl, json or parquet file or a hub data set.
 
     Raises:
-        ValueError: a column is missing, there is no row, a sentence is empty, a score is not a number (text that reads
-            as a number is one), or all scores are equal.
-        TypeError: a sentence is no string.
+        TypeError, ValueError: a column is missing, there is no row, a sentence is no text or empty, a score is not a
+            number (text that reads as a number is one), or all scores are equal.
     """
-    rows = data.load_rows(source, split)
-    data.require_columns(rows, ("sentence1", "sentence2", "score"))
     table: dict[str, list] = {"sentence1": [], "sentence2": [], "score": []}
-    for i, row in enumerate(rows):
-        where = f"in row {i} of {source!r}"
-        for column in ("sentence1", "sentence2"):
-            table[column].append(_nonempty(_text(row[column], column, where), column, where))
-        table["score"].append(_number(row["score"], "score", where))
+    for place, row in read_rows(source, split):
+        require_keys(row, list(table), place)
+        for name in ("sentence1", "sentence2"):
+            table[name].append(require_text(as_text(row[name], name, place), name, place))
+        table["score"].append(as_number(row["score"], "score", place))
     if len(set(table["score"])) == 1:
         raise ValueError(
             f"data: got {table['score'][0]} as 'score' in every row of {source!r}, expected at least two values, "
@@ -83,64 +77,13 @@ def load_retrieval(corpus: str, queries: str, qrels: str, split: str | None = No
         split: of hub data sets.
 
     Raises:
-        ValueError: a column is missing, there is no row, a query is empty, a relevance is not a number (text that
-            reads as a number is one), or an id has two texts or a pair two relevances.
-        TypeError: a text is no string, or an id neither a string nor an integer.
+        TypeError, ValueError: a column is missing, there is no row, a query is empty, a text or id is none, a relevance
+            is not a number, or an id has two texts or a pair two relevances.
     """
-    texts: list[dict[str, str]] = []
-    for source in (queries, corpus):
-        rows = data.load_rows(source, split)
-        data.require_columns(rows, ("_id", "text"))
-        known: dict[str, str] = {}
-        for i, row in enumerate(rows):
-            where = f"in row {i} of {source!r}"
-            title = "" if row.get("title") is None else _text(row["title"], "title", where)
-            text = " ".join(filter(None, (title, _text(row["text"], "text", where))))
-            if source == queries:
-                _nonempty(text, "text", where)
-            name = _id(row["_id"], "_id", where)
-            if known.setdefault(name, text) != text:
-                raise ValueError(f"data: got {name!r} as '_id' {where} and before with another text, expected one text")
-        texts.append(known)
-    relevance: dict[str, dict[str, float]] = {}
-    rows = data.load_rows(qrels, split)
-    data.require_columns(rows, ("query-id", "corpus-id", "score"))
-    for i, row in enumerate(rows):
-        where = f"in row {i} of {qrels!r}"
-        query, document = (_id(row[column], column, where) for column in ("query-id", "corpus-id"))
-        score = _number(row["score"], "score", where)
-        if relevance.setdefault(query, {}).setdefault(document, score) != score:
-            raise ValueError(
-                f"data: got {score} as 'score' {where} and before {relevance[query][document]} for the same pair, "
-                "expected one relevance"
-            )
-    return texts[0], texts[1], relevance
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"data: got {value!r} as {column!r} {where}, expected a string")
-    return value
-
-
-def _nonempty(text: str, column: str, where: str) -> str:
-    if not text.strip():
-        raise ValueError(f"data: got an empty {column!r} {where}, expected a text")
-    return text
-
-
-def _id(value: Any, column: str, where: str) -> str:
-    if type(value) not in (str, int) or value == "":
-        raise TypeError(f"data: got {value!r} as {column!r} {where}, expected a string or an integer")
-    return str(value)
-
-
-def _number(value: Any, column: str, where: str) -> float:
-    """A number, or text that is one, as csv and tsv files hold it."""
-    plain = isinstance(value, int | float) or (isinstance(value, str) and _NUMBER.fullmatch(value.strip()))
-    if not plain or isinstance(value, bool) or not math.isfinite(float(value)):
-        raise ValueError(f"data: got {value!r} as {column!r} {where}, expected a number")
-    return float(value)
+    asked = read_documents(queries, split)
+    for name, text in asked.items():
+        require_text(text, "text", f"query {name!r} of {queries!r}")
+    return asked, read_documents(corpus, split), read_qrels(qrels, split)
 
 
 def spearman(x: Sequence[float] | Tensor, y: Sequence[float] | Tensor) -> float:
@@ -182,6 +125,7 @@ def retrieval(
     corpus: dict[str, str],
     qrels: dict[str, dict[str, float]],
     ks: Sequence[int] = (1, 5, 10),
+    embed_queries: Embed | None = None,
 ) -> dict[str, float]:
     """nDCG@10 and recall@k by cosine similarity, as BEIR has them: trec_eval's measures, means over judged queries.
 
@@ -195,6 +139,7 @@ def retrieval(
         queries, corpus: texts by id.
         qrels: relevance by document id, by query id.
         ks: depths of recall.
+        embed_queries: embeds the queries where they have another prompt than the documents.
 
     Raises:
         ValueError: no document of the corpus is relevant to a query, or an embedding is not finite.
@@ -204,7 +149,7 @@ def retrieval(
     if not any(d in corpus for found in relevant.values() for d in found):
         raise ValueError("qrels: got no relevant document for any query, expected at least one id of the corpus")
     ids = sorted(corpus, reverse=True)
-    questions, asked = _embed_distinct(embed, [queries[q] for q in judged])
+    questions, asked = _embed_distinct(embed_queries or embed, [queries[q] for q in judged])
     documents, place = _embed_distinct(embed, [corpus[d] for d in ids])
     totals = {"ndcg@10": 0.0, **{f"recall@{k}": 0.0 for k in ks}}
     for query, columns in zip(judged, best_columns(questions[asked], documents, place, max(10, *ks) + 1), strict=True):

@@ -78,6 +78,7 @@ def _recipe(encoder: Encoder, max_length: int) -> dict[str, Any]:
         "compress_token_ids": encoder.compress_token_ids,
         "instruction": encoder.instruction,
         "suffix_ids": encoder.suffix_ids,
+        "prompts": encoder.prompts,
         "bos_token_id": encoder.bos_token_id,
         "max_length": max_length,
         "lm_head": False,
@@ -110,6 +111,7 @@ def export(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as stock
 
+    folder = Path(folder).expanduser()
     tokenizer = encoder.tokenizer
     max_length = encoder.fit_max_length(max_length)
     fixed = len(encoder.sequences([[]])[0])
@@ -134,7 +136,9 @@ def export(
         expected = encoder.sequences([ids[: max_length - fixed]])[0]
         if found != expected:
             raise CheckpointError(f"tokenizer: got ids {found[:8]}… once saved, expected {expected[:8]}…")
-        SentenceTransformer(modules=modules, device="cpu").save(str(temporary / "whole"), create_model_card=False)
+        SentenceTransformer(modules=modules, device="cpu", prompts=encoder.prompts or None).save(
+            str(temporary / "whole"), create_model_card=False
+        )
         for path in source.iterdir():
             path.unlink()
         source.rmdir()

@@ -64,7 +64,7 @@ def split_gguf(name_or_path: str | Path, gguf_file: str | None = None) -> tuple[
     Raises:
         ValueError: a path to a GGUF file, and a `gguf_file` besides.
     """
-    source = os.path.expanduser(name_or_path)
+    source = os.path.expanduser(str(name_or_path))
     if not source.endswith(".gguf"):
         return source, gguf_file
     if gguf_file is not None:
@@ -151,6 +151,9 @@ def read_recipe(source: str) -> dict:
         ids = recipe.get(name, [])
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise CheckpointError(f"model: got {name} {ids!r} in {str(path)!r}, expected a list of ids")
+    prompts = recipe.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise CheckpointError(f"model: got prompts {prompts!r} in {str(path)!r}, expected texts by name")
     for name, kind in _RECIPE_TYPES.items():
         value = recipe.get(name)
         if value is not None and type(value) is not kind:

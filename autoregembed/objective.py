@@ -33,10 +33,10 @@ def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
     if "text_ids" in rows[0]:
         return [r["text_ids"] for r in rows], [r["suffix_ids"] for r in rows]
     texts = [r["query_ids"] for r in rows] + [r["positive_ids"] for r in rows]
-    suffixes = [r["suffix_ids"] for r in rows] * 2
+    suffixes = [r["suffix_ids"] for r in rows] + [r["passage_suffix_ids"][0] for r in rows]
     if hard_negatives:
         texts += [n for r in rows for n in r["negative_ids"]]
-        suffixes += [r["suffix_ids"] for r in rows for _ in r["negative_ids"]]
+        suffixes += [s for r in rows for s in r["passage_suffix_ids"][1:]]
     return texts, suffixes
 
 

@@ -15,7 +15,9 @@ class Prompt:
     """How text becomes ids: text and suffix are tokenized apart, so truncation never reaches the instruction.
 
     The encoder reads `bos · text · "\\n" · instruction · "\\n" · compress tokens`, at most `max_length` tokens; the
-    decoder scores at most `max_target_length` target tokens and eos.
+    decoder scores at most `max_target_length` target tokens and eos. In retrieval data `query_instruction` stands
+    before the text of a query and `passage_instruction` before that of a passage, as prompts do in
+    sentence-transformers.
     """
 
     tokenizer: Any
@@ -24,6 +26,8 @@ class Prompt:
     instruction: str
     max_length: int = 512
     max_target_length: int = 512
+    query_instruction: str = ""
+    passage_instruction: str = ""
 
     def ids(self, text: str) -> list[int]:
         return token_ids(self.tokenizer, text)
@@ -31,7 +35,7 @@ class Prompt:
     def suffix(self, instruction: str | None = None) -> list[int]:
         return instruction_ids(self.tokenizer, self.instruction if instruction is None else instruction)
 
-    def text(self, ids: list[int], suffix: list[int], row: int | None = None) -> list[int]:
+    def text(self, ids: list[int], suffix: list[int], place: str | None = None) -> list[int]:
         """The ids of a text that fit beside `suffix`.
 
         Raises:
@@ -42,14 +46,14 @@ class Prompt:
             raise ValueError(
                 f"max_length: got {self.max_length}, expected at least {self.max_length - room + 1} for this "
                 f"instruction of {len(suffix)} tokens and {self.num_compress_tokens} compress tokens"
-                + ("" if row is None else f" in row {row}")
+                + ("" if place is None else f" in {place}")
             )
         return ids[:room]
 
     def fingerprint(self) -> str:
         parts = (
             tokenizer_fingerprint(self.tokenizer), self.num_compress_tokens, self.bos_token_id, self.instruction,
-            self.max_length, self.max_target_length,
+            self.max_length, self.max_target_length, self.query_instruction, self.passage_instruction,
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 

@@ -18,9 +18,16 @@ from torch import Tensor, nn
 from autoregembed import data, distributed
 from autoregembed.config import Config
 from autoregembed.decoder import Decoder
-from autoregembed.files import CheckpointError, atomic_file, tensor_fingerprint, weights_fingerprint
+from autoregembed.files import (
+    CheckpointError,
+    atomic_file,
+    require_writable_folder,
+    tensor_fingerprint,
+    weights_fingerprint,
+)
 from autoregembed.packing import make_microbatches
 from autoregembed.prompt import tokenizer_fingerprint
+from autoregembed.tables import require_cache
 
 
 class RefLogpsMismatch(CheckpointError):
@@ -77,7 +84,7 @@ def cached_ref_logps(
     config: Config, encoder: nn.Module, decoder: Decoder, rows: Dataset, fingerprint: dict[str, str], read: int,
     console: Console,
 ) -> RefLogps:  # fmt: skip
-    """Scores of the rows that a run reads, from the file beside the data; those that it lacks are computed and added.
+    """Scores of the rows that a run reads, from a file of earlier runs; those that it lacks are computed and added.
 
     Args:
         fingerprint: `ref_logps_fingerprint`, taken before the weights are sharded.
@@ -92,6 +99,7 @@ def cached_ref_logps(
         if not wanted:
             console.print(f"reference scores: {path}")
             return known
+    distributed.broadcast_from_rank0(lambda: require_writable_folder(path.parent, "ref_logps_file", files=[path.name]))
     start = time.perf_counter()
     scores = compute_ref_logps(encoder, decoder, rows, selected=wanted)
     if known is not None:
@@ -108,10 +116,8 @@ def cached_ref_logps(
 def _path(config: Config, fingerprint: dict[str, str]) -> Path:
     if config.ref_logps_file:
         return Path(config.ref_logps_file)
-    local = Path(config.train_data)
     short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
-    parent = local.parent if local.is_file() else Path(config.output_dir)
-    return parent / f"{local.name}.ref-logps-{short}.safetensors"
+    return require_cache() / "autoregembed" / f"ref-logps-{short}.safetensors"
 
 
 def save_ref_logps(path: Path, positive: Tensor, negatives: Tensor, fingerprint: dict[str, str]) -> None:

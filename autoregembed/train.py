@@ -57,6 +57,7 @@ from autoregembed.runtime import (
     stop_on_signal,
     truncate_log,
 )
+from autoregembed.tables import sources_of
 
 # What a resumed run may change: places (their contents are compared), what is written when, and how the same update is
 # computed. Everything else must be as it was.
@@ -85,9 +86,9 @@ def train(config: Config, console: Console | None = None) -> dict:
     with deterministic(config.deterministic), contextlib.ExitStack() as held:
         run = Run(config, console or Console())
         latest, damaged = distributed.broadcast_from_rank0(lambda: run.claim_output_dir(held))
-        run.load_eval_data()
+        run.read_data()
         run.load_models()
-        run.load_data()
+        run.tokenize_data()
         run.place_models()
         if latest is None and not run.sharded:
             run.state.eval_metrics["0"] = run.evaluate()  # before init_output_rms changes the encoder
@@ -147,10 +148,13 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # Models and data
 
-    def load_eval_data(self) -> None:
-        """First of all: a wrong file must not wait for the model and the training data."""
+    def read_data(self) -> None:
+        """First of all: a wrong file must not wait for the model."""
         config = self.config
         self.pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
+        with self.accelerator.main_process_first():
+            self.source = data.load_rows(config.train_data, config.train_split, config.streaming)
+        data.check_first_row(self.source, config.stage, config.column_map)
 
     def load_models(self) -> None:
         config = self.config
@@ -170,20 +174,49 @@ class Run:
         checkpoint = 3 * trained if self.config.save_steps else 0
         require_writable_folder(self.out, "output_dir", size=results + checkpoint)
 
-    def load_data(self) -> None:
+    def tokenize_data(self) -> None:
         config, prompt = self.config, self.encoder.prompt
         if self.decoder is not None:
             k = self.encoder.num_compress_tokens
             prompt = replace(prompt, max_target_length=self.decoder.fit_max_target_length(k, config.max_target_length))
-        rows = data.load_rows(config.train_data, config.train_split, config.streaming)
         tokenize = data.compression_rows if config.stage == 1 else data.alignment_rows
         with self.accelerator.main_process_first():
-            self.rows = tokenize(rows, prompt, num_proc=config.num_proc)
-        aligned = config.stage == 2 and config.alignment_weight > 0 and not config.streaming
-        if aligned and all(len(t) < 2 for t in self.rows["target_ids"]):
-            raise ValueError("data: got no negative in any row, expected at least one when alignment_weight > 0")
-        rows_per_step = config.batch_size * self.world
+            self.rows = tokenize(self.source, prompt, columns=config.column_map, num_proc=config.num_proc)
+        if not config.streaming:
+            self.check_negatives()
+            self.fit_batch_size()
+        rows_per_step = self.config.batch_size * self.world
         self.max_steps = config.max_steps or max(1, round(config.num_train_epochs * len(self.rows) / rows_per_step))
+
+    def check_negatives(self) -> None:
+        """Says where negatives are wanted and missing, or there and not read."""
+        config = self.config
+        if config.stage == 1:
+            return
+        without = sum(len(t) < 2 for t in self.rows["target_ids"])
+        hard = config.contrastive_weight > 0 and config.hard_negatives
+        wanted = "alignment_weight > 0" if config.alignment_weight > 0 else "hard_negatives is true" if hard else ""
+        if without == len(self.rows):
+            if wanted:
+                raise ValueError(
+                    f"data: got no negative in any row, expected at least one when {wanted}; columns: neg, negative or "
+                    "negative_1, negative_2 …"
+                )
+        elif not wanted:
+            self.console.print("data: the negatives are not read, as hard_negatives is false and alignment_weight 0")
+        elif without:
+            self.console.print(f"data: {without} of {len(self.rows)} rows have no negative")
+
+    def fit_batch_size(self) -> None:
+        """A step larger than the data would read rows twice."""
+        config, rows = self.config, len(self.rows)
+        if config.batch_size * self.world <= rows:
+            return
+        if rows < self.world:
+            raise ValueError(f"data: got {rows} rows for {self.world} processes, expected at least one for each")
+        self.config = replace(config, batch_size=rows // self.world)
+        size, number = self.config.batch_size, "1 row" if rows == 1 else f"{rows} rows"
+        self.console.print(f"batch_size: cut from {config.batch_size} to {size} a process, for data of {number}")
 
     def place_models(self) -> None:
         # What will be sharded need not fit on a device whole.
@@ -458,7 +491,8 @@ def make_card(config: Config, base_model: str, eval_metrics: dict[str, float | N
     left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license"}
     defaults = {f.name: [] if f.default is MISSING else f.default for f in fields(Config)}
     recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
-    return Card(base_model, config.license, config.train_data, recipe, config.eval_data, eval_metrics)
+    sources = [Path(s).name if Path(s).exists() else s for s in sources_of(config.train_data)]
+    return Card(base_model, config.license, ", ".join(sources), recipe, config.eval_data, eval_metrics)
 
 
 def best_step(eval_metrics: dict[str, float | None]) -> str:

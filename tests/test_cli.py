@@ -156,12 +156,90 @@ def test_help_exits_with_0(capsys):
 # encode, eval, doctor
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSON", "rows.csv", "rows.tsv", "rows.txt.gz"])
-def test_encode_takes_no_file_of_rows_for_texts(name, exported, tmp_path, capsys):
-    (tmp_path / name).write_text('{"text": "the cat"}\n')
-    assert main(["encode", exported[0], str(tmp_path / name), str(tmp_path / "out.safetensors")]) == 2
-    assert "ValueError: texts: got" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "content", "options", "texts"),
+    [
+        ("a.jsonl", '{"text": "the cat"}\n{"text": "a mat", "n": 3}\n', [], ["the cat", "a mat"]),
+        ("a.JSON", '[{"_id": "1", "title": "old", "text": "rain"}]', [], ["old rain"]),
+        ("a.json", '[{"_id": "1", "title": "old", "text": "rain"}]', ["--column", "text"], ["rain"]),
+        ("a.csv", '\ufeffid,body\n1,"the\ncat"\n', ["--column", "body"], ["the\ncat"]),
+        ("a.tsv", 'text\n"the\ncat"\n', [], ['"the', 'cat"']),
+    ],
+)
+def test_encode_reads_a_column_of_rows(name, content, options, texts, exported, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert main(["encode", exported[0], str(tmp_path / name), str(tmp_path / "out.safetensors"), *options]) == 0
+    found = load_file(tmp_path / "out.safetensors")["embeddings"]
+    torch.testing.assert_close(found, exported[1](texts), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("a.jsonl", '{"body": "the cat"}\n', [], "line 1 of 'a.jsonl', expected {text}"),
+        ("a.csv", "text\nthe\n", ["--column", "body"], "expected {body}"),
+        ("a.jsonl", '{"text": "the"}\n{"text": " "}\n', [], "texts: got an empty text in line 2 of 'a.jsonl'"),
+        ("a.jsonl", '{"text": 3}\n', [], "TypeError: data: got 3 as 'text' in line 1"),
+        ("a.txt", "the cat\n", ["--column", "text"], "ValueError: column: got 'text'"),
+        ("a.txt.gz", "the cat\n", [], "ValueError: texts: got"),
+        ("a.txt", "the cat\n", ["--prompt_name", "query"], "ValueError: prompt_name: got 'query'"),
+    ],
+)
+def test_encode_refuses_columns_that_are_not_there(name, content, options, message, exported, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    assert main(["encode", exported[0], str(tmp_path / name), str(tmp_path / "out.safetensors"), *options]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_home_folder_is_found(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("texts.txt").write_text("the cat\n")
+    assert main(["encode", exported[0], "~/texts.txt", "--output", "~/out.safetensors"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"texts.txt", "out.safetensors"}
+    config_file(tmp_path, model="~/m", decoder="~/d", output_dir="~/o")
+    config = read_config(["~/config.yaml"])
+    assert [config.model, config.decoder, config.output_dir] == [str(tmp_path / name) for name in "mdo"]
+
+
+@pytest.mark.parametrize("mode", ["encode", "eval"])
+def test_a_place_that_cannot_be_written_is_found_first(mode, tmp_path, sts_file, monkeypatch, capsys):
+    from autoregembed import cli
+
+    monkeypatch.setattr(cli, "_exported", lambda model: pytest.fail("computed first"))
+    (tmp_path / "texts.txt").write_text("the cat\n")
+    rest = (
+        [str(tmp_path / "texts.txt"), "/proc/out"]
+        if mode == "encode"
+        else ["--sts", sts_file, "--json_file", "/proc/o"]
+    )
+    assert main([mode, "model", *rest]) == 2
+    assert "which cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("query=question,pos=answer", {"query": "question", "pos": "answer"}),
+        ("{query: question}", {"query": "question"}),
+    ],
+)
+def test_columns_are_pairs_or_a_mapping(flag, value, tmp_path):
+    assert read_config([config_file(tmp_path), "--columns", flag]).column_map == value
+    assert read_config([config_file(tmp_path, columns=value)]).column_map == value
+
+
+def test_several_files_are_a_list_or_have_commas_between(tmp_path):
+    assert read_config([config_file(tmp_path), "--train_data", "[a.jsonl, b.jsonl]"]).train_data == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+    assert read_config([config_file(tmp_path), "--train_data", "a.jsonl,b.jsonl"]).train_data == "a.jsonl,b.jsonl"
+    assert read_config([config_file(tmp_path), "--lora_targets", "q_proj,v_proj"]).lora_targets == ["q_proj", "v_proj"]
+    assert read_config([config_file(tmp_path), "--lora_targets", "q_proj"]).lora_targets == ["q_proj"]
+    assert read_config([config_file(tmp_path), "--lora_targets", r".*\.q_proj"]).lora_targets == r".*\.q_proj"
+    assert read_config([config_file(tmp_path)]).lora_targets == "all-linear"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(exported, tmp_path):

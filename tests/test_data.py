@@ -30,7 +30,7 @@ def text(tokens: list[int]) -> str:
     return TOKENIZER.decode(tokens)
 
 
-ROWS = [{"context": 'the "cat", sat', "output": "NA"}, {"context": "rain\tfell", "output": "null, or 12"}]
+ROWS = [{"context": '"cat", the "mat', "output": "NA"}, {"context": "'rain, fell", "output": "null, or 12"}]
 
 
 def write(path: Path) -> str:
@@ -45,9 +45,10 @@ def write(path: Path) -> str:
         plain.write_text(json.dumps(ROWS))
     elif name.endswith(".parquet"):
         datasets.Dataset.from_list(ROWS).to_parquet(plain)
+    elif name.endswith(".tsv"):
+        plain.write_text("".join("\t".join(cells) + "\n" for cells in (ROWS[0], *(r.values() for r in ROWS))))
     else:
-        separator = "\t" if name.endswith(".tsv") else ","
-        datasets.Dataset.from_list(ROWS).to_csv(plain, sep=separator)
+        datasets.Dataset.from_list(ROWS).to_csv(plain)
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(plain.read_bytes()))
     return str(path)
@@ -68,7 +69,12 @@ def test_every_format_gives_the_same_rows(name, streaming, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "error", "message"),
     [
-        ("a.jsonl", '{"context": "x"\n{bad', ValueError, r"a\.jsonl', which cannot be read: JSON parse error"),
+        (
+            "a.jsonl",
+            '{"context": "x"\n{bad',
+            ValueError,
+            r"a\.jsonl', which cannot be read: line 1: Expecting",
+        ),
         ("a.jsonl", "", ValueError, "it has no rows"),
         ("a.json", "[]", ValueError, "it has no rows"),
         ("a.csv", "context,output\n", ValueError, "it has no rows"),
@@ -93,7 +99,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path):
 def test_an_empty_stream_is_refused(tmp_path):
     (tmp_path / "a.csv").write_text("context,output\n")
     rows = data.load_rows(str(tmp_path / "a.csv"), streaming=True)
-    with pytest.raises(ValueError, match=r"^data: got no rows in the stream"):
+    with pytest.raises(ValueError, match=r"^data: got .*, which cannot be read: it has no rows"):
         data.compression_rows(rows, prompt())
 
 
@@ -170,8 +176,12 @@ def test_several_positives_make_several_rows(tmp_path):
         ([{"context": "x", "output": "y"}, {"context": "", "output": "y"}], ValueError, "empty 'context' in row 1"),
         ([{"context": "x", "output": ""}], ValueError, "empty 'output' in row 0"),
         ([{"context": "x", "output": "y"}, {"context": None, "output": "y"}], TypeError, "None as 'context' in row 1"),
-        ([{"context": 3, "output": "y"}], TypeError, "3 as 'context' in row 0, expected a string"),
-        ([{"context": ["x", "y"], "output": "y"}], TypeError, "as 'context' in row 0, expected a string"),
+        (
+            [{"context": 3, "output": "y"}],
+            TypeError,
+            r"3 as 'context' in row 0 \(line 1 of 'a.jsonl'\)",
+        ),
+        ([{"context": ["x", "y"], "output": "y"}], TypeError, "as 'context' in row 0.*, expected a string"),
         ([{"context": "x", "output": "y", "instruction": 5}], TypeError, "5 as 'instruction' in row 0"),
     ],
 )
@@ -184,9 +194,9 @@ def test_compression_rows_refuse(rows, error, message, tmp_path):
     ("rows", "error", "message"),
     [
         (
-            [{"query": Q, "positive": P}],
+            [{"query": Q, "answer": P}],
             ValueError,
-            r"expected {query, pos} or {anchor, positive}; missing \['pos'\]",
+            r"expected {query, pos} or {anchor, positive}.*; missing \['pos'\]",
         ),
         ([{"query": Q, "pos": [], "neg": [N]}], ValueError, "empty 'pos' in row 0"),
         ([{"query": Q, "pos": None, "neg": [N]}], TypeError, "None as 'pos' in row 0"),
@@ -227,7 +237,7 @@ def test_truncation_keeps_instruction_and_compress_tokens(bos, tmp_path):
 def test_an_instruction_that_leaves_no_room_is_refused(tmp_path):
     least = len(ids("\nAgain:\n")) + 3 + 1 + 1
     assert compression([ROWS[0]], tmp_path, max_length=least)[0]["text_ids"] == ids(ROWS[0]["context"])[:1]
-    with pytest.raises(ValueError, match=rf"^max_length: got {least - 1}, expected at least {least} for.* in row 0$"):
+    with pytest.raises(ValueError, match=rf"^max_length: got {least - 1}, expected at least {least}.* in row 0 \("):
         compression([ROWS[0]], tmp_path, max_length=least - 1)
 
 
@@ -279,7 +289,7 @@ def test_another_tokenizer_misses_the_cache(tmp_path):
     other = tiny_tokenizer(["dusk " * 9])
     one, two = (data.compression_rows(rows, prompt(tokenizer=t)) for t in (TOKENIZER, other))
     assert one[1]["text_ids"] != two[1]["text_ids"]
-    assert two[1]["text_ids"] == other("rain\tfell", add_special_tokens=False)["input_ids"]
+    assert two[1]["text_ids"] == other(ROWS[1]["context"], add_special_tokens=False)["input_ids"]
 
 
 def test_several_processes_give_the_same_rows_in_order(tmp_path):

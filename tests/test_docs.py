@@ -209,6 +209,9 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
 
     yield lambda: cli.read_config(["--learning_rte", "0.1"])
     yield lambda: data.compression_rows(rows({"text": "a"}), prompt)
+    yield lambda: data.alignment_rows(rows({"query": "a", "pos": "b", "answer": "c"}), prompt)
+    (tmp_path / "cells.tsv").write_text("query\tpos\na\n")
+    yield lambda: data.load_rows(str(tmp_path / "cells.tsv"))
     yield lambda: data.alignment_rows(rows({"query": "", "pos": "a", "neg": "b"}), prompt)
     common = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(tmp_path / "out")}
     wild = Config(**common, learning_rate=1e30, max_grad_norm=0, max_steps=9, batch_size=8, precision="fp32")

@@ -78,7 +78,7 @@ PAIR = {"sentence1": "a", "sentence2": "b", "score": 1.5}
 @pytest.mark.parametrize("score", ["high", None, math.inf, "nan", "", "1_0"])
 def test_sts_scores_must_be_numbers(score, tmp_path):
     rows = [PAIR | {"score": str(PAIR["score"]) if isinstance(score, str) else 1.5}, PAIR | {"score": score}]
-    with pytest.raises(ValueError, match=r"^data: got .* as 'score' in row 1 of '.*a.jsonl', expected a number"):
+    with pytest.raises(ValueError, match=r"^data: got .* as 'score' in line 2 of 'a.jsonl', expected a number"):
         load_sts(write_jsonl(tmp_path / "a.jsonl", rows))
 
 

@@ -350,7 +350,6 @@ for _what, _name, _content in [
     ("csv duplicate columns", "a.csv", b"context,context,out\na,b,c\n"),
     ("csv null bytes", "a.csv", b"\0\0\0"),
     ("csv bad UTF-8", "a.csv", b"context,output\n\xff\xfe,b\n"),
-    ("csv of numbers", "a.csv", b"context,output\n1,2\n"),
     ("csv of missing values", "a.csv", b"context,output\n,\n"),
     ("tsv with commas", "a.tsv", b"context,output\na,b\n"),
     ("json broken", "a.json", b"{"),
@@ -414,6 +413,7 @@ WRONG = {
     float: ["x", [1], float("nan")],
     str: [{"a": 1}, [1], "a\0b"],
     list: [3, {"a": 1}, [{"a": 1}]],
+    dict: [3, {"a": 1}, {1: "a"}, "a", "a=b,a=c", "a=b,"],
 }
 
 
@@ -929,5 +929,7 @@ def test_what_is_unusual_but_right_is_read(tmp_path):
     assert list(data.load_rows(str(tmp_path / "a.jsonl"))) == rows
     (tmp_path / "b.csv").write_bytes("\ufeffcontext,output\r\na,b\r\n".encode())
     assert list(data.load_rows(str(tmp_path / "b.csv"))) == [{"context": "a", "output": "b"}]
+    (tmp_path / "c.csv").write_bytes(b"context,output\n007,1e5\n")
+    assert list(data.load_rows(str(tmp_path / "c.csv"))) == [{"context": "007", "output": "1e5"}]
     assert "trust_remote_code" in inspect.signature(models.load_causal_lm).parameters
     assert Config(**FIELDS).trust_remote_code is False

@@ -183,7 +183,7 @@ class AutoRegEmbedTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["text_ids", "suffix_ids", "target_ids", "query_ids", "positive_ids", "negative_ids",
-                                   "ref_logps"]  # fmt: skip
+                                   "passage_suffix_ids", "ref_logps"]  # fmt: skip
 
     def compute_loss(
         self,

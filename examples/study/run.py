@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -59,7 +60,7 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     names = ("reconstruct", "continue", "tasks", "triplets", "four", "held-out", "development", "test")
     paths = {name: folder / f"{name}.jsonl" for name in names}
-    triplets = data.load_rows(options.triplets).select_columns(["query", "pos", "neg"]).to_list()
+    triplets = [{name: row[name] for name in ("query", "pos", "neg")} for row in data.load_rows(options.triplets)]
     random.Random(0).shuffle(triplets)
     triplets, held_out = triplets[:-256], triplets[-256:]
     texts = list(dict.fromkeys(t for row in triplets for t in row.values()))
@@ -75,14 +76,14 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
         found = load_sts(source).shuffle(seed=0)
         write_rows(paths[name], found.select(range(min(pairs, len(found)))).to_list())
     if options.tasks:
-        tasks = data.load_rows(options.tasks).select_columns(["context", "instruction", "output"]).to_list()
+        tasks = [{n: row[n] for n in ("context", "instruction", "output")} for row in data.load_rows(options.tasks)]
         write_rows(paths["tasks"], [row for row in tasks if row["output"].strip() and row["context"].strip()])
     return paths
 
 
 def mean_lengths(config: Config, tokenizer) -> tuple[float, float]:
     """Mean tokens of a row that the encoder reads, and that the decoder reads, for the first 500 rows."""
-    rows = data.load_rows(config.train_data).to_list()[:500]
+    rows = list(itertools.islice(data.load_rows(config.train_data), 500))
 
     def count(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
