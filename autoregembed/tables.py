@@ -199,7 +199,9 @@ def as_text(value: Any, column: str, place: str) -> str:
 
 def as_id(value: Any, column: str, place: str) -> str:
     """An id as a string; JSON may hold it as an integer."""
-    return str(value) if type(value) is int else as_text(value, column, place)
+    if type(value) not in (str, int) or value == "":
+        raise TypeError(f"data: got {value!r} as {column!r} in {place}, expected a string or an integer")
+    return str(value)
 
 
 def as_number(value: Any, column: str, place: str) -> float:
@@ -327,7 +329,7 @@ def read_documents(source: str, split: str | None = None, wanted: set[str] | Non
         if wanted is None or key in wanted:
             text = document_text(row, place)
             if texts.setdefault(key, text) != text:
-                raise ValueError(f"data: got the id {key!r} once more in {place}, expected each once")
+                raise ValueError(f"data: got {key!r} as '_id' in {place} and before with another text, expected one text")
     return texts
 
 

@@ -93,7 +93,7 @@ def test_sts_scores_may_be_written_as_text(tmp_path):
 )
 def test_sts_sentences_must_be_texts(column, value, error, tmp_path):
     rows = [PAIR | {"score": 2, column: value}] * 2  # of one type, as any reader of columns keeps it
-    with pytest.raises(error, match=rf"^data: got .*{column}' in row 0 of '.*a.jsonl', expected a (string|text)"):
+    with pytest.raises(error, match=rf"^data: got .*{column}' in line 1 of 'a.jsonl', expected a (string|text)"):
         load_sts(write_jsonl(tmp_path / "a.jsonl", rows))
 
 
@@ -280,16 +280,16 @@ GOOD = {
 @pytest.mark.parametrize(
     ("part", "bad", "error", "message"),
     [
-        ("corpus", {"text": 5}, TypeError, "got 5 as 'text' in row 0 of '.*corpus.jsonl', expected a string"),
-        ("corpus", {"title": 5}, TypeError, "got 5 as 'title' in row 0"),
-        ("corpus", {"text": None}, TypeError, "got None as 'text' in row 0"),
-        ("corpus", {"_id": None}, TypeError, "got None as '_id' in row 0 .*, expected a string or an integer"),
-        ("corpus", {"_id": 1.5}, TypeError, "got 1.5 as '_id' in row 0"),
-        ("queries", {"_id": ""}, TypeError, "got '' as '_id' in row 0"),
-        ("queries", {"text": ""}, ValueError, "got an empty 'text' in row 0 of '.*queries.jsonl'"),
-        ("qrels", {"score": None}, ValueError, "got None as 'score' in row 0 of '.*qrels.jsonl', expected a number"),
-        ("qrels", {"score": True}, ValueError, "got True as 'score' in row 0"),
-        ("qrels", {"corpus-id": None}, TypeError, "got None as 'corpus-id' in row 0"),
+        ("corpus", {"text": 5}, TypeError, "got 5 as 'text' in line 1 of 'corpus.jsonl', expected a string"),
+        ("corpus", {"title": 5}, TypeError, "got 5 as 'title' in line 1"),
+        ("corpus", {"text": None}, TypeError, "got None as 'text' in line 1"),
+        ("corpus", {"_id": None}, TypeError, "got None as '_id' in line 1 .*, expected a string or an integer"),
+        ("corpus", {"_id": 1.5}, TypeError, "got 1.5 as '_id' in line 1"),
+        ("queries", {"_id": ""}, TypeError, "got '' as '_id' in line 1"),
+        ("queries", {"text": ""}, ValueError, "got an empty 'text' in query '1' of '.*queries.jsonl'"),
+        ("qrels", {"score": None}, ValueError, "got None as 'score' in line 1 of 'qrels.jsonl', expected a number"),
+        ("qrels", {"score": True}, ValueError, "got True as 'score' in line 1"),
+        ("qrels", {"corpus-id": None}, TypeError, "got None as 'corpus-id' in line 1"),
     ],
 )
 def test_beir_files_are_checked_cell_by_cell(part, bad, error, message, tmp_path):
@@ -305,7 +305,7 @@ def test_beir_files_contradict_themselves_nowhere(tmp_path):
     assert load_retrieval(**files) == ({"1": "q"}, {"7": "T x"}, {"1": {"7": 1}})
     for name, other in (("corpus", {"text": "y"}), ("queries", {"text": "y"}), ("qrels", {"score": 2})):
         rows = [GOOD[name], GOOD[name] | other]
-        with pytest.raises(ValueError, match=r"^data: got .* in row 1 of .* and before"):
+        with pytest.raises(ValueError, match=r"^data: got .* in line 2 of .* and before"):
             load_retrieval(**files | {name: write_jsonl(tmp_path / "other.jsonl", rows)})
 
 
