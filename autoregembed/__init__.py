@@ -11,6 +11,7 @@ from autoregembed.ops import (
     InfoNCELoss,
     LinearLogprob,
     PoolLastK,
+    ScoreDistillationLoss,
     SegmentSum,
     Splice,
     alignment_loss,
@@ -19,6 +20,7 @@ from autoregembed.ops import (
     info_nce,
     linear_logprob,
     pool_last_k,
+    score_distillation,
     segment_sum,
     splice,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "InfoNCELoss",
     "LinearLogprob",
     "PoolLastK",
+    "ScoreDistillationLoss",
     "SegmentSum",
     "Splice",
     "__version__",
@@ -42,6 +45,7 @@ __all__ = [
     "info_nce",
     "linear_logprob",
     "pool_last_k",
+    "score_distillation",
     "segment_sum",
     "splice",
 ]

@@ -21,6 +21,7 @@ from . import (
     bench_info_nce,
     bench_linear_logprob,
     bench_pool_last_k,
+    bench_score_distillation,
     bench_segment_sum,
     bench_splice,
 )
@@ -39,6 +40,7 @@ OPS = (
     bench_splice,
     bench_info_nce,
     bench_generative_info_nce,
+    bench_score_distillation,
     bench_dpo,
 )
 

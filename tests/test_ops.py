@@ -12,6 +12,7 @@ from autoregembed import (
     InfoNCELoss,
     LinearLogprob,
     PoolLastK,
+    ScoreDistillationLoss,
     SegmentSum,
     Splice,
     alignment_loss,
@@ -20,6 +21,7 @@ from autoregembed import (
     linear_logprob,
     ops,
     pool_last_k,
+    score_distillation,
     segment_sum,
     splice,
 )
@@ -98,8 +100,8 @@ def test_generative_info_nce():
     scores.requires_grad_()
     target, options = torch.tensor([2, 0, 4]), GENERATIVE
     same(
-        lambda: GenerativeInfoNCELoss(temperature=0.3)(scores, target, *options.values()),
-        lambda: generative_info_nce(scores, target, temperature=0.3, **options),
+        lambda: GenerativeInfoNCELoss(temperature=0.3, direction="both")(scores, target, *options.values(), "batch"),
+        lambda: generative_info_nce(scores, target, temperature=0.3, direction="both", marginal="batch", **options),
         scores,
     )
     same(lambda: GenerativeInfoNCELoss()(scores), lambda: generative_info_nce(scores), scores)
@@ -142,6 +144,7 @@ def test_splice():
         (InfoNCELoss, info_nce),
         (GenerativeInfoNCELoss, generative_info_nce),
         (SegmentSum, segment_sum),
+        (ScoreDistillationLoss, score_distillation),
         (PoolLastK, pool_last_k),
         (Splice, splice),
     ],

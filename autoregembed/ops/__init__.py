@@ -10,6 +10,7 @@ from autoregembed.ops.generative_info_nce import GenerativeInfoNCELoss, generati
 from autoregembed.ops.info_nce import InfoNCELoss, info_nce
 from autoregembed.ops.linear_logprob import LinearLogprob, linear_logprob
 from autoregembed.ops.pool_last_k import PoolLastK, pool_last_k
+from autoregembed.ops.score_distillation import ScoreDistillationLoss, score_distillation
 from autoregembed.ops.segment_sum import SegmentSum, segment_sum
 from autoregembed.ops.splice import Splice, splice
 
@@ -24,6 +25,7 @@ __all__ = [
     "InfoNCELoss",
     "LinearLogprob",
     "PoolLastK",
+    "ScoreDistillationLoss",
     "SegmentSum",
     "Splice",
     "alignment_loss",
@@ -34,6 +36,7 @@ __all__ = [
     "info_nce",
     "linear_logprob",
     "pool_last_k",
+    "score_distillation",
     "segment_sum",
     "splice",
 ]

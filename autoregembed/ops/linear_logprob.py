@@ -202,8 +202,8 @@ def linear_logprob(
     if cu_seqlens is not None:
         require_cu_seqlens(cu_seqlens, "S", like)
     if softcap is not None:
-        require_positive("softcap", softcap)
-    require_finite("scale", scale)
+        softcap = require_positive("softcap", softcap)
+    scale = require_finite("scale", scale)
     require_integer("ignore_index", ignore_index)
     if num_grad_rows is not None:
         require_integer("num_grad_rows", num_grad_rows)
@@ -219,11 +219,10 @@ def linear_logprob(
         require_same_dtype("bias", bias, ("hidden", hidden))
     impl = resolve_impl(impl, hidden.device, hidden.dtype, ("triton", "cpp", "torch"))
     target = target.long()
-    options: dict[str, Any] = {"softcap": softcap, "scale": float(scale), "ignore_index": ignore_index}
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "ignore_index": ignore_index}
     if impl == "reference":
-        require_ids("target", target, v, ignore_index)
-        if cu_seqlens is not None:
-            require_bounds(cu_seqlens, n)
+        target = require_ids("target", target, v, ignore_index)
+        cu_seqlens = None if cu_seqlens is None else require_bounds(cu_seqlens, n)
     else:
         require_reverse_mode("linear_logprob", hidden, weight, bias)
 
@@ -235,7 +234,7 @@ def linear_logprob(
         trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
         with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
         return _linear_logprob(
-            hidden, weight, target, bias, softcap, float(scale), ignore_index, with_gradient, impl
+            hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl
         )[0]  # fmt: skip
 
     if num_grad_rows is None or num_grad_rows == n or not torch.is_grad_enabled():
