@@ -7,6 +7,8 @@ Compression and Alignment", EMNLP 2025 (arXiv 2502.11401).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,6 +118,47 @@ def alignment_loss(
         mean_s2 = kept(s2).sum() / pairs
         accuracy = kept((margin > 0).to(loss.dtype)).sum() / pairs
     return loss, mean_s1, mean_s2, accuracy
+
+
+def conditional_compression(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    *,
+    num_tokens: Tensor | int | None = None,  # () or a number; None: the targets that are not ignored
+    ignore_index: int = -100,
+    **head: Any,
+) -> Tensor:
+    """`compression_loss` of `linear_logprob`."""
+    logprob = linear_logprob(hidden, weight, target, ignore_index=ignore_index, **head)
+    return compression_loss(logprob, (target != ignore_index).sum() if num_tokens is None else num_tokens)
+
+
+def conditional_alignment(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    pairs: tuple[Tensor, Tensor, Tensor],  # sequences of a (B,), b (B,), c (B, M), −1 where there is no negative
+    reference_positive: Tensor | None = None,  # (B,)    r_a
+    reference_negatives: Tensor | None = None,  # (B, M)  r_c
+    *,
+    logprob_reduction: str = "sum",
+    beta: float = BETA,
+    temperature: float = TEMPERATURE,
+    ref_margin: str = "add",
+    negatives: str = "independent",
+    **head: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`alignment_loss` of the scores that `linear_logprob` gives."""
+    scores = linear_logprob(hidden, weight, target, cu_seqlens=cu_seqlens, **head)
+    if logprob_reduction == "mean":
+        scores = scores / cu_seqlens.diff()
+    a, b, c = (scores[index.clamp(min=0)] for index in pairs)
+    return alignment_loss(
+        a, b, c, reference_positive, reference_negatives, mask=pairs[2] >= 0, beta=beta, temperature=temperature,
+        ref_margin=ref_margin, negatives=negatives,
+    )  # fmt: skip
 
 
 def info_nce(

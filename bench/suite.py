@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import (
     bench_alignment_loss,
     bench_compression_loss,
+    bench_conditional_alignment,
+    bench_conditional_compression,
     bench_dpo,
     bench_generative_info_nce,
     bench_info_nce,
@@ -36,6 +38,8 @@ OPS = (
     bench_segment_sum,
     bench_alignment_loss,
     bench_compression_loss,
+    bench_conditional_alignment,
+    bench_conditional_compression,
     bench_pool_last_k,
     bench_splice,
     bench_info_nce,

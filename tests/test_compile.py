@@ -5,8 +5,11 @@ import torch
 from triton_cases import DEVICE
 
 from autoregembed import (
+    AlignmentPairs,
     alignment_loss,
     compression_loss,
+    conditional_alignment,
+    conditional_compression,
     generative_info_nce,
     info_nce,
     linear_logprob,
@@ -124,6 +127,26 @@ def alignment(mask=False, **options):
     return op, inputs
 
 
+def fused(**options):
+    def inputs(n):
+        pairs = AlignmentPairs.in_order([1], DEVICE)
+        references = numbers(1, seed=4), numbers(1, 1, seed=5)
+        y = torch.arange(n, device=DEVICE) % 11
+        return (numbers(n, 6),), (numbers(11, 6, seed=1), y, bounds(n), *pairs, *references)
+
+    def op(h, w, y, cu, a, b, c, ra, rc, impl):
+        return conditional_alignment(h, w, y, cu, AlignmentPairs(a, b, c), ra, rc, impl=impl, **options).loss
+
+    return op, inputs
+
+
+def compressed(**options):
+    def inputs(n):
+        return (numbers(n, 6),), (numbers(11, 6, seed=1), torch.arange(n, device=DEVICE) % 11)
+
+    return lambda h, w, y, impl: conditional_compression(h, w, y, impl=impl, **options), inputs
+
+
 def pooled(index):
     def inputs(n):
         return (numbers(n, 6),), (bounds(n), *([ids(2, 0, 2, 1)] if index else []))
@@ -155,6 +178,9 @@ CASES = {
     "score_distillation all": (*distillation(["mask", "target", "marginal"], mixture=0.4), NO_CPP),
     "alignment_loss": (*alignment(), ONE),
     "alignment_loss mask, joint": (*alignment(True, negatives="joint", ref_margin="subtract"), NO_CPP),
+    "conditional_alignment": (*fused(logprob_reduction="mean", negatives="joint", softcap=3.0, ignore_index=2), ALL),
+    "conditional_compression": (*compressed(ignore_index=2), ALL),
+    "conditional_compression num_tokens": (*compressed(num_tokens=30, scale=0.5), ONE),
     "compression_loss": (
         lambda x, n, _: compression_loss(x, n), lambda n: ((numbers(n),), (torch.arange(n, device=DEVICE),)), ONE,
     ),
@@ -224,6 +250,9 @@ def test_checks_that_read_values_are_part_of_the_graph():
         "target: got id 6": lambda x: score_distillation(x, x, x[:, :3], target=ids(0, 6, 1)),
         "cu_seqlens: got": lambda x: segment_sum(x[:, 0], ids(0, 2, 5)),
         "cu_seqlens: got 1 rows in sequence 0": lambda x: pool_last_k(x, ids(0, 1, 3), 2),
+        "pairs.query_positive: got id 3": lambda x: conditional_alignment(
+            x, x, ids(0, 1, 2), ids(0, 1, 2, 3), (ids(3), ids(1), ids(2)[None]), ref_margin="none"
+        ),
         "index: got id 2": lambda x: pool_last_k(x, ids(0, 1, 3), 1, ids(0, 2)),
         "z_index: got id 3": lambda x: splice(x[:, None], x, ids(0, 0), ids(0, 2), ids(3)),
         "ids: got id 3": lambda x: splice(x[:, None], x, ids(0, 3), ids(0, 2), ids(1)),

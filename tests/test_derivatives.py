@@ -6,8 +6,11 @@ from torch.autograd import forward_ad
 from triton_cases import DEVICE
 
 from autoregembed import (
+    AlignmentPairs,
     Decoder,
     alignment_loss,
+    conditional_alignment,
+    conditional_compression,
     info_nce,
     linear_logprob,
     pool_last_k,
@@ -42,6 +45,15 @@ CASES = {
     "linear_logprob by sequence": (
         lambda x, impl: linear_logprob(x, W, ids(0, 3, 10, 5), cu_seqlens=ids(0, 1, 4), impl=impl), (4, 6),
         EVERY,
+    ),
+    "conditional_alignment": (
+        lambda x, impl: conditional_alignment(
+            x, W, ids(0, 3, 10, 5), ids(0, 1, 2, 4), AlignmentPairs(ids(0), ids(1), ids(2)[None]), ref_margin="none",
+            impl=impl,
+        ).loss[None], (4, 6), EVERY,
+    ),
+    "conditional_compression": (
+        lambda x, impl: conditional_compression(x, W, ids(0, 3, 10, 5), impl=impl)[None], (4, 6), EVERY,
     ),
     "segment_sum": (lambda x, impl: segment_sum(x, ids(0, 2, 5), impl=impl), (5,), ("triton", "torch")),
     "alignment_loss": (

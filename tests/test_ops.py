@@ -8,6 +8,8 @@ import torch
 import autoregembed
 from autoregembed import (
     AlignmentLoss,
+    ConditionalAlignment,
+    ConditionalCompression,
     GenerativeInfoNCELoss,
     InfoNCELoss,
     LinearLogprob,
@@ -16,6 +18,8 @@ from autoregembed import (
     SegmentSum,
     Splice,
     alignment_loss,
+    conditional_alignment,
+    conditional_compression,
     generative_info_nce,
     info_nce,
     linear_logprob,
@@ -145,6 +149,8 @@ def test_splice():
         (GenerativeInfoNCELoss, generative_info_nce),
         (SegmentSum, segment_sum),
         (ScoreDistillationLoss, score_distillation),
+        (ConditionalAlignment, conditional_alignment),
+        (ConditionalCompression, conditional_compression),
         (PoolLastK, pool_last_k),
         (Splice, splice),
     ],

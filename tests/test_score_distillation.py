@@ -174,6 +174,7 @@ def test_what_the_mask_drops_reaches_nothing(impl, filler):
     target[target == 4] = -1
     options = {"mask": mask, "target": target, "mixture": 0.5, "impl": impl}
     wanted = gradients(inputs, torch.float32, 0.05, **options)
+    assert wanted[0].item() == pytest.approx(by_hand(*inputs, 0.05, 3.0, mask, target, 0.5), rel=1e-5)
     inputs[2][~mask] = filler
     inputs[0][2], inputs[1][4] = filler, filler
     found = gradients(inputs, torch.float32, 0.05, **options)

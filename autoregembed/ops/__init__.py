@@ -6,6 +6,8 @@
 from autoregembed.ops._dispatch import ImplUnavailable, available_impls, default_impl
 from autoregembed.ops.alignment_loss import NEGATIVES, REF_MARGINS, AlignmentLoss, AlignmentOutput, alignment_loss
 from autoregembed.ops.compression_loss import CompressionLoss, compression_loss
+from autoregembed.ops.conditional_alignment import AlignmentPairs, ConditionalAlignment, conditional_alignment
+from autoregembed.ops.conditional_compression import ConditionalCompression, conditional_compression
 from autoregembed.ops.generative_info_nce import GenerativeInfoNCELoss, generative_info_nce
 from autoregembed.ops.info_nce import InfoNCELoss, info_nce
 from autoregembed.ops.linear_logprob import LinearLogprob, linear_logprob
@@ -19,7 +21,10 @@ __all__ = [
     "REF_MARGINS",
     "AlignmentLoss",
     "AlignmentOutput",
+    "AlignmentPairs",
     "CompressionLoss",
+    "ConditionalAlignment",
+    "ConditionalCompression",
     "GenerativeInfoNCELoss",
     "ImplUnavailable",
     "InfoNCELoss",
@@ -31,6 +36,8 @@ __all__ = [
     "alignment_loss",
     "available_impls",
     "compression_loss",
+    "conditional_alignment",
+    "conditional_compression",
     "default_impl",
     "generative_info_nce",
     "info_nce",
