@@ -7,7 +7,7 @@ Compression and Alignment", EMNLP 2025 (arXiv 2502.11401).
 
 from __future__ import annotations
 
-import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ BETA = 0.1  # β of alignment_loss
 TEMPERATURE = 0.1  # τ of alignment_loss
 INFO_NCE_TEMPERATURE = 0.05
 GENERATIVE_TEMPERATURE = 1.0  # nats
+DISTILLATION_TEMPERATURE = 0.05  # τ of score_distillation
+TEACHER_TEMPERATURE = 3.0  # τ_g of score_distillation, nats
 
 
 def linear_logprob(
@@ -51,8 +53,16 @@ def segment_sum(
     cu_seqlens: Tensor,  # (S+1,)
 ) -> Tensor:
     """Σ x[cu_seqlens[i] : cu_seqlens[i + 1]] for every sequence i, (S,)."""
-    sums = [x[i:j].sum() for i, j in itertools.pairwise(cu_seqlens.tolist())]
-    return torch.stack(sums) if sums else x.sum()[None][:0]
+    sums = x.new_zeros(cu_seqlens.shape[0] - 1, dtype=torch.float64)
+    return sums.index_add(0, sequence_of_row(x.shape[0], cu_seqlens), x.double()).to(x.dtype)
+
+
+def sequence_of_row(
+    n: int,
+    cu_seqlens: Tensor,  # (S+1,)
+) -> Tensor:
+    """The sequence that each of n rows belongs to, (n,)."""
+    return torch.searchsorted(cu_seqlens[1:], torch.arange(n, device=cu_seqlens.device).to(cu_seqlens), right=True)
 
 
 def compression_loss(
@@ -110,12 +120,53 @@ def alignment_loss(
     return loss, mean_s1, mean_s2, accuracy
 
 
+def conditional_compression(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    *,
+    num_tokens: Tensor | int | None = None,  # () or a number; None: the targets that are not ignored
+    ignore_index: int = -100,
+    **head: Any,
+) -> Tensor:
+    """`compression_loss` of `linear_logprob`."""
+    logprob = linear_logprob(hidden, weight, target, ignore_index=ignore_index, **head)
+    return compression_loss(logprob, (target != ignore_index).sum() if num_tokens is None else num_tokens)
+
+
+def conditional_alignment(
+    hidden: Tensor,  # (N, D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (N,)
+    cu_seqlens: Tensor,  # (S+1,)
+    pairs: tuple[Tensor, Tensor, Tensor],  # sequences of a (B,), b (B,), c (B, M), −1 where there is no negative
+    reference_positive: Tensor | None = None,  # (B,)    r_a
+    reference_negatives: Tensor | None = None,  # (B, M)  r_c
+    *,
+    logprob_reduction: str = "sum",
+    beta: float = BETA,
+    temperature: float = TEMPERATURE,
+    ref_margin: str = "add",
+    negatives: str = "independent",
+    **head: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`alignment_loss` of the scores that `linear_logprob` gives."""
+    scores = linear_logprob(hidden, weight, target, cu_seqlens=cu_seqlens, **head)
+    if logprob_reduction == "mean":
+        scores = scores / cu_seqlens.diff()
+    a, b, c = (scores[index.clamp(min=0)] for index in pairs)
+    return alignment_loss(
+        a, b, c, reference_positive, reference_negatives, mask=pairs[2] >= 0, beta=beta, temperature=temperature,
+        ref_margin=ref_margin, negatives=negatives,
+    )  # fmt: skip
+
+
 def info_nce(
     query: Tensor,  # (B, D)
     passages: Tensor,  # (P, D)
     target: Tensor | None = None,  # (B,)
     *,
-    temperature: float = INFO_NCE_TEMPERATURE,
+    temperature: float | Tensor = INFO_NCE_TEMPERATURE,
     passage_ids: Tensor | None = None,  # (P,)
 ) -> Tensor:
     """Mean over queries of −log softmax(cos(q, passages) / temperature)[target]; target i → passage i by default.
@@ -134,29 +185,91 @@ def info_nce(
     return (logits.logsumexp(1) - logits.gather(1, target[:, None]).squeeze(1)).mean()
 
 
+def kept_logsumexp(x: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """logsumexp over what the mask keeps, 0 where that is nothing; `dim` stays. Nothing else of x is read."""
+    some = mask.any(dim, keepdim=True)
+    lse = torch.where(mask, x, torch.where(some, -torch.inf, 0.0)).logsumexp(dim, keepdim=True)
+    return torch.where(some, lse, 0.0)
+
+
 def generative_info_nce(
     scores: Tensor,  # (B, P)  log p(d_j | z_i)
     target: Tensor | None = None,  # (B,)
     *,
-    temperature: float = GENERATIVE_TEMPERATURE,
+    temperature: float | Tensor = GENERATIVE_TEMPERATURE,
     num_tokens: Tensor | None = None,  # (P,)
     mask: Tensor | None = None,  # (B, P) bool, False where the pair has no score
     passage_ids: Tensor | None = None,  # (P,)
+    direction: str = "passages",
+    marginal: str | Tensor = "none",  # or log p(d_j), (P,)
 ) -> Tensor:
-    """Mean over queries of −log softmax_j(scores_ij / (n_j · temperature))[target] over the passages j with a score."""
+    """With x_ij = (scores_ij − marginal_j) / (n_j · temperature), the mean over queries i with the positive j of
+    −log softmax_j'(x_ij')[j] ("passages"), of −log softmax_i'(x_i'j)[i] ("queries"), or half of each ("both")."""
     if target is None:
-        target = torch.arange(len(scores), device=scores.device)
-    if len(scores) == 0:
+        target = torch.arange(scores.shape[0], device=scores.device)
+    if scores.shape[0] == 0:
         return scores.sum()
     positive = torch.arange(scores.shape[1], device=scores.device)[None, :] == target[:, None]
+    same = positive if passage_ids is None else passage_ids[target][:, None] == passage_ids[None, :]
     mask = torch.ones_like(positive) if mask is None else mask
-    if passage_ids is not None:
-        mask = mask & (positive | (passage_ids[None, :] != passage_ids[target][:, None]))
-    logits = torch.where(mask, scores, 0.0) / temperature
+    x = torch.where(mask, scores, 0.0)
+    if isinstance(marginal, Tensor):
+        x = x - marginal[None, :]
+    x = x / temperature
     if num_tokens is not None:
-        logits = logits / num_tokens[None, :]
-    chosen = logits.gather(1, target[:, None]).squeeze(1)
-    return (torch.where(mask, logits, -torch.inf).logsumexp(1) - chosen).mean()
+        x = x / num_tokens[None, :]
+    if isinstance(marginal, str) and marginal == "batch":
+        x = x - kept_logsumexp(x, mask, 0)
+    own = x.gather(1, target[:, None]).squeeze(1)
+    loss: Tensor = x.new_zeros(())
+    if direction in ("passages", "both"):
+        loss = loss + (kept_logsumexp(x, mask & (positive | ~same), 1).squeeze(1) - own).mean()
+    if direction in ("queries", "both"):
+        # Column i: what every query gives the positive of query i. Another query with that positive is no negative.
+        others = ~same[:, target] | torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
+        loss = loss + (kept_logsumexp(x[:, target], mask[:, target] & others, 0).squeeze(0) - own).mean()
+    return loss / 2 if direction == "both" else loss
+
+
+def score_distillation(
+    query: Tensor,  # (B, D)
+    passages: Tensor,  # (P, D)
+    scores: Tensor,  # (B, P)  log p(d_j | z_i) of a frozen teacher
+    *,
+    temperature: float | Tensor = DISTILLATION_TEMPERATURE,
+    teacher_temperature: float = TEACHER_TEMPERATURE,
+    mask: Tensor | None = None,  # (B, P) bool, False where the pair does not count
+    target: Tensor | None = None,  # (B,), −1 where no positive is known
+    mixture: float = 1.0,
+    marginal: str | Tensor = "batch",  # or log p(d_j), (P,)
+) -> Tensor:
+    """½ mean_i CE(T_i, softmax_j cos_ij/τ) + ½ mean_j CE(T'_j, softmax_i cos_ij/τ), over rows and columns with a pair.
+
+    T_i = softmax_j(scores_ij/τ_g − marginal_j) and T'_j = softmax_i(scores_ij/τ_g), mixed with known positives.
+    """
+    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    x = F.normalize(query, dim=-1) @ F.normalize(passages, dim=-1).T / temperature
+    s = torch.where(mask, scores, 0.0) / teacher_temperature
+    by_column = s - kept_logsumexp(s, mask, 0)  # log T'
+    if isinstance(marginal, Tensor):
+        s = s - marginal[None, :] / teacher_temperature
+    elif marginal == "batch":
+        s = by_column
+    rows = torch.where(mask, s - kept_logsumexp(s, mask, 1), -torch.inf).exp()  # T
+    columns = torch.where(mask, by_column, -torch.inf).exp()  # T'
+    if target is not None:
+        positive = (target[:, None] == torch.arange(scores.shape[1], device=scores.device)[None, :]).to(s.dtype)
+        owners = positive.sum(0)
+        rows = torch.where(target[:, None] >= 0, mixture * rows + (1 - mixture) * positive, rows)
+        shared = positive / owners.clamp(min=1)
+        columns = torch.where(owners > 0, mixture * columns + (1 - mixture) * shared, columns)
+
+    def mean(weights: Tensor, dim: int) -> Tensor:
+        """The mean of −Σ weights · log softmax(x) over those that the mask leaves a pair."""
+        terms = torch.where(mask, weights * (kept_logsumexp(x, mask, dim) - x), 0.0)
+        return terms.sum() / mask.any(dim).sum().clamp(min=1)
+
+    return (mean(rows, 1) + mean(columns, 0)) / 2
 
 
 def pool_last_k(
@@ -166,10 +279,8 @@ def pool_last_k(
     index: Tensor | None = None,  # any number of sequences
 ) -> Tensor:
     """The last K rows of the sequences `index` (all, in order, by default), (len(index), K, D)."""
-    bounds = cu_seqlens.tolist()
-    chosen = range(len(bounds) - 1) if index is None else index.tolist()
-    rows = [hidden[max(bounds[i], bounds[i + 1] - k) : bounds[i + 1]] for i in chosen]
-    return torch.stack(rows) if rows else hidden[:0].reshape(0, k, hidden.shape[1])
+    ends = cu_seqlens[1:] if index is None else cu_seqlens[1:][index]
+    return hidden[ends[:, None] + torch.arange(-k, 0, device=ends.device)]
 
 
 def splice(
@@ -183,9 +294,8 @@ def splice(
     embedding_scale: float = 1.0,
 ) -> Tensor:
     """Per pair s: embedding rows of `offset` ids, the K rows of z[z_index[s]], embedding rows of the rest; (T, D)."""
-    chosen = range(len(cu_seqlens) - 1) if z_index is None else z_index.tolist()
-    rows = []
-    for (start, end), b in zip(itertools.pairwise(cu_seqlens.tolist()), chosen, strict=True):
-        before, after = ids[start : start + offset], ids[start + offset + z.shape[1] : end]
-        rows += [embedding[before] * embedding_scale, z[b].to(embedding.dtype), embedding[after] * embedding_scale]
-    return torch.cat(rows) if rows else embedding[:0]
+    s = sequence_of_row(ids.shape[0], cu_seqlens)
+    j = torch.arange(ids.shape[0], device=ids.device) - cu_seqlens[s] - offset
+    of_z = (j >= 0) & (j < z.shape[1])
+    rows = z[s if z_index is None else z_index[s], j.where(of_z, 0)].to(embedding.dtype)
+    return torch.where(of_z[:, None], rows, embedding[ids.where(~of_z, 0)] * embedding_scale)

@@ -24,11 +24,18 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call on meta tensors) for every kernel, dtype and option that changes the compiled code."""
-    from autoregembed.kernels.triton import alignment_loss, info_nce, pool_last_k, segment_sum, splice
+    from autoregembed.kernels.triton import (
+        alignment_loss,
+        info_nce,
+        pool_last_k,
+        score_distillation,
+        segment_sum,
+        splice,
+    )
     from autoregembed.kernels.triton import linear_logprob as head
 
     def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def rows(d, v, dtype, *, bias=False, softcap=None, gradient=True, method=None):
         n = 2048
@@ -97,10 +104,24 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     if d == 8192 and (ids is None or not gradient):
                         continue
                     q, passages, y = meta(4096, d, dtype=dtype), meta(p, d, dtype=dtype), meta(4096, dtype=torch.int64)
+                    tau = meta(dtype=FP64 if dtype == FP64 else FP32)
                     yield (
                         f"info_nce {dtype} D={d} ids={ids is not None}",
-                        lambda q=q, p=passages, y=y, i=ids, g=gradient: info_nce.forward(q, p, y, i, 0.05, g, g),
+                        lambda q=q, p=passages, y=y, i=ids, t=tau, g=gradient: info_nce.forward(q, p, y, i, t, g, g, g),
                     )
+        work = FP64 if dtype == FP64 else FP32
+        for given in (True, False):
+            q, passages, s, tau = (
+                meta(2048, 896, dtype=dtype), meta(4096, 896, dtype=dtype), meta(2048, 4096, dtype=work),
+                meta(dtype=work),
+            )  # fmt: skip
+            mask, y = (meta(2048, 4096, dtype=torch.bool), meta(2048, dtype=torch.int64)) if given else (None, None)
+            yield (
+                f"score_distillation {dtype} mask={given}",
+                lambda q=q, p=passages, s=s, m=mask, y=y, t=tau, g=given: score_distillation.forward(
+                    q, p, s, m, y, None, t, 3.0, 0.5, True, g, g, g
+                ),
+            )
 
 
 def target_of(arch: str):

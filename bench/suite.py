@@ -17,11 +17,14 @@ from autoregembed.files import write_json
 from . import (
     bench_alignment_loss,
     bench_compression_loss,
+    bench_conditional_alignment,
+    bench_conditional_compression,
     bench_dpo,
     bench_generative_info_nce,
     bench_info_nce,
     bench_linear_logprob,
     bench_pool_last_k,
+    bench_score_distillation,
     bench_segment_sum,
     bench_splice,
 )
@@ -36,10 +39,13 @@ OPS = (
     bench_segment_sum,
     bench_alignment_loss,
     bench_compression_loss,
+    bench_conditional_alignment,
+    bench_conditional_compression,
     bench_pool_last_k,
     bench_splice,
     bench_info_nce,
     bench_generative_info_nce,
+    bench_score_distillation,
     bench_dpo,
 )
 

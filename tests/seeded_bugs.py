@@ -3,7 +3,7 @@
     python tests/seeded_bugs.py [substring of a bug's name]
 
 Prints one line a bug and exits with the number of survivors. Every bug runs in a fork of one process that has imported
-everything but the kernels. Outcome in the interpreter, fp32: all 35 caught. Two survived at first and got a test: tanh
+everything but the kernels. Outcome in the interpreter, fp32: all 48 caught. Two survived at first and got a test: tanh
 without its series, and a gradient of z from its first reader only.
 """
 
@@ -20,7 +20,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 
 HEAD, SUM, ALIGN, NCE = "linear_logprob", "segment_sum", "alignment_loss", "info_nce"
-POOL, SPLICE = "pool_last_k", "splice"
+POOL, SPLICE, DISTILL = "pool_last_k", "splice", "score_distillation"
 SHAPES = "any_shape and dtype0"
 # (name, file, the line's text, what it becomes, file of tests, tests that should notice)
 BUGS = [
@@ -84,10 +84,36 @@ BUGS = [
     ("splice: only the first reader's gradient", SPLICE, "for n in range(0, most):\n            s = first + n",
      "for n in range(0, tl.minimum(most, 1)):\n            s = first + n", SPLICE, "test_splice and dtype0"),
     ("InfoNCE: projection missing", NCE, "out = (g - x * along)", "out = g", NCE, "both_gradients and dtype0"),
-    ("InfoNCE: mean over passages", NCE, "factor = -1 / (b * temperature)", "factor = -1 / (p * temperature)", NCE,
+    ("InfoNCE: mean over passages", NCE, "g_query, temperature, -1 / b)", "g_query, temperature, -1 / p)", NCE,
      "both_gradients and dtype0"),
     ("InfoNCE: duplicates hide the positive", HEAD, "z = tl.where(same & (col != y), -float(\"inf\"), z)",
      "z = tl.where(same, -float(\"inf\"), z)", NCE, "both_gradients and dtype0"),
+    ("InfoNCE: duplicates in the temperature's gradient", NCE,
+     "counts = counts & (tl.load(id_ptr + col, mask=col < P, other=0) != own)", "counts = counts", "temperature",
+     "test_info_nce and True-True and triton"),
+    ("InfoNCE: temperature's gradient not rescaled", NCE, "excess = excess * rescale", "excess = excess", "temperature",
+     "test_info_nce and triton"),
+    ("distillation: passages' sums drop the last rows", DISTILL, "for start in range(0, inner, INNER):",
+     "for start in range(0, inner - INNER + 1, INNER):", DISTILL, "test_formula and triton"),
+    ("distillation: masked pairs in the sums", DISTILL, "z_max, z_sum = _add(z_max, z_sum, tl.where(kept, z,",
+     "z_max, z_sum = _add(z_max, z_sum, tl.where((j < inner)[None, :], z,", DISTILL, "test_formula and triton"),
+    ("distillation: sums not rescaled", DISTILL, "running_sum * tl.exp(running_max - shift) +", "running_sum +",
+     DISTILL, "test_formula and triton"),
+    ("distillation: marginal of rows in columns", DISTILL, "t_col = tl.exp(s - ", "t_col = tl.exp(by_row - ", DISTILL,
+     "test_formula and triton"),
+    ("distillation: mean over all columns", DISTILL, "((n > 0).sum()", "((n >= 0).sum()", DISTILL,
+     "drops_reaches and triton"),
+    ("distillation: one-hot not shared", DISTILL, "(hit / tl.maximum(owners, 1.0))", "hit", DISTILL,
+     "test_formula and triton"),
+    ("distillation: mixture in rows without a positive", DISTILL,
+     "tl.where(y >= 0, share * t_row + (1.0 - share) * hit, t_row)",
+     "share * t_row + (1.0 - share) * hit", DISTILL, "test_formula and triton"),
+    ("distillation: gradient of rows alone", DISTILL, "ratio * (tl.exp(along_col) - t_col)", "0.0 * ratio", DISTILL,
+     "test_accurate and triton"),
+    ("distillation: slope without the teacher", DISTILL, "slope += e * z", "slope += tl.exp(along_row) * z", DISTILL,
+     "test_accurate and triton"),
+    ("distillation: bad targets unnoticed", DISTILL, "tl.where(valid, 0.0, float(\"nan\"))",
+     "tl.where(valid, 0.0, 0.0)", DISTILL, "gives_nan"),
 ]  # fmt: skip
 
 
@@ -110,7 +136,8 @@ def caught(bug: tuple[str, str, str, str, str, str]) -> bool:
             autoregembed.kernels.__path__.insert(0, folder)
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 command = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k", chosen]
-                path = TESTS / (f"test_{tests}.py" if tests == SUM else f"test_triton_{tests}.py")
+                plain = TESTS / f"test_{tests}.py"
+                path = plain if tests in (SUM, DISTILL, "temperature") else TESTS / f"test_triton_{tests}.py"
                 code = pytest.main([*command, str(path)])
             os._exit(int(code))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -293,28 +293,6 @@ def test_dtype_is_that_of_query_positive(impl):
     torch.testing.assert_close(mixed.loss.double(), alignment_loss(*xs, impl=impl).loss, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize(("ref_margin", "negatives"), [("add", "independent"), ("subtract", "joint")])
-def test_compiles_whole_with_dynamic_sizes(impl, ref_margin, negatives):
-    torch._dynamo.reset()
-
-    def function(a, b, c, r_a, r_c, mask):
-        options = {"ref_margin": ref_margin, "negatives": negatives, "negative_mask": mask, "impl": impl}
-        return alignment_loss(a, b, c, r_a, r_c, **options)
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
-    for b, m in [(3, 2), (5, 4)]:
-        results = []
-        for f in (compiled, function):
-            xs, mask = scores(b, m, 4)
-            leaves = [x.requires_grad_() for x in xs[:3]]
-            out = f(*leaves, *xs[3:], mask)
-            out.loss.backward()
-            results.append([*out, *(x.grad for x in leaves)])
-        for x, y in zip(*results, strict=True):
-            torch.testing.assert_close(x, y)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # bad input
 

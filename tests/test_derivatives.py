@@ -5,7 +5,19 @@ import torch
 from torch.autograd import forward_ad
 from triton_cases import DEVICE
 
-from autoregembed import Decoder, alignment_loss, info_nce, linear_logprob, pool_last_k, segment_sum, splice
+from autoregembed import (
+    AlignmentPairs,
+    Decoder,
+    alignment_loss,
+    conditional_alignment,
+    conditional_compression,
+    info_nce,
+    linear_logprob,
+    pool_last_k,
+    score_distillation,
+    segment_sum,
+    splice,
+)
 from autoregembed.ops import available_impls
 from autoregembed.testing import tiny_model
 
@@ -20,7 +32,7 @@ def ids(*values: int) -> torch.Tensor:
 
 # Every op with a backend of its own, as a function of one tensor. Where a backend is plain PyTorch, autograd has every
 # derivative.
-W, B, C = numbers(11, 6, seed=1), numbers(3), numbers(3, 2)
+W, B, C, SCORES = numbers(11, 6, seed=1), numbers(3), numbers(3, 2), 5 * numbers(4, 11)
 EVERY = ("triton", "cpp", "torch")
 CASES = {
     "linear_logprob": (lambda x, impl: linear_logprob(x, W, ids(0, 3, 10, 5), impl=impl), (4, 6), EVERY),
@@ -34,13 +46,31 @@ CASES = {
         lambda x, impl: linear_logprob(x, W, ids(0, 3, 10, 5), cu_seqlens=ids(0, 1, 4), impl=impl), (4, 6),
         EVERY,
     ),
+    "conditional_alignment": (
+        lambda x, impl: conditional_alignment(
+            x, W, ids(0, 3, 10, 5), ids(0, 1, 2, 4), AlignmentPairs(ids(0), ids(1), ids(2)[None]), ref_margin="none",
+            impl=impl,
+        ).loss[None], (4, 6), EVERY,
+    ),
+    "conditional_compression": (
+        lambda x, impl: conditional_compression(x, W, ids(0, 3, 10, 5), impl=impl)[None], (4, 6), EVERY,
+    ),
     "segment_sum": (lambda x, impl: segment_sum(x, ids(0, 2, 5), impl=impl), (5,), ("triton", "torch")),
     "alignment_loss": (
         lambda a, impl: alignment_loss(a, B, C, ref_margin="none", impl=impl).loss[None], (3,),
         ("triton",),
     ),
-    "info_nce": (lambda q, impl: info_nce(q, W, impl=impl)[None], (4, 6), ("triton", "cpp")),
-    "info_nce of passages": (lambda p, impl: info_nce(W[:3], p, impl=impl)[None], (5, 6), ("triton", "cpp")),
+    "info_nce": (lambda q, impl: info_nce(q, W, impl=impl)[None], (4, 6), EVERY),
+    "info_nce of passages": (lambda p, impl: info_nce(W[:3], p, impl=impl)[None], (5, 6), EVERY),
+    "info_nce of its temperature": (
+        lambda t, impl: info_nce(W[:3], W, temperature=t.abs() + 0.1, impl=impl)[None], (1,), EVERY,
+    ),
+    "score_distillation": (
+        lambda q, impl: score_distillation(q, W, SCORES, impl=impl)[None], (4, 6), ("triton", "torch"),
+    ),
+    "score_distillation of passages": (
+        lambda p, impl: score_distillation(W[:3], p, SCORES[:3, :5], impl=impl)[None], (5, 6), ("triton", "torch"),
+    ),
     "pool_last_k": (lambda x, impl: pool_last_k(x, ids(0, 2, 5), 2, impl=impl), (5, 6), ("triton",)),
     "splice": (lambda z, impl: splice(z, W, ids(0, 0, 1, 0, 0), ids(0, 3, 5), impl=impl), (2, 2, 6), ("triton",)),
 }  # fmt: skip

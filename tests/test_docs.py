@@ -20,9 +20,11 @@ from autoregembed import (
     data,
     files,
     generative_info_nce,
+    info_nce,
     linear_logprob,
     models,
     reference_scores,
+    score_distillation,
 )
 from autoregembed.config import Config
 from autoregembed.prompt import Prompt
@@ -241,7 +243,11 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
     h, w = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(5, 4, dtype=torch.float64)
     yield lambda: linear_logprob(h, w, torch.tensor([0, 1]), impl="cpp")
     yield lambda: linear_logprob(h, w, torch.tensor([0, 5]))
-    yield lambda: generative_info_nce(torch.zeros(2, 2), mask=torch.zeros(2, 2, dtype=torch.bool))
+    x = torch.zeros(2, 2)
+    yield lambda: generative_info_nce(x, mask=torch.zeros(2, 2, dtype=torch.bool))
+    yield lambda: info_nce(x, x, temperature=torch.tensor(-0.1))
+    yield lambda: score_distillation(x, x, x, teacher_temperature=torch.tensor(1.0))
+    yield lambda: score_distillation(x, x, x.clone().requires_grad_())
 
 
 def test_the_quoted_errors_are_those_that_the_code_raises(tmp_path, model_folder, compression_file):

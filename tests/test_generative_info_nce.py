@@ -10,30 +10,47 @@ def some_scores(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def by_hand(scores, target, temperature, num_tokens=None, mask=None, passage_ids=None):
+def by_hand(scores, target, temperature, num_tokens=None, mask=None, passage_ids=None, direction="passages",
+            marginal="none"):  # fmt: skip
     """One query and one passage after the other."""
-    terms = []
-    for i, row in enumerate(scores):
+    b, p = scores.shape
+    kept = [[mask is None or bool(mask[i, j]) for j in range(p)] for i in range(b)]
+    same = lambda j, k: j == k or (passage_ids is not None and int(passage_ids[j]) == int(passage_ids[k]))  # noqa: E731
+    x = [[None] * p for _ in range(b)]
+    for j in range(p):
+        width = temperature * (1 if num_tokens is None else int(num_tokens[j]))
+        level = {i: scores[i, j] / width for i in range(b) if kept[i][j]}
+        if isinstance(marginal, torch.Tensor):
+            level = {i: v - marginal[j] / width for i, v in level.items()}
+        elif marginal == "batch" and level:
+            level = {i: v - torch.stack(list(level.values())).logsumexp(0) for i, v in level.items()}
+        for i, v in level.items():
+            x[i][j] = v
+    passages, queries = [], []
+    for i in range(b):
         y = int(target[i])
-        kept = [
-            j
-            for j in range(len(row))
-            if (mask is None or mask[i, j])
-            and (j == y or passage_ids is None or int(passage_ids[j]) != int(passage_ids[y]))
-        ]
-        logits = torch.stack([row[j] / (temperature * (1 if num_tokens is None else int(num_tokens[j]))) for j in kept])
-        terms.append(-logits.log_softmax(0)[kept.index(y)])
-    return torch.stack(terms).mean()
+        row = [x[i][j] for j in range(p) if kept[i][j] and (j == y or not same(j, y))]
+        column = [x[k][y] for k in range(b) if kept[k][y] and (k == i or not same(int(target[k]), y))]
+        passages.append(torch.stack(row).logsumexp(0) - x[i][y])
+        queries.append(torch.stack(column).logsumexp(0) - x[i][y])
+    means = torch.stack(passages).mean(), torch.stack(queries).mean()
+    return {"passages": means[0], "queries": means[1], "both": sum(means) / 2}[direction]
 
 
 OPTIONS = {
     "num_tokens": torch.tensor([3, 9, 1, 4, 5]),
     "mask": torch.tensor([[1, 0, 1, 1, 1], [1, 1, 1, 0, 1], [1, 1, 0, 0, 1]]).bool(),
     "passage_ids": torch.tensor([7, 1, 7, 2, 1]),
+    "direction": "both",
+    "marginal": "batch",
 }
+CHOICES = [
+    (), ("num_tokens",), ("mask",), ("passage_ids",), ("direction",), ("marginal",), ("marginal", "mask"),
+    ("direction", "passage_ids"), ("direction", "num_tokens", "mask"), tuple(OPTIONS),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("names", [(), ("num_tokens",), ("mask",), ("passage_ids",), tuple(OPTIONS)])
+@pytest.mark.parametrize("names", CHOICES)
 def test_generative_info_nce_is_the_softmax_over_scored_passages(names):
     options = {name: OPTIONS[name] for name in names}
     target = torch.tensor([2, 0, 4])
@@ -50,6 +67,27 @@ def test_generative_info_nce_is_the_softmax_over_scored_passages(names):
         torch.testing.assert_close(loss.double(), wanted.detach(), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(scores.grad.double(), gradient, rtol=tolerance, atol=tolerance)
     assert torch.autograd.gradcheck(lambda s: generative_info_nce(s, target, **options), exact)
+
+
+@pytest.mark.parametrize("direction", ["passages", "queries", "both"])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_given_marginal_and_two_queries_of_one_passage(direction, tokens):
+    """Another query with the same positive is no negative of the passage, and the marginal cancels in its column."""
+    scores, target = -40 * some_scores(4, 5).double().abs(), torch.tensor([2, 0, 2, 4])
+    options = {"direction": direction, "num_tokens": OPTIONS["num_tokens"] if tokens else None}
+    given = {"marginal": -20 * some_scores(5).double().abs(), **options}
+    found = generative_info_nce(scores, target, **given)
+    torch.testing.assert_close(found, by_hand(scores, target, 1.0, **given), rtol=1e-12, atol=1e-12)
+    plain = generative_info_nce(scores, target, **options)
+    assert torch.allclose(found, plain, rtol=1e-10, atol=1e-12) == (direction == "queries")
+
+
+def test_the_batch_marginal_and_columns_forget_how_likely_a_passage_is():
+    scores, likely = -40 * some_scores(3, 5).double().abs(), 100 * some_scores(5).double()
+    for options in ({"marginal": "batch"}, {"direction": "queries"}, {"marginal": "batch", "direction": "both"}):
+        plain, shifted = generative_info_nce(scores, **options), generative_info_nce(scores + likely, **options)
+        torch.testing.assert_close(shifted, plain, rtol=1e-10, atol=1e-11)
+    assert (generative_info_nce(scores + likely) - generative_info_nce(scores)).abs() > 1
 
 
 def test_nothing_to_score():
@@ -75,6 +113,9 @@ def test_sixteen_bits_are_widened():
         ({"num_tokens": torch.tensor([1, 2, 0, 1, 1])}, ValueError, "num_tokens: got 0, expected at least 1"),
         ({"num_tokens": torch.ones(5)}, TypeError, "num_tokens: got dtype torch.float32"),
         ({"mask": torch.zeros(3, 5, dtype=torch.bool)}, ValueError, "mask: got False for the positive of row 0"),
+        ({"direction": "columns"}, ValueError, "direction: got 'columns', expected"),
+        ({"marginal": "memory"}, ValueError, "marginal: got 'memory', expected"),
+        ({"marginal": torch.zeros(3)}, ValueError, r"marginal: got shape \(3,\), expected \(P,\) = \(5\)"),
         ({"passage_ids": torch.zeros(4, dtype=torch.int64)}, ValueError, r"passage_ids: got shape \(4,\)"),
     ],
 )

@@ -8,18 +8,24 @@ import torch
 import autoregembed
 from autoregembed import (
     AlignmentLoss,
+    ConditionalAlignment,
+    ConditionalCompression,
     GenerativeInfoNCELoss,
     InfoNCELoss,
     LinearLogprob,
     PoolLastK,
+    ScoreDistillationLoss,
     SegmentSum,
     Splice,
     alignment_loss,
+    conditional_alignment,
+    conditional_compression,
     generative_info_nce,
     info_nce,
     linear_logprob,
     ops,
     pool_last_k,
+    score_distillation,
     segment_sum,
     splice,
 )
@@ -98,8 +104,8 @@ def test_generative_info_nce():
     scores.requires_grad_()
     target, options = torch.tensor([2, 0, 4]), GENERATIVE
     same(
-        lambda: GenerativeInfoNCELoss(temperature=0.3)(scores, target, *options.values()),
-        lambda: generative_info_nce(scores, target, temperature=0.3, **options),
+        lambda: GenerativeInfoNCELoss(temperature=0.3, direction="both")(scores, target, *options.values(), "batch"),
+        lambda: generative_info_nce(scores, target, temperature=0.3, direction="both", marginal="batch", **options),
         scores,
     )
     same(lambda: GenerativeInfoNCELoss()(scores), lambda: generative_info_nce(scores), scores)
@@ -142,6 +148,9 @@ def test_splice():
         (InfoNCELoss, info_nce),
         (GenerativeInfoNCELoss, generative_info_nce),
         (SegmentSum, segment_sum),
+        (ScoreDistillationLoss, score_distillation),
+        (ConditionalAlignment, conditional_alignment),
+        (ConditionalCompression, conditional_compression),
         (PoolLastK, pool_last_k),
         (Splice, splice),
     ],

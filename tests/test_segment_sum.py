@@ -118,16 +118,3 @@ def test_opcheck(impl, dtype):
     cu = bounds(0, 2, 2, 5, dtype=dtype)
     torch.library.opcheck(OPS.segment_sum.default, (torch.randn(5, device=DEVICE, requires_grad=True), cu, impl))
     torch.library.opcheck(OPS.segment_sum_backward.default, (torch.randn(3, device=DEVICE), cu, 5, impl))
-
-
-@pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_compiles_whole_with_dynamic_sizes(impl):
-    compiled = torch.compile(segment_sum, fullgraph=True, dynamic=True, backend="aot_eager")
-    for cu in (bounds(0, 2, 5), bounds(0, 4, 4, 9)):
-        results = []
-        for f in (compiled, segment_sum):
-            x = torch.arange(float(cu[-1]), device=DEVICE, requires_grad=True)
-            sums = f(x, cu, impl=impl)
-            results.append((sums.detach(), torch.autograd.grad(sums.square().sum(), x)[0]))
-        for found, wanted in zip(*results, strict=True):
-            assert torch.equal(found, wanted)

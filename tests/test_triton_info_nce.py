@@ -142,6 +142,9 @@ def test_upstream_gradient_and_second_backward():
 @pytest.mark.parametrize("duplicates", [False, True])
 def test_opcheck(duplicates):
     q, passages, target, ids = problem(4, 9, 8, torch.float32)
-    arguments = (leaf(q, torch.float32), leaf(passages, torch.float32), target, ids if duplicates else None, 0.05)
-    torch.library.opcheck(torch.ops.autoregembed.info_nce.default, (*arguments, True, True))
-    torch.library.opcheck(torch.ops.autoregembed.info_nce.default, (q, passages, *arguments[2:], False, False))
+    tau = torch.tensor(0.05, device=DEVICE, requires_grad=True)
+    op, ids = torch.ops.autoregembed.info_nce.default, ids if duplicates else None
+    for impl in ("triton", "torch"):
+        leaves = leaf(q, torch.float32), leaf(passages, torch.float32)
+        torch.library.opcheck(op, (*leaves, target, ids, tau, True, True, True, impl))
+        torch.library.opcheck(op, (q, passages, target, ids, tau.detach(), False, False, False, impl))

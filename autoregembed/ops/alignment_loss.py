@@ -128,8 +128,7 @@ def alignment_loss(
     """
     require_option("ref_margin", ref_margin, REF_MARGINS)
     require_option("negatives", negatives, NEGATIVES)
-    require_positive("beta", beta)
-    require_positive("temperature", temperature)
+    beta, temperature = require_positive("beta", beta), require_positive("temperature", temperature)
     query_negatives, reference_negatives = _as_columns(query_negatives), _as_columns(reference_negatives)
     negative_mask = _as_columns(negative_mask)
     require_tensor("query_positive", query_positive, FLOATS, {"B": None})

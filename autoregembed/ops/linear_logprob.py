@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,11 @@ def _scale_rows_fake(grad: Tensor, u: Tensor) -> Tensor:
     return torch.empty_like(u)
 
 
+def scale_rows(grad: Tensor, u: Tensor, impl: str) -> Tensor:
+    """grad (N,) times the rows of u (N, D), in u's dtype, rounded once: the backward of a frozen head."""
+    return _scale_rows(grad, u) if impl == "triton" else (grad[:, None] * u).to(u.dtype)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl = inputs
     ctx.with_gradient = with_gradient
@@ -123,9 +128,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_u: Any) -> tuple[Tensor | Non
         return none
     if ctx.with_gradient:
         (u,) = ctx.saved_tensors
-        if ctx.impl == "triton":
-            return (_scale_rows(grad, u), *none[1:])
-        return ((grad[:, None] * u).to(u.dtype), *none[1:])
+        return scale_rows(grad, u, ctx.impl), *none[1:]
     hidden, weight, target, bias = ctx.saved_tensors
     d_hidden, d_weight, d_bias = _linear_logprob_backward(grad, hidden, weight, target, bias, *ctx.head)
     needs = ctx.needs_input_grad
@@ -142,6 +145,65 @@ _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Public
+
+
+class Head(NamedTuple):
+    """A linear head and what it reads, checked."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D), of hidden's dtype
+    target: Tensor  # (N,) int64
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    scale: float
+    impl: str  # a backend that runs
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    impl: str,
+    op: str = "linear_logprob",
+) -> Head:
+    """The checks that all ops on a linear head share; reads no values. Casts as autocast does, gathers a DTensor."""
+    require_tensor("hidden", hidden, FLOATS, {"N": None, "D": None})
+    (n, d), like = hidden.shape, ("hidden", hidden)
+    require_tensor("weight", weight, FLOATS, {"V": None, "D": d}, like)
+    v = weight.shape[0]
+    if v == 0:
+        raise ValueError("weight: got V = 0, expected at least one token")
+    if weight.requires_grad and hasattr(weight, "full_tensor"):
+        raise TypeError("weight: got a DTensor that requires grad, expected one that is frozen, or a plain tensor")
+    require_tensor("target", target, INTEGERS, {"N": n}, like)
+    if bias is not None:
+        require_tensor("bias", bias, FLOATS, {"V": v}, like)
+    if softcap is not None:
+        softcap = require_positive("softcap", softcap)
+    scale = require_finite("scale", scale)
+    require_integer("ignore_index", ignore_index)
+    weight = to_full_tensor(weight)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    require_same_dtype("weight", weight, ("hidden", hidden))
+    if bias is not None:
+        require_same_dtype("bias", bias, ("hidden", hidden))
+    impl = resolve_impl(impl, hidden.device, hidden.dtype, ("triton", "cpp", "torch"))
+    if impl != "reference":
+        require_reverse_mode(op, hidden, weight, bias)
+    return Head(hidden, weight, target.long(), bias, softcap, scale, impl)
+
+
+def require_frozen_head(op: str, weight: Tensor, bias: Tensor | None) -> None:
+    """The loss's gradient is formed for hidden states alone."""
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(f"weight: got a head that requires grad, expected a frozen one; train it through {op}")
 
 
 def linear_logprob(
@@ -188,44 +250,19 @@ def linear_logprob(
 
     Source: log p(target | z) of arXiv 2502.11401, §3; the two-GEMM form is derived in kernels/torch/linear_logprob.py.
     """
-    require_tensor("hidden", hidden, FLOATS, {"N": None, "D": None})
-    (n, d), like = hidden.shape, ("hidden", hidden)
-    require_tensor("weight", weight, FLOATS, {"V": None, "D": d}, like)
-    v = weight.shape[0]
-    if v == 0:
-        raise ValueError("weight: got V = 0, expected at least one token")
-    if weight.requires_grad and hasattr(weight, "full_tensor"):
-        raise TypeError("weight: got a DTensor that requires grad, expected one that is frozen, or a plain tensor")
-    require_tensor("target", target, INTEGERS, {"N": n}, like)
-    if bias is not None:
-        require_tensor("bias", bias, FLOATS, {"V": v}, like)
+    head = check_head(hidden, weight, target, bias, softcap, scale, ignore_index, impl)
+    hidden, weight, target, bias, softcap, scale, impl = head
+    n, v = hidden.shape[0], weight.shape[0]
     if cu_seqlens is not None:
-        require_cu_seqlens(cu_seqlens, "S", like)
-    if softcap is not None:
-        require_positive("softcap", softcap)
-    require_finite("scale", scale)
-    require_integer("ignore_index", ignore_index)
+        require_cu_seqlens(cu_seqlens, "S", ("hidden", hidden))
     if num_grad_rows is not None:
         require_integer("num_grad_rows", num_grad_rows)
         if not 0 <= num_grad_rows <= n:
             raise ValueError(f"num_grad_rows: got {num_grad_rows}, expected 0..{n} (N)")
-    weight = to_full_tensor(weight)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    require_same_dtype("weight", weight, ("hidden", hidden))
-    if bias is not None:
-        require_same_dtype("bias", bias, ("hidden", hidden))
-    impl = resolve_impl(impl, hidden.device, hidden.dtype, ("triton", "cpp", "torch"))
-    target = target.long()
-    options: dict[str, Any] = {"softcap": softcap, "scale": float(scale), "ignore_index": ignore_index}
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale, "ignore_index": ignore_index}
     if impl == "reference":
-        require_ids("target", target, v, ignore_index)
-        if cu_seqlens is not None:
-            require_bounds(cu_seqlens, n)
-    else:
-        require_reverse_mode("linear_logprob", hidden, weight, bias)
+        target = require_ids("target", target, v, ignore_index)
+        cu_seqlens = None if cu_seqlens is None else require_bounds(cu_seqlens, n)
 
     def rows(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Tensor:
         """logprob (N,) of some rows."""
@@ -235,7 +272,7 @@ def linear_logprob(
         trainable_head = weight.requires_grad or (bias is not None and bias.requires_grad)
         with_gradient = torch.is_grad_enabled() and hidden.requires_grad and not trainable_head
         return _linear_logprob(
-            hidden, weight, target, bias, softcap, float(scale), ignore_index, with_gradient, impl
+            hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient, impl
         )[0]  # fmt: skip
 
     if num_grad_rows is None or num_grad_rows == n or not torch.is_grad_enabled():

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from autoregembed import reference as spec
 from autoregembed.derivatives import first_order_only, require_reverse_mode
-from autoregembed.kernels.torch import pool_last_k as torch_kernel
 from autoregembed.ops._checks import (
     FLOATS,
     INTEGERS,
@@ -101,10 +100,9 @@ def pool_last_k(
     if impl == "triton":
         require_reverse_mode("pool_last_k", hidden)
         return _pool_last_k(hidden, cu_seqlens, k, index)
-    require_sequences(cu_seqlens, hidden.shape[0], k)
-    if index is not None:
-        require_ids("index", index, cu_seqlens.shape[0] - 1)
-    return (spec.pool_last_k if impl == "reference" else torch_kernel.forward)(hidden, cu_seqlens, k, index)
+    cu_seqlens = require_sequences(cu_seqlens, hidden.shape[0], k)
+    index = None if index is None else require_ids("index", index, cu_seqlens.shape[0] - 1)
+    return spec.pool_last_k(hidden, cu_seqlens, k, index)  # one gather: the specification is the torch backend
 
 
 class PoolLastK(nn.Module):

@@ -84,8 +84,7 @@ def segment_sum(x: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Tensor:
     require_cu_seqlens(cu_seqlens, "S", ("x", x))
     impl = resolve_impl(impl, x.device, x.dtype, ("triton", "torch"))
     if impl == "reference":
-        require_bounds(cu_seqlens, x.shape[0])
-        return spec.segment_sum(x, cu_seqlens)
+        return spec.segment_sum(x, require_bounds(cu_seqlens, x.shape[0]))
     require_reverse_mode("segment_sum", x)
     return _segment_sum(x, cu_seqlens, impl)
 

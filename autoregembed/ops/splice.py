@@ -126,17 +126,16 @@ def splice(
     if z_index is not None:
         require_tensor("z_index", z_index, INTEGERS, {"S": s}, like)
     require_integer("offset", offset, 0)
-    require_finite("embedding_scale", embedding_scale)
+    embedding_scale = require_finite("embedding_scale", embedding_scale)
     impl = resolve_impl(impl, z.device, z.dtype, ("triton", "torch"))
     if impl == "triton":
         require_reverse_mode("splice", z)
-        return _splice(z, embedding, ids, cu_seqlens, z_index, offset, float(embedding_scale))
-    require_sequences(cu_seqlens, ids.shape[0], offset + k)
+        return _splice(z, embedding, ids, cu_seqlens, z_index, offset, embedding_scale)
+    cu_seqlens = require_sequences(cu_seqlens, ids.shape[0], offset + k)
     rows = torch_kernel.z_rows(cu_seqlens, offset, k)
-    ids = ids.index_fill(0, rows, 0)
-    require_ids("ids", ids, embedding.shape[0])
+    ids = require_ids("ids", ids.index_fill(0, rows, 0), embedding.shape[0])
     if z_index is not None:
-        require_ids("z_index", z_index, b)
+        z_index = require_ids("z_index", z_index, b)
     elif s != b:
         raise ValueError(f"z: got {b}, expected one for each of {s} pairs")
     if impl == "reference":

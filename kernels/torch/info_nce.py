@@ -1,31 +1,16 @@
-"""Contrastive loss over cosine similarities by chunks of rows, for any torch device."""
+"""Contrastive loss over cosine similarities and its gradients by chunks of rows, for any torch device.
+
+Derivation: kernels/triton/info_nce.py. A chunk of the (B, P) similarities is all that is ever there of them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from autoregembed.kernels.torch.linear_logprob import rows_per_chunk
 
-
-class _Similarities(torch.autograd.Function):
-    """q pᵀ whose gradients too are computed without autocast."""
-
-    @staticmethod
-    def forward(ctx, q: Tensor, p: Tensor) -> Tensor:  # (B, D), (P, D) -> (B, P)
-        ctx.save_for_backward(q, p)
-        return q @ p.T
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (q, p), (grad,) = ctx.saved_tensors, grads
-        for_q, for_p = ctx.needs_input_grad
-        with torch.autocast(q.device.type, enabled=False):
-            return grad @ p if for_q else None, grad.T @ q if for_p else None
+EPS = 1e-12  # of torch.nn.functional.normalize
 
 
 def fits_one_chunk(query: Tensor, passages: Tensor) -> bool:
@@ -33,25 +18,58 @@ def fits_one_chunk(query: Tensor, passages: Tensor) -> bool:
     return rows_per_chunk(len(query), len(passages), query.element_size(), query.device) >= len(query)
 
 
+def normalize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x / max(|x|, EPS), (R, D), and |x|, (R, 1)."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / length.clamp(min=EPS), length
+
+
+def project(unit: Tensor, length: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of x from that of its unit vector, both (R, D); `grad` is overwritten."""
+    along = (unit * grad).sum(1, keepdim=True).where(length > EPS, 0.0)
+    return grad.addcmul_(unit, along, value=-1).div_(length.clamp(min=EPS))
+
+
 def forward(
     query: Tensor,  # (B, D), B > 0
     passages: Tensor,  # (P, D), P > 0
     target: Tensor,  # (B,) int64 in [0, P)
     passage_ids: Tensor | None,  # (P,) int64
-    temperature: float,
-) -> Tensor:
-    """The loss (). Each chunk is recomputed in the backward unless it is the only one."""
-    q, p = F.normalize(query, dim=-1), F.normalize(passages, dim=-1)
-
-    def loss_of(q: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        logits = _Similarities.apply(q, p) / temperature
+    temperature: Tensor,  # ()
+    query_gradient: bool,
+    passage_gradient: bool,
+    temperature_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss () and its gradients of query (B, D), passages (P, D), each (0, D) unless asked for, and temperature ()."""
+    (b, d), n = query.shape, len(passages)
+    (q, q_length), (p, p_length) = normalize(query), normalize(passages)
+    d_q, d_p = query.new_empty(b if query_gradient else 0, d), query.new_zeros(n if passage_gradient else 0, d)
+    loss, d_temperature = query.new_zeros(()), query.new_zeros(())
+    step = rows_per_chunk(b, n, query.element_size(), query.device)
+    for i in range(0, b, step):
+        rows = slice(i, min(i + step, b))
+        y = target[rows, None]
+        cos = q[rows] @ p.T
+        cos_y = cos.gather(1, y)
+        logits = cos / temperature
         if passage_ids is not None:
-            duplicate = passage_ids[None, :] == passage_ids[y][:, None]
-            logits = logits.masked_fill(duplicate.scatter(1, y[:, None], False), -torch.inf)
-        return F.cross_entropy(logits, y, reduction="sum")
-
-    step = rows_per_chunk(len(q), len(p), q.element_size(), q.device)
-    if step >= len(q):
-        return loss_of(q, p, target) / len(q)
-    chunks = zip(q.split(step), target.split(step), strict=True)
-    return torch.stack([checkpoint(loss_of, rows, p, y, use_reentrant=False) for rows, y in chunks]).sum() / len(q)
+            duplicate = passage_ids[None, :] == passage_ids[y]
+            logits.masked_fill_(duplicate.scatter_(1, y, False), -torch.inf)
+        top = logits.amax(1, keepdim=True)
+        # The target is left out of the sum: 1 − softmax[target] as a difference would cancel.
+        e = logits.sub_(top).exp_().scatter_(1, y, 0.0)
+        others = e.sum(1, keepdim=True)
+        x_y = cos_y / temperature - top
+        total = others + x_y.exp()
+        loss += (total.log() - x_y).sum()
+        if temperature_gradient:
+            d_temperature -= (e / total * (cos - cos_y)).sum()
+        if query_gradient or passage_gradient:
+            e.scatter_(1, y, -others).div_(total * temperature * b)
+        if query_gradient:
+            torch.mm(e, p, out=d_q[rows])
+        if passage_gradient:
+            d_p.addmm_(e.T, q[rows])
+    d_query = project(q, q_length, d_q) if query_gradient else d_q
+    d_passages = project(p, p_length, d_p) if passage_gradient else d_p
+    return loss / b, d_query, d_passages, d_temperature / (b * temperature.square())

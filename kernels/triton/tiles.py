@@ -87,6 +87,9 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("rows", "any", 0, 0): Tile(2, 1024, registers=255),
     ("alignment_loss", "any", 0, 0): Tile(1024, 1, warps=8, registers=255),
     ("unit", "any", 0, 0): Tile(1, 1, warps=8),
+    # score_distillation: rows of the block, and the step along a row
+    ("distillation_rows", "any", 0, 0): Tile(1, 1024, warps=4),
+    ("distillation_columns", "any", 0, 0): Tile(32, 32, warps=4),
     # The interpreter's tiles are small, so that small tensors have several and a ragged last one.
     **{
         (kernel, "interpret", bits, 0): sizes
@@ -109,6 +112,8 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("rows", "interpret", 0, 0): Tile(4, 16),
     ("alignment_loss", "interpret", 0, 0): Tile(32, 1),
     ("unit", "interpret", 0, 0): Tile(1, 1),
+    ("distillation_rows", "interpret", 0, 0): Tile(2, 8),
+    ("distillation_columns", "interpret", 0, 0): Tile(4, 8),
 }
 
 # How the gradient of a frozen head is formed: "cublas" (two library GEMMs, one epilogue between) or "tiled".
