@@ -2,6 +2,7 @@
 # make test         lint, types, tests
 # make sanitize     the native module's tests under ASan + UBSan, then TSan
 # make docs         the site in build/site
+# make hub-kernels  the Triton kernels as a folder that Hugging Face's `kernels` loads, in build/hub-kernels
 # make bench        every op and the training step beside baselines, bare GEMMs and roofline
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 CPUS   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: quickstart test lint sanitize docs bench clean
+.PHONY: quickstart test lint sanitize docs hub-kernels bench clean
 
 # Torch by itself first: another package's looser range would take the newest build with gigabytes of CUDA.
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*.cpp kernels/native/*.h)
@@ -54,6 +55,9 @@ $(BIN)/.docs: $(BIN)/.installed
 
 docs: $(BIN)/.docs
 	$(BIN)/mkdocs build --strict
+
+hub-kernels:
+	$(PYTHON) release/hub_kernels.py
 
 # Without dependencies: those of a baseline would replace torch by a CUDA build of several GB.
 $(BIN)/.baselines: $(BIN)/.data

@@ -67,6 +67,7 @@ setup(
         "autoregembed",
         "autoregembed.bench",
         "autoregembed.bench.baselines",
+        "autoregembed.configs",
         "autoregembed.integrations",
         "autoregembed.kernels",
         "autoregembed.kernels.native",
@@ -77,11 +78,12 @@ setup(
     package_dir={
         "autoregembed.bench": "bench",
         "autoregembed.bench.baselines": "bench/baselines",
+        "autoregembed.configs": "examples/configs",  # what `autoregembed init` copies
         "autoregembed.kernels.native": "kernels/native",
         "autoregembed.kernels.torch": "kernels/torch",
         "autoregembed.kernels.triton": "kernels/triton",
     },
-    package_data={"autoregembed": ["py.typed"]},
+    package_data={"autoregembed": ["py.typed"], "autoregembed.configs": ["*/*.yaml"]},
     ext_modules=[] if MODE == "0" else [Extension("autoregembed._native", sources=[], optional=MODE != "1")],
     cmdclass={"build_ext": CMakeBuild},
 )

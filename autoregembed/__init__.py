@@ -1,6 +1,11 @@
 """Fused training kernels for AutoRegEmbed text embeddings (arXiv 2502.11401)."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
+
+with warnings.catch_warnings():  # torch is all that is needed, and it warns where NumPy is not
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch as _torch  # noqa: F401
 
 from autoregembed._version import __version__
 from autoregembed.ops import (

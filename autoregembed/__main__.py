@@ -1,14 +1,56 @@
+"""The command before its packages: `--version`, `--help` and `doctor` run with torch alone."""
+
+import os
 import sys
+
+COMMANDS = {
+    "train": "train CONFIG.yaml [--field value ...]",
+    "encode": "embed the lines of a text file",
+    "eval": "score a model by STS and retrieval",
+    "bench": "time the ops and the training step",
+    "init": "copy a ready configuration",
+    "completion": "print a completion script for bash, zsh, fish or tcsh",
+    "doctor": "what is installed, and which backends run here",
+}
+
+
+def _needs_more(error: ModuleNotFoundError) -> str:
+    from autoregembed.doctor import install_line
+
+    line = install_line()
+    return f"needs packages that are not installed ({error}):\n  {line}" if line else f"fails: {error}"
 
 
 def main() -> int:
-    """The command; its packages come with the extra `train`, and the losses do without them."""
+    """The `autoregembed` command; returns the exit status."""
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        from autoregembed import __version__
+
+        print(f"autoregembed {__version__}")
+        return 0
+    if arguments == ["doctor"]:
+        from autoregembed.doctor import report
+
+        print(report())
+        return 0
+    working = arguments[:1] in (["train"], ["encode"], ["eval"], ["bench"]) and not {"-h", "--help"} & {*arguments}
+    if working and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"autoregembed {arguments[0]}: loading libraries", file=sys.stderr, flush=True)
     try:
         from autoregembed import cli
+
+        return cli.main(arguments)
     except ModuleNotFoundError as error:
-        print(f"autoregembed: {error}; the command needs the extra 'train'", file=sys.stderr)
+        if (error.name or "").partition(".")[0] == "autoregembed":
+            raise
+        if arguments in ([], ["-h"], ["--help"]):
+            print("usage: autoregembed COMMAND ...\n")
+            print("\n".join(f"  {name:<10}  {text}" for name, text in COMMANDS.items()))
+            print(f"\nOnly doctor and --version run here. Every other command {_needs_more(error)}")
+            return 0 if arguments else 2
+        print(f"autoregembed {' '.join(arguments[:1])}: {_needs_more(error)}", file=sys.stderr)
         return 2
-    return cli.main()
 
 
 if __name__ == "__main__":

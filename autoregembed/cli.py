@@ -1,35 +1,26 @@
-"""The `autoregembed` command: train, encode, eval, doctor, bench."""
+"""The `autoregembed` command: train, encode, eval, doctor, bench, init, completion."""
 
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
-import importlib.util
 import inspect
 import itertools
 import os
-import platform
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
-from rich.table import Table
+
+from autoregembed.doctor import report
+from autoregembed.train_flags import train_parser
 
 console = Console(stderr=False)
-
-
-def _train_parser() -> ArgumentParser:
-    from autoregembed.config import Config
-
-    parser = ArgumentParser(prog="autoregembed train", exit_on_error=False, description="Train one stage.")
-    parser.add_argument("--config", action="config", help="a YAML file with any of the fields below")
-    parser.add_class_arguments(Config)
-    return parser
 
 
 def read_config(arguments: list[str]) -> Any:
@@ -74,7 +65,7 @@ def read_config(arguments: list[str]) -> Any:
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ConfigError(f"{name}: got an unknown field{hint}, expected {', '.join(fields)}")
     try:
-        parsed: Namespace = _train_parser().parse_args(arguments)
+        parsed: Namespace = train_parser(exit_on_error=False).parse_args(arguments)
     except ArgumentError as error:
         wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
         if wrong is None or wrong[1] not in fields:
@@ -85,38 +76,38 @@ def read_config(arguments: list[str]) -> Any:
 
 
 def _doctor() -> None:
-    """What is installed, which backends run here, and why the others do not."""
-    import torch
+    """Prints what is installed, which backends run here, and why the others do not."""
+    console.print(report(), highlight=False, markup=False, soft_wrap=True)
 
-    from autoregembed import __version__, ops
-    from autoregembed.kernels.native import linear_logprob as native_linear_logprob
 
-    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    table = Table("part", "state", title=f"autoregembed {__version__}", title_justify="left")
-    table.add_row("python", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
-    packages = ("torch", "transformers", "datasets", "accelerate", "peft", "sentence-transformers")
-    for name in (*packages, "triton", "flash-attn", "gguf"):
-        try:
-            table.add_row(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(name, "not installed")
-    for device in devices:
-        name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
-        table.add_row(f"device {device}", name)
-        impls = ops.available_impls(device)
-        auto = ops.default_impl(device)
-        table.add_row("  impl=auto", auto)
-        for impl, state in impls.items():
-            detail = native_linear_logprob.describe() if (impl, state) == ("cpp", "ok") else ""
-            table.add_row(f"  impl={impl}", state + detail)
-        if importlib.util.find_spec("transformers") is None:
-            continue
-        from autoregembed.attention import attention_backends
+def _init(name: str | None = None, folder: str | None = None) -> None:
+    """Copies a ready configuration, with its comments, into a folder to edit.
 
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        for backend, state in attention_backends(torch.device(device), dtype).items():
-            table.add_row(f"  attention={backend} ({str(dtype)[6:]})", state)
-    console.print(table)
+    Args:
+        name: of a configuration; without one, the names are listed.
+        folder: to copy into; by default one of that name here. It must not exist.
+    """
+    found = {p.name: p for p in sorted(_configs().iterdir()) if p.is_dir() and not p.name.startswith("_")}
+    if name is None:
+        for key, path in found.items():
+            first = next(iter(sorted(path.glob("*.yaml")))).read_text(encoding="utf-8").splitlines()[0]
+            console.print(f"  {key:<14} {first.lstrip('# ')}", highlight=False, markup=False, soft_wrap=True)
+        return
+    if name not in found:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(found)}")
+    target = Path(folder or name)
+    shutil.copytree(found[name], target)  # raises FileExistsError naming the folder
+    for file in sorted(target.iterdir()):
+        console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
+    launch = target / "accelerate.yaml"
+    command = f"accelerate launch --config_file {launch} -m autoregembed" if launch.is_file() else "autoregembed"
+    console.print(f"Set model and train_data, then:\n  {command} train {target / 'stage1.yaml'}", soft_wrap=True)
+
+
+def _configs() -> Path:
+    """Inside an installed package, or in the examples of a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "examples" / "configs"
 
 
 def _exported(model: str) -> Any:
@@ -310,12 +301,69 @@ def _bench(
     return int(old is not None and bool(results.compare(old, found, threshold, console)))
 
 
+def _train(arguments: list[str]) -> int:
+    from torch import distributed
+
+    from autoregembed.train import train
+
+    summary = train(read_config(arguments), console)
+    found = {step: value for step, value in summary["spearman"].items() if value is not None}
+    if found:
+        console.print("spearman  " + "  ".join(f"step {k}: {v:.4f}" for k, v in found.items()), highlight=False)
+    for name in ("model", "export", "best"):
+        if name in summary:
+            console.print(f"{name:<9} {summary[name]}", highlight=False, markup=False, soft_wrap=True)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    return 0
+
+
+def _mute_other_bars() -> None:
+    """Ours is the one display of progress; a hub's download keeps its bar."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _named(function: Callable, arguments: list[str]) -> list[str]:
-    """Gives leading values the names of the required arguments of `function`, in order."""
-    required = [n for n, p in inspect.signature(function).parameters.items() if p.default is p.empty]
+    """Gives leading values the names of the required arguments of `function`, in order; of all where none is."""
+    names = inspect.signature(function).parameters
+    required = [n for n, p in names.items() if p.default is p.empty] or list(names)
     values = list(itertools.takewhile(lambda a: a == "-" or not a.startswith("-"), arguments))[: len(required)]
     named = [x for name, value in zip(required, values, strict=False) for x in (f"--{name}", value)]
     return named + arguments[len(values) :]
+
+
+def _completion(shell: Literal["bash", "zsh", "fish", "tcsh"]) -> None:
+    """Prints a completion script, for `eval "$(autoregembed completion bash)"` in the shell's start file.
+
+    Args:
+        shell: bash, zsh, fish or tcsh.
+    """
+    set_parsing_settings(add_print_completion_argument=True)
+    _parser().parse_args([f"--print_completion=shtab-{shell}"])
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="autoregembed", description=__doc__)
+    commands = parser.add_subcommands(required=True, dest="command")
+    commands.add_subcommand("train", train_parser(), help="train CONFIG.yaml [--field value ...]")
+    for name, function in _functions().items():
+        sub = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
+        flags = [n for n, p in inspect.signature(function).parameters.items() if p.default is False]
+        sub.add_function_arguments(function, skip=set(flags))
+        for flag in flags:
+            sub.add_argument(f"--{flag}", action="store_true", help="tiny sizes, to see that everything runs")
+        commands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
+    return parser
+
+
+def _functions() -> dict[str, Callable]:
+    return {
+        "encode": _encode, "eval": _evaluate, "doctor": _doctor, "bench": _bench, "init": _init,
+        "completion": _completion,
+    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -324,44 +372,21 @@ def main(arguments: list[str] | None = None) -> int:
     0: done. 1: slower than `bench --compare` allows. 2: bad input. 130: interrupted, with a checkpoint saved.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = ArgumentParser(prog="autoregembed", description=__doc__)
-    commands = parser.add_subcommands(required=True, dest="command")
-    commands.add_subcommand(
-        "train", ArgumentParser(description="Train one stage."), help="train CONFIG.yaml [--field value ...]"
-    )
-    for name, function in (("encode", _encode), ("eval", _evaluate), ("doctor", _doctor), ("bench", _bench)):
-        sub = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
-        flags = [n for n, p in inspect.signature(function).parameters.items() if p.default is False]
-        sub.add_function_arguments(function, skip=set(flags))
-        for flag in flags:
-            sub.add_argument(f"--{flag}", action="store_true", help="tiny sizes, to see that everything runs")
-        commands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
     try:
+        if arguments[:1] in (["train"], ["eval"], ["encode"]):
+            _mute_other_bars()
         if arguments[:1] == ["train"]:
             if "-h" in arguments or "--help" in arguments:
-                _train_parser().print_help()
+                train_parser().print_help()
                 return 0
-            from torch import distributed
-
-            from autoregembed.files import json_text
-            from autoregembed.train import train
-
-            console.print_json(json_text(train(read_config(arguments[1:]), console)))
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.destroy_process_group()
-            return 0
-        if arguments[:1] in (["encode"], ["eval"]):
-            arguments = [arguments[0], *_named(_encode if arguments[0] == "encode" else _evaluate, arguments[1:])]
-        parsed = parser.parse_args(arguments)
+            return _train(arguments[1:])
+        functions = _functions()
+        if arguments[:1] in (["encode"], ["eval"], ["init"], ["completion"]):
+            arguments = [arguments[0], *_named(functions[arguments[0]], arguments[1:])]
+        parsed = _parser().parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
         options = {n: os.path.expanduser(v) if isinstance(v, str) else v for n, v in options.items()}
-        commands_by_name: dict[str, Callable] = {
-            "encode": _encode,
-            "eval": _evaluate,
-            "doctor": _doctor,
-            "bench": _bench,
-        }
-        return commands_by_name[parsed.command](**options) or 0
+        return functions[parsed.command](**options) or 0
     except KeyboardInterrupt as stop:
         console.print(str(stop) or "interrupted")
         return 130

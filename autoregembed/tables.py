@@ -329,7 +329,9 @@ def read_documents(source: str, split: str | None = None, wanted: set[str] | Non
         if wanted is None or key in wanted:
             text = document_text(row, place)
             if texts.setdefault(key, text) != text:
-                raise ValueError(f"data: got {key!r} as '_id' in {place} and before with another text, expected one text")
+                raise ValueError(
+                    f"data: got {key!r} as '_id' in {place} and before with another text, expected one text"
+                )
     return texts
 
 

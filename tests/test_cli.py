@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,8 +128,10 @@ def test_train_trains_and_bad_input_exits_with_2(model_folder, compression_file,
     file = config_file(tmp_path, **fields, max_steps=1, batch_size=4, max_length=99)
     assert main(["train", file, "--precision", "fp32"]) == 0
     printed = capsys.readouterr().out
-    summary = json.loads(printed[printed.index("{") :])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["steps"] == 1
+    assert "{" not in printed, "the summary is a file"
+    assert summary["export"] in printed
     assert Path(summary["model"], "model.safetensors").is_file()
     for arguments, message in (
         (["train", file, "--max_steps", "0"], "ConfigError: max_steps: got 0"),
@@ -431,7 +434,7 @@ def test_eval_refuses(arguments, message, exported, capsys):
 def test_doctor_says_what_runs_and_why_the_rest_does_not(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in printed.splitlines() if "│" in line}
+    rows = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in printed.splitlines() if "  " in line.strip())
     assert rows["torch"] == torch.__version__
     assert rows["impl=torch"] == "ok"
     assert rows["attention=sdpa (float32)"] == "ok"
@@ -445,4 +448,4 @@ def test_the_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "autoregembed"]
     result = subprocess.run([*command, "nonsense"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2, result.stderr
-    assert "{train,encode,eval,doctor,bench}" in result.stderr
+    assert "{train,encode,eval,doctor,bench,init,completion}" in result.stderr

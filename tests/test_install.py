@@ -1,6 +1,7 @@
 """The package as it is installed: what the wheel holds, what importing needs, whom it leaves alone."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from autoregembed import __version__
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -49,6 +52,9 @@ def test_the_wheel_holds_the_kernels_under_our_name_only(site):
     assert {f"autoregembed/{n}" for n in sources} <= names
     assert {p.relative_to(REPO).as_posix() for p in (REPO / "autoregembed").rglob("*.py")} <= names
     assert "autoregembed/py.typed" in names
+    configs = {p.relative_to(REPO / "examples").as_posix() for p in (REPO / "examples" / "configs").rglob("*.yaml")}
+    assert configs
+    assert {f"autoregembed/{n}" for n in configs} <= names
     assert not any(n.endswith(".so") for n in names)
 
 
@@ -103,11 +109,45 @@ def test_the_wheel_works_with_torch_alone(site, tmp_path):
         shutil.rmtree(beside)
 
 
-def test_the_command_says_what_it_needs(site, tmp_path):
-    code = f"{BLOCK}\nfrom autoregembed.__main__ import main\nassert main() == 2"
+def command(site, tmp_path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess:
+    """The installed command where torch is the only package, NumPy included."""
+    code = (
+        f"{BLOCK}sys.modules['numpy'] = None\nimport importlib.metadata as metadata\n"
+        # Everything but torch is missing for pip, too.
+        "version = metadata.version\n"
+        "def only_torch(name):\n    if name in ('torch', 'autoregembed'): return version(name)\n"
+        "    raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = only_torch\n"
+        f"sys.argv = ['autoregembed', *{arguments!r}]\n"
+        f"from autoregembed.__main__ import main\nassert main() == {status}"
+    )
     result = run("-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    assert "the command needs the extra 'train'" in result.stderr
     assert "Traceback" not in result.stderr
+    assert "NumPy" not in result.stderr
+    return result
+
+
+def test_help_doctor_and_version_run_on_torch_alone(site, tmp_path):
+    line = 'pip install "accelerate>='
+    printed = command(site, tmp_path, "doctor").stdout
+    assert "impl=torch" in printed
+    assert line in printed
+    printed = command(site, tmp_path, "--help").stdout
+    assert "train CONFIG.yaml" in printed
+    assert line in printed
+    found = command(site, tmp_path, "--version")
+    assert (found.stdout, found.stderr) == (f"autoregembed {__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", ["train", "bench", "init"])
+def test_every_other_command_says_what_to_install(name, site, tmp_path):
+    """The line installs the extra without touching torch; pip itself reads every requirement of it."""
+    from packaging.requirements import Requirement
+
+    line = next(x for x in command(site, tmp_path, name, status=2).stderr.splitlines() if "pip install" in x)
+    found = {Requirement(r).name for r in shlex.split(line)[2:]}
+    assert {"jsonargparse", "transformers", "pyyaml", "sentence-transformers"} <= found
+    assert not {"torch", "pytest", "mkdocs-material"} & found
 
 
 def test_a_checkout_works_with_torch_alone_and_does_not_shadow_hugging_faces_kernels(tmp_path):
