@@ -140,21 +140,47 @@ def _map(rows: Rows, function: Callable, prompt: Prompt, version: str, num_proc:
 
 
 def compression_rows(rows: Rows, prompt: Prompt, *, num_proc: int | None = None) -> Rows:
-    """Stage 1: {context, output, instruction?} to {text_ids, suffix_ids, target_ids}, truncated."""
-    require_columns(rows, ("context", "output"))
+    """Stage 1: {context, output, instruction?} to {text_ids, suffix_ids, target_ids}, truncated.
+
+    A column {text} stands for both: the text is written from its own embedding.
+    """
+    names = require_columns(rows, ("context", "output"), ("text",))
+    source, output_of = names[0], names[-1]
 
     def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         out: dict[str, list] = {"text_ids": [], "suffix_ids": [], "target_ids": []}
         for i, row in enumerate(indices):
             suffix = prompt.suffix(_instruction(batch, i, row))
-            context = _nonempty(prompt.ids(_text(batch["context"][i], "context", row)), "context", row)
-            output = _nonempty(prompt.ids(_text(batch["output"][i], "output", row)), "output", row)
+            context = _nonempty(prompt.ids(_text(batch[source][i], source, row)), source, row)
+            output = _nonempty(prompt.ids(_text(batch[output_of][i], output_of, row)), output_of, row)
             out["text_ids"].append(prompt.text(context, suffix, row))
             out["suffix_ids"].append(suffix)
             out["target_ids"].append(output[: prompt.max_target_length])
         return out
 
     return _map(rows, tokenize, prompt, "compression-1", num_proc)
+
+
+def is_unpaired(rows: Rows) -> bool:
+    """Whether rows are texts alone."""
+    return "text" in _columns(rows) and not {"pos", "positive"} & set(_columns(rows))
+
+
+def text_rows(rows: Rows, prompt: Prompt, *, num_proc: int | None = None) -> Rows:
+    """Stage 2 without pairs: {text, instruction?} to {query_ids, suffix_ids, target_ids}; the target is the text."""
+    require_columns(rows, ("text",))
+
+    def tokenize(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        out: dict[str, list] = {"query_ids": [], "suffix_ids": [], "target_ids": []}
+        for i, row in enumerate(indices):
+            suffix = prompt.suffix(_instruction(batch, i, row))
+            ids = _nonempty(prompt.ids(_text(batch["text"][i], "text", row)), "text", row)
+            out["query_ids"].append(prompt.text(ids, suffix, row))
+            out["suffix_ids"].append(suffix)
+            out["target_ids"].append([ids[: prompt.max_target_length]])
+        return out
+
+    return _map(rows, tokenize, prompt, "text-1", num_proc)
 
 
 def alignment_rows(rows: Rows, prompt: Prompt, *, num_proc: int | None = None) -> Rows:
@@ -228,19 +254,35 @@ def batches(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    in_blocks: bool = False,
 ) -> Iterator[list[dict]]:
     """Endless batches of `batch_size` rows for this rank, from optimiser step `start` on.
 
     A map-style data set is permuted anew every epoch (by seed and epoch) and read without a break between epochs, so
     the rows of a step depend on the seed and the step alone. Each row carries its index as "row".
+
+    in_blocks: rows that were together once stay together (`blocks`), and each row carries the index of its block as
+        "block" and its place there as "place"; an epoch draws blocks in place of rows.
     """
     if isinstance(rows, IterableDataset):
         yield from _streamed(rows, batch_size, seed=seed, start=start, rank=rank, world=world)
         return
+    together = blocks(len(rows), batch_size, seed) if in_blocks else []
     for step in itertools.count(start):
+        if in_blocks:
+            (block,) = drawn(len(together), step * world + rank, 1, seed)
+            found = zip(rows.select(together[block]).to_list(), together[block], strict=True)
+            yield [{**row, "row": i, "block": block, "place": place} for place, (row, i) in enumerate(found)]
+            continue
         first = (step * world + rank) * batch_size
         indices = drawn(len(rows), first, batch_size, seed)
         yield [{**row, "row": i} for row, i in zip(rows.select(indices).to_list(), indices, strict=True)]
+
+
+def blocks(n: int, size: int, seed: int) -> list[list[int]]:
+    """n rows cut into blocks of `size` rows; n % size rows are in none."""
+    order = permutation(n, seed, 0)
+    return [order[i : i + size] for i in range(0, n - size + 1, size)]
 
 
 def drawn(n: int, first: int, count: int, seed: int) -> list[int]:

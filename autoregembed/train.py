@@ -1,7 +1,8 @@
 """Both stages of AutoRegEmbed in one loop.
 
     stage 1   minimize −log p(output | z(context, instruction)) per token
-    stage 2   minimize alignment_weight · alignment + contrastive_weight · InfoNCE over one forward pass
+    stage 2   minimize alignment_weight · alignment + contrastive_weight · InfoNCE + distillation_weight · score
+              distillation over one forward pass
 
 A step reads `batch_size` rows per process. `token_budget` splits its passes into ones that fit in memory. Every loss is
 that of the whole step, so the update does not depend on the split.
@@ -50,6 +51,7 @@ from autoregembed.runtime import (
     stop_on_signal,
     truncate_log,
 )
+from autoregembed.teacher_scores import cached_teacher_scores
 
 # What a resumed run may change: places (their contents are compared), what is written when, and how the same update is
 # computed. Everything else must be as it was.
@@ -67,7 +69,7 @@ def train(config: Config, console: Console | None = None) -> dict:
     """Runs one stage; returns and writes the summary (`summary.json`), with paths of model and export.
 
     Raises:
-        ConfigError, CheckpointError, RefLogpsMismatch, OSError: the message says what is wrong, as do the errors of
+        ConfigError, CheckpointError, ScoresMismatch, OSError: the message says what is wrong, as do the errors of
             `data`, `Encoder` and `Decoder`.
         FloatingPointError: a loss or gradient is not finite; the rows of that step are named (see `on_nonfinite`).
         Interrupted: after a Ctrl-C, with a checkpoint saved.
@@ -157,6 +159,13 @@ class Run:
             prompt = replace(prompt, max_target_length=self.decoder.fit_max_target_length(k, config.max_target_length))
         rows = data.load_rows(config.train_data, config.train_split, config.streaming)
         tokenize = data.compression_rows if config.stage == 1 else data.alignment_rows
+        if config.stage == 2 and data.is_unpaired(rows):
+            if config.alignment_weight or config.contrastive_weight:
+                raise ConfigError(
+                    f"train_data: got texts without pairs in {config.train_data!r}, expected pairs unless "
+                    "distillation_weight is the only weight above 0"
+                )
+            tokenize = data.text_rows
         with self.accelerator.main_process_first():
             self.rows = tokenize(rows, prompt, num_proc=config.num_proc)
         aligned = config.stage == 2 and config.alignment_weight > 0 and not config.streaming
@@ -203,7 +212,7 @@ class Run:
     def prepare(self) -> None:
         config, decoder = self.config, self.decoder
         fingerprint: dict[str, str] = {}
-        if config.needs_ref_logps:
+        if config.needs_ref_logps or config.needs_teacher_scores:
             assert decoder is not None
             fingerprint = distributed.broadcast_from_rank0(
                 lambda: ref_logps_fingerprint(self.encoder, decoder, self.tokenizer, self.rows)
@@ -211,19 +220,28 @@ class Run:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.encoder, create_optimizer(self.encoder, config))
         if decoder is not None and self.sharded:
             decoder.shard(self.accelerator.device)
-        ref_logps = None
-        if config.needs_ref_logps:
-            assert decoder is not None
-            self.encoder.eval()
-            read = self.max_steps * config.batch_size * self.world
-            with self.accelerator.autocast():
-                ref_logps = cached_ref_logps(config, self.encoder, decoder, self.rows, fingerprint, read, self.console)
+        ref_logps = teacher_scores = None
+        self.encoder.eval()
+        read = self.max_steps * self.world  # batches
+        with self.accelerator.autocast():
+            if config.needs_ref_logps:
+                assert decoder is not None
+                ref_logps = cached_ref_logps(
+                    config, self.encoder, decoder, self.rows, fingerprint, read * config.batch_size, self.console
+                )
+            if config.needs_teacher_scores:
+                assert decoder is not None
+                teacher_scores = cached_teacher_scores(
+                    config, self.encoder, decoder, self.rows, fingerprint, read, self.console
+                )
+        if config.stage == 2 and not config.alignment_weight:
+            self.decoder = decoder = None  # all that it had to say is in the scores
         self.encoder.train()
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.optimizer, config.warmup_steps,
             max(self.max_steps, config.warmup_steps + 1),
         )  # fmt: skip
-        self.objective = Objective(config, self.wrapped, decoder, self.accelerator, ref_logps)
+        self.objective = Objective(config, self.wrapped, decoder, self.accelerator, ref_logps, teacher_scores)
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -284,7 +302,7 @@ class Run:
         config, state, last = self.config, self.state, self.max_steps
         batches = data.batches(
             self.rows, config.batch_size, seed=config.seed, start=state.step, rank=self.accelerator.process_index,
-            world=self.world,
+            world=self.world, in_blocks=config.needs_teacher_scores,
         )  # fmt: skip
         with progress_bar(self.console) as bar, stop_on_signal() as stop:
             task = bar.add_task(f"stage {config.stage}", total=last, completed=state.step)
@@ -440,7 +458,7 @@ def best_step(eval_metrics: dict[str, float | None]) -> str:
 
 
 def describe(stage: int, log: dict[str, float]) -> str:
-    names = ("loss",) if stage == 1 else ("loss", "align", "s1", "s2", "accuracy", "nce")
+    names = ("loss",) if stage == 1 else ("loss", "align", "s1", "s2", "accuracy", "nce", "distill")
     text = "  ".join(f"{n} {log[n]:.3f}" for n in names if n in log)
     return f"stage {stage}  {text}  {log['tokens_per_second']:.0f} tok/s  {log['memory_gb']:.1f} GB"
 
