@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from autoregembed.reference import BETA, INFO_NCE_TEMPERATURE, TEMPERATURE
+from autoregembed.reference import (
+    BETA,
+    DISTILLATION_TEMPERATURE,
+    INFO_NCE_TEMPERATURE,
+    TEACHER_TEMPERATURE,
+    TEMPERATURE,
+)
 
 
 class ConfigError(ValueError):
@@ -57,6 +63,13 @@ class Stage2Options:
         ref_margin: how the reference model's margin enters: add (the released code), subtract (as in DPO), none.
         negatives: independent (one binary loss per negative) or joint (all negatives in one denominator).
         hard_negatives: encode the negatives too and use them in InfoNCE.
+        distillation_weight: factor of score distillation: the scores log p(d_j | z_i) of the model before the stage,
+            of all pairs in a block of rows, teach the cosines. Needs no label: rows may be {text} alone.
+        distillation_temperature: of the cosines in it.
+        teacher_temperature: of the scores, in nats.
+        distillation_pairs: mask (a query's own passage, and any equal text, is left out: nothing is learned from who
+            belongs to whom) or keep.
+        distillation_mixture: λ: the target is λ · teacher + (1 − λ) · the known pair; below 1 the pairs are kept.
 
     Raises:
         ConfigError: a field has a wrong type or value; the message names it.
@@ -70,6 +83,11 @@ class Stage2Options:
     ref_margin: Literal["add", "subtract", "none"] = "add"
     negatives: Literal["independent", "joint"] = "independent"
     hard_negatives: bool = False
+    distillation_weight: float = 0.0
+    distillation_temperature: float = DISTILLATION_TEMPERATURE
+    teacher_temperature: float = TEACHER_TEMPERATURE
+    distillation_pairs: Literal["mask", "keep"] = "mask"
+    distillation_mixture: float = 1.0
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -77,10 +95,22 @@ class Stage2Options:
             if not _matches(value, hint):
                 expected = type(self).__dataclass_fields__[name].type
                 raise ConfigError(f"{name}: got {str(value)[:200]!r}, expected {expected}")
-        self._require_at_least(0, "alignment_weight", "contrastive_weight")
-        self._require_positive("beta", "temperature", "contrastive_temperature")
-        if not self.alignment_weight and not self.contrastive_weight:
-            raise ConfigError("alignment_weight: got 0 with contrastive_weight 0, expected one of them above 0")
+        self._require_at_least(0, "alignment_weight", "contrastive_weight", "distillation_weight")
+        self._require_positive(
+            "beta", "temperature", "contrastive_temperature", "distillation_temperature", "teacher_temperature"
+        )
+        if not (self.alignment_weight or self.contrastive_weight or self.distillation_weight):
+            raise ConfigError(
+                "alignment_weight: got 0 with contrastive_weight 0 and distillation_weight 0, expected one of them "
+                "above 0"
+            )
+        if not 0 <= self.distillation_mixture <= 1:
+            raise ConfigError(f"distillation_mixture: got {self.distillation_mixture}, expected 0..1")
+        if self.distillation_mixture < 1 and self.distillation_pairs == "mask":
+            raise ConfigError(
+                f"distillation_pairs: got 'mask' with distillation_mixture {self.distillation_mixture}, expected "
+                "'keep': the known pairs are a part of the target"
+            )
 
     def _require_at_least(self, least: int, *names: str) -> None:
         for name in names:
@@ -271,6 +301,8 @@ class Config(Stage2Options):
             raise ConfigError("max_steps: got None, expected a number; it must be set when streaming")
         if self.streaming and self.needs_ref_logps:
             raise ConfigError(f"ref_margin: got {self.ref_margin!r}, expected 'none' when streaming")
+        if self.streaming and self.needs_teacher_scores:
+            raise ConfigError(f"distillation_weight: got {self.distillation_weight}, expected 0 when streaming")
         for pattern in self.freeze:
             try:
                 re.compile(pattern)
@@ -285,7 +317,11 @@ class Config(Stage2Options):
 
     @property
     def needs_decoder(self) -> bool:
-        return self.stage == 1 or self.alignment_weight > 0
+        return self.stage == 1 or self.alignment_weight > 0 or self.distillation_weight > 0
+
+    @property
+    def needs_teacher_scores(self) -> bool:
+        return self.stage == 2 and self.distillation_weight > 0
 
     @property
     def needs_ref_logps(self) -> bool:

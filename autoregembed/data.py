@@ -16,18 +16,20 @@ import torch
 import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from autoregembed.config import Stage2Options
 from autoregembed.prompt import Prompt
 from autoregembed.tables import Row, Rows, Table, as_text, load_rows, require_keys
 
 __all__ = [
-    "Rows", "alignment_rows", "batches", "check_first_row", "compression_rows", "content_fingerprint", "drawn",
-    "load_rows", "permutation",
+    "Rows", "alignment_rows", "batches", "blocks", "check_first_row", "check_negatives", "compression_rows", "content_fingerprint",
+    "drawn", "is_unpaired", "load_rows", "permutation", "text_rows",
 ]  # fmt: skip
 
 Columns = Mapping[str, str]  # a name that this library reads -> the column of the data
 
 _IDS = List(Value("int64"))
 _COMPRESSION = Features(dict.fromkeys(("text_ids", "suffix_ids", "target_ids"), _IDS))
+_TEXT = Features({"query_ids": _IDS, "suffix_ids": _IDS, "target_ids": List(_IDS)})
 _ALIGNMENT = Features(
     {
         **dict.fromkeys(("query_ids", "positive_ids", "suffix_ids"), _IDS),
@@ -42,6 +44,7 @@ _ALIGNMENT = Features(
 _QUERY, _POSITIVE = ("query", "anchor"), ("pos", "positive")
 _NEGATIVE = re.compile(r"(?:hard_?)?neg(?:ative)?s?(?:_?(\d+))?")  # neg, negative_1, neg2, hard_negative_3
 _STAGE_1, _STAGE_2 = ("context", "output", "instruction"), (*_QUERY, *_POSITIVE, "instruction", "prompt")
+_ALONE = ("text", "instruction")  # of either stage: a text that is written from its own embedding
 
 # What says where a row comes from, and scores of teachers: training without them is training on the same texts.
 _PROVENANCE = re.compile(
@@ -93,7 +96,7 @@ def _require_known(row: Row, known: tuple[str, ...], place: str) -> None:
     unknown = [
         name
         for name, value in row.items()
-        if name not in (*_STAGE_1, *_STAGE_2)
+        if name not in {*_STAGE_1, *_STAGE_2} | ({"text"} & set(known))
         and not _NEGATIVE.fullmatch(name)
         and not _PROVENANCE.fullmatch(name)
         and (value is not None if name in _LABELS else _bears_text(value))
@@ -142,11 +145,26 @@ def _optional(row: Row, column: str, place: str) -> str | None:
 def _compression_texts(row: Row, columns: Columns | None, place: str) -> tuple[str, str, str | None]:
     """context, output, instruction."""
     row = _map_columns(row, columns or {}, place)
+    if _is_alone(row):
+        text, instruction = _single_text(row, columns, place)
+        return text, text, instruction
     require_keys(row, _STAGE_1[:2], place)
     if columns is None:
         _require_known(row, _STAGE_1, place)
     context, output = (as_text(row[name], name, place) for name in _STAGE_1[:2])
     return context, output, _optional(row, "instruction", place)
+
+
+def _is_alone(row: Row) -> bool:
+    """Whether a row is a text and nothing that it goes with."""
+    return "text" in row and not {*_STAGE_1[:2], *_QUERY, *_POSITIVE} & set(row)
+
+
+def _single_text(row: Row, columns: Columns | None, place: str) -> tuple[str, str | None]:
+    """text, instruction of a row that `_map_columns` has named."""
+    if columns is None:
+        _require_known(row, _ALONE, place)
+    return as_text(row["text"], "text", place), _optional(row, "instruction", place)
 
 
 def _alignment_texts(row: Row, columns: Columns | None, place: str) -> _Triplet:
@@ -192,13 +210,22 @@ def _first(rows: Rows) -> tuple[Row, str]:
 
 def check_first_row(rows: Rows, stage: int, columns: Columns | None = None) -> None:
     """Raises what `compression_rows` (stage 1) or `alignment_rows` would of the first row, without a tokenizer."""
-    names = _STAGE_1 if stage == 1 else _STAGE_2
+    names = (*(_STAGE_1 if stage == 1 else _STAGE_2), "text")
     unknown = [n for n in columns or {} if n not in names and not (stage == 2 and _NEGATIVE.fullmatch(n))]
     if unknown:
         more = "" if stage == 1 else ", neg, negative_1 …"
         raise ValueError(f"columns: got {unknown[0]!r}, expected {', '.join(names)}{more}")
     row, place = _first(rows)
-    (_compression_texts if stage == 1 else _alignment_texts)(row, columns, place)
+    if stage == 2 and _is_alone(_map_columns(row, columns or {}, place)):
+        _single_text(_map_columns(row, columns or {}, place), columns, place)
+    else:
+        (_compression_texts if stage == 1 else _alignment_texts)(row, columns, place)
+
+
+def is_unpaired(rows: Rows, columns: Columns | None = None) -> bool:
+    """Whether the first row is a text alone."""
+    row, place = _first(rows)
+    return _is_alone(_map_columns(row, columns or {}, place))
 
 
 def _map(
@@ -240,6 +267,8 @@ def compression_rows(
 ) -> Dataset | IterableDataset:
     """Stage 1: {context, output, instruction?} to {text_ids, suffix_ids, target_ids}, truncated.
 
+    A column `text` stands for both: the text is written from its own embedding.
+
     Args:
         rows: what `load_rows` gives, or a data set of `datasets`.
         columns: the data's own names of these columns; columns that it does not name and that mean nothing here are
@@ -260,6 +289,25 @@ def compression_rows(
         return [{"text_ids": text_ids, "suffix_ids": suffix, "target_ids": target_ids}]
 
     return _map(rows, convert, _COMPRESSION, prompt, "compression-2", columns, num_proc)
+
+
+def text_rows(
+    rows: Rows, prompt: Prompt, *, columns: Columns | None = None, num_proc: int | None = None
+) -> Dataset | IterableDataset:
+    """Stage 2 without pairs: {text, instruction?} to {query_ids, suffix_ids, target_ids}, the text as its own target.
+
+    The arguments and errors are those of `compression_rows`.
+    """
+    check_first_row(rows, 2, columns)
+
+    def convert(row: Row, place: str) -> list[Row]:
+        text, instruction = _single_text(_map_columns(row, columns or {}, place), columns, place)
+        suffix = prompt.suffix(instruction)
+        ids = _nonempty(prompt.ids(text), "text", place)
+        target_ids = [ids[: prompt.max_target_length]]
+        return [{"query_ids": prompt.text(ids, suffix, place), "suffix_ids": suffix, "target_ids": target_ids}]
+
+    return _map(rows, convert, _TEXT, prompt, "text-1", columns, num_proc)
 
 
 def alignment_rows(
@@ -310,6 +358,27 @@ def alignment_rows(
     return _map(rows, convert, _ALIGNMENT, prompt, "alignment-2", columns, num_proc)
 
 
+def check_negatives(rows: Dataset, options: Stage2Options) -> str | None:
+    """What to tell the user where negatives are wanted and missing in some rows, or there and not read.
+
+    Raises:
+        ValueError: they are wanted, and no row has one.
+    """
+    without = sum(len(t) < 2 for t in rows["target_ids"])
+    hard = options.contrastive_weight > 0 and options.hard_negatives
+    wanted = "alignment_weight > 0" if options.alignment_weight > 0 else "hard_negatives is true" if hard else ""
+    if without == len(rows):
+        if wanted:
+            raise ValueError(
+                f"data: got no negative in any row, expected at least one when {wanted}; columns: neg, negative or "
+                "negative_1, negative_2 …"
+            )
+        return None
+    if not wanted:
+        return "data: the negatives are not read, as hard_negatives is false and alignment_weight 0"
+    return f"data: {without} of {len(rows)} rows have no negative" if without else None
+
+
 def content_fingerprint(rows: Dataset) -> str:
     """Hash of every id in the tokenized rows, in order: the data that reference scores and checkpoints belong to."""
     digest = xxhash.xxh3_128()
@@ -335,19 +404,35 @@ def batches(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    in_blocks: bool = False,
 ) -> Iterator[list[dict]]:
     """Endless batches of `batch_size` rows for this rank, from optimiser step `start` on.
 
     A map-style data set is permuted anew every epoch (by seed and epoch) and read without a break between epochs, so
     the rows of a step depend on the seed and the step alone. Each row carries its index as "row".
+
+    in_blocks: rows that were together once stay together (`blocks`), and each row carries the index of its block as
+        "block" and its place there as "place"; an epoch draws blocks in place of rows.
     """
     if isinstance(rows, IterableDataset):
         yield from _streamed(rows, batch_size, seed=seed, start=start, rank=rank, world=world)
         return
+    together = blocks(len(rows), batch_size, seed) if in_blocks else []
     for step in itertools.count(start):
+        if in_blocks:
+            (block,) = drawn(len(together), step * world + rank, 1, seed)
+            found = zip(rows.select(together[block]).to_list(), together[block], strict=True)
+            yield [{**row, "row": i, "block": block, "place": place} for place, (row, i) in enumerate(found)]
+            continue
         first = (step * world + rank) * batch_size
         indices = drawn(len(rows), first, batch_size, seed)
         yield [{**row, "row": i} for row, i in zip(rows.select(indices).to_list(), indices, strict=True)]
+
+
+def blocks(n: int, size: int, seed: int) -> list[list[int]]:
+    """n rows cut into blocks of `size` rows; n % size rows are in none."""
+    order = permutation(n, seed, 0)
+    return [order[i : i + size] for i in range(0, n - size + 1, size)]
 
 
 def drawn(n: int, first: int, count: int, seed: int) -> list[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+
+from autoregembed.config import Config
+from autoregembed.tables import sources_of
 
 TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "autoregembed"]
 CITATION = """\
@@ -96,3 +99,13 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
         parts.append("\n".join(["| | |", "|---|---|", *rows]))
     parts += ["## Citation", f"```bibtex\n{CITATION}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def run_card(config: Config, base_model: str, eval_metrics: dict[str, float | None]) -> Card:
+    """The model card's facts of a run: the options that are not the default, without the places of its files."""
+    left_out = {"model", "decoder", "train_data", "eval_data", "ref_logps_file", "output_dir"}
+    left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license"}
+    defaults = {f.name: [] if f.default is MISSING else f.default for f in fields(Config)}
+    recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
+    sources = [Path(s).name if Path(s).exists() else s for s in sources_of(config.train_data)]
+    return Card(base_model, config.license, ", ".join(sources), recipe, config.eval_data, eval_metrics)

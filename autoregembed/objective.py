@@ -1,6 +1,6 @@
 """The losses of both stages over rows of token ids, and loss and gradient of one optimizer step.
 
-`stage2_loss` is the one place where alignment and InfoNCE are put together; the loop and the trainers of
+`stage2_loss` is the one place where alignment, InfoNCE and distillation are put together; the loop and the trainers of
 `integrations/` call it.
 """
 
@@ -21,17 +21,20 @@ from autoregembed import distributed
 from autoregembed.config import Config, Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, text_embedding
-from autoregembed.ops import alignment_loss, info_nce
+from autoregembed.ops import alignment_loss, info_nce, score_distillation
 from autoregembed.packing import Ids, make_microbatches
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
     """What the encoder reads of rows: texts and their suffixes, as lists of ids.
 
-    Stage 1: the contexts. Stage 2: the queries, then the positives, then with `hard_negatives` all negatives.
+    Stage 1: the contexts. Stage 2: the queries, then the positives, then with `hard_negatives` all negatives; the
+    queries alone of rows that are no pairs.
     """
     if "text_ids" in rows[0]:
         return [r["text_ids"] for r in rows], [r["suffix_ids"] for r in rows]
+    if "positive_ids" not in rows[0]:
+        return [r["query_ids"] for r in rows], [r["suffix_ids"] for r in rows]
     texts = [r["query_ids"] for r in rows] + [r["positive_ids"] for r in rows]
     suffixes = [r["suffix_ids"] for r in rows] + [r["passage_suffix_ids"][0] for r in rows]
     if hard_negatives:
@@ -111,12 +114,38 @@ def contrastive_loss(
     return info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids)
 
 
+def distillation_loss(
+    options: Stage2Options, query: Tensor, passages: Tensor, scores: Tensor, keys: Sequence[tuple[Ids, Ids]]
+) -> Tensor:
+    """Score distillation of B queries and their B passages.
+
+    Args:
+        options: temperatures, mixture, and whether a query's own passage counts.
+        query, passages: (B, D).
+        scores: (B, B), the teacher's log p(d_j | z_i).
+        keys: the token ids of query i and passage i, which tell equal texts.
+    """
+    mask = target = None
+    if options.distillation_pairs == "mask":
+        # A text that is the query, or its passage, by another index is what the pair is: known.
+        same = [[d in (own, x) for _, d in keys] for x, own in keys]
+        mask = ~torch.tensor(same, device=query.device)
+    elif options.distillation_mixture < 1:
+        target = torch.arange(len(query), device=query.device)
+    return score_distillation(
+        query, passages, scores.to(query.device), temperature=options.distillation_temperature,
+        teacher_temperature=options.teacher_temperature, mask=mask, target=target,
+        mixture=options.distillation_mixture,
+    )  # fmt: skip
+
+
 class Stage2Loss(NamedTuple):
-    """Both parts of the loss, weighted, each () or None where its weight is 0; `stats` is detached."""
+    """The parts of the loss, weighted, each () or None where its weight is 0; `stats` is detached."""
 
     alignment: Tensor | None  # mean over the terms of these rows
     contrastive: Tensor | None  # mean over these queries
-    stats: dict[str, Tensor]  # align, s1, s2, accuracy, nce: means over rows, pairs or queries
+    distillation: Tensor | None  # mean over these queries
+    stats: dict[str, Tensor]  # align, s1, s2, accuracy, nce, distill: means over rows, pairs or queries
 
 
 def stage2_loss(
@@ -126,19 +155,22 @@ def stage2_loss(
     rows: list[dict],
     *,
     ref_logps: tuple[Tensor, Tensor] | None = None,
+    teacher_scores: Tensor | None = None,
     embeddings: Tensor | None = None,
     passages: Sequence[Ids] | None = None,
     token_budget: int | None = None,
     gather: bool = True,
 ) -> Stage2Loss:
-    """The loss of stage 2 over B rows: alignment_weight · alignment and contrastive_weight · InfoNCE.
+    """The loss of stage 2 over B rows: alignment_weight · alignment, contrastive_weight · InfoNCE and
+    distillation_weight · score distillation.
 
     Args:
         options: weights and variants.
         decoder: the frozen decoder; None where `alignment_weight` is 0.
-        z: (R, K, D), R ≥ 2B: the queries, the positives and, for hard negatives, all negatives (`texts_of`).
+        z: (R, K, D): the queries, the positives and, for hard negatives, all negatives (`texts_of`).
         rows: B rows with `target_ids`, [positive, *negatives] as the decoder scores them.
         ref_logps: r_a (B,), r_c (B, ≥ M), where `options.uses_ref_logps`.
+        teacher_scores: (B, B), log p(positive_j | z of query i) by the model before the stage, for distillation.
         embeddings: (R, D), in the order of z, what InfoNCE compares; by default normalize(mean_k z).
         passages: the token ids of the texts behind the queries' embeddings, which tell equal passages; by default those
             of the rows.
@@ -147,7 +179,7 @@ def stage2_loss(
 
     Source: arXiv 2502.11401, §3.3.
     """
-    alignment = contrastive = None
+    alignment = contrastive = distillation = None
     stats: dict[str, Tensor] = {}
     if options.alignment_weight:
         assert decoder is not None
@@ -161,16 +193,27 @@ def stage2_loss(
         )  # fmt: skip
         alignment = options.alignment_weight * out.loss
         stats |= {"align": out.loss.detach(), "s1": out.s1, "s2": out.s2, "accuracy": out.accuracy}
+    if embeddings is None and (options.contrastive_weight or options.distillation_weight):
+        embeddings = text_embedding(z.to(torch.promote_types(z.dtype, torch.float32)))
     if options.contrastive_weight:
-        if embeddings is None:
-            embeddings = text_embedding(z.to(torch.promote_types(z.dtype, torch.float32)))
+        assert embeddings is not None
         if passages is None:
             passages = texts_of(rows, options.hard_negatives)[0][len(rows) :]
         query, others = embeddings.tensor_split([len(rows)])
         nce = contrastive_loss(query, others, options.contrastive_temperature, texts=passages, gather=gather)
         contrastive = options.contrastive_weight * nce
         stats["nce"] = nce.detach()
-    return Stage2Loss(alignment, contrastive, stats)
+    if options.distillation_weight:
+        assert embeddings is not None
+        assert teacher_scores is not None
+        query = embeddings[: len(rows)]
+        paired = "positive_ids" in rows[0]
+        keys = [(r["query_ids"], r["positive_ids" if paired else "query_ids"]) for r in rows]
+        others = embeddings[len(rows) : 2 * len(rows)] if paired else query
+        distilled = distillation_loss(options, query, others, teacher_scores, keys)
+        distillation = options.distillation_weight * distilled
+        stats["distill"] = distilled.detach()
+    return Stage2Loss(alignment, contrastive, distillation, stats)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,7 +229,7 @@ def loss_counts(config: Config, rows: list[dict]) -> dict[str, int]:
 
 
 # What each logged statistic is a mean over.
-_MEAN_OVER = {"align": "loss", "s1": "rows", "s2": "pairs", "accuracy": "pairs", "nce": "rows"}
+_MEAN_OVER = {"align": "loss", "s1": "rows", "s2": "pairs", "accuracy": "pairs", "nce": "rows", "distill": "rows"}
 
 
 @dataclass
@@ -198,6 +241,7 @@ class Objective:
     decoder: Decoder | None
     accelerator: Accelerator
     ref_logps: tuple[Tensor, Tensor] | None = None  # r_a (rows of the data,), r_c (rows of the data, M)
+    teacher_scores: Tensor | None = None  # (blocks of the data, B, B)
 
     def __post_init__(self) -> None:
         self.accelerator.unwrap_model(self.encoder).sharded = self._is_sharded
@@ -223,9 +267,10 @@ class Objective:
 
     def _microbatches(self, rows: list[dict]) -> list[list[int]]:
         config = self.config
-        # InfoNCE needs all embeddings of the step at once (the encoder then caches gradients). Every other loss is a
-        # sum over rows, and goes backward one microbatch at a time.
-        budget = None if config.stage == 2 and config.contrastive_weight > 0 else config.token_budget
+        # InfoNCE and distillation need all embeddings of the step at once (the encoder then caches gradients). Every
+        # other loss is a sum over rows, and goes backward one microbatch at a time.
+        whole = config.stage == 2 and config.contrastive_weight + config.distillation_weight > 0
+        budget = None if whole else config.token_budget
         inner = self.accelerator.unwrap_model(self.encoder)
         microbatches = make_microbatches(encoder_lengths(rows, inner, config.hard_negatives), budget)
         if config.token_budget:
@@ -254,9 +299,17 @@ class Objective:
         if self.ref_logps is not None:
             index = torch.tensor([r["row"] for r in rows])
             ref_logps = self.ref_logps[0][index], self.ref_logps[1][index]
-        out = stage2_loss(config, self.decoder, z, rows, ref_logps=ref_logps, token_budget=config.token_budget)
+        teacher_scores = None
+        if self.teacher_scores is not None:
+            place = torch.tensor([r["place"] for r in rows])
+            teacher_scores = self.teacher_scores[rows[0]["block"]][place][:, place]
+        out = stage2_loss(
+            config, self.decoder, z, rows, ref_logps=ref_logps, teacher_scores=teacher_scores,
+            token_budget=config.token_budget,
+        )  # fmt: skip
         share = {name: n / totals[name] for name, n in loss_counts(config, rows).items()}
         loss = z.sum() * 0 if out.alignment is None else out.alignment * share["loss"]
-        if out.contrastive is not None:
-            loss = loss + out.contrastive * share["rows"]
+        for part in (out.contrastive, out.distillation):
+            if part is not None:
+                loss = loss + part * share["rows"]
         return loss, {name: value * share[_MEAN_OVER[name]] for name, value in out.stats.items()}

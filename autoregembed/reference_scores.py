@@ -11,27 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from autoregembed import data, distributed
 from autoregembed.config import Config
 from autoregembed.decoder import Decoder
-from autoregembed.files import (
-    CheckpointError,
-    atomic_file,
-    require_writable_folder,
-    tensor_fingerprint,
-    weights_fingerprint,
-)
+from autoregembed.files import require_writable_folder, weights_fingerprint
 from autoregembed.packing import make_microbatches
 from autoregembed.prompt import tokenizer_fingerprint
+from autoregembed.score_files import load_scores, save_scores
 from autoregembed.tables import require_cache
-
-
-class RefLogpsMismatch(CheckpointError):
-    """Reference scores on disk belong to other data, another model or another tokenizer."""
 
 
 class RefLogps(NamedTuple):
@@ -122,31 +111,9 @@ def _path(config: Config, fingerprint: dict[str, str]) -> Path:
 
 def save_ref_logps(path: Path, positive: Tensor, negatives: Tensor, fingerprint: dict[str, str]) -> None:
     """Writes r_a (R,) and r_c (R, M) with the fingerprint of what they depend on, and a checksum."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scores = {"positive": positive.contiguous(), "negatives": negatives.contiguous()}
-    with atomic_file(path) as temporary:
-        save_file(scores, temporary, metadata={**fingerprint, "checksum": tensor_fingerprint(scores)})
+    save_scores(path, {"positive": positive, "negatives": negatives}, fingerprint)
 
 
 def load_ref_logps(path: Path, fingerprint: dict[str, str]) -> RefLogps:
-    """Reads what `save_ref_logps` wrote.
-
-    Raises:
-        RefLogpsMismatch: the scores belong to something else; both fingerprints are shown.
-        CheckpointError: the file is damaged.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            found = file.metadata() or {}
-            checksum = found.pop("checksum", None)
-            if found != fingerprint:
-                raise RefLogpsMismatch(
-                    f"ref_logps: got scores of {found} in {str(path)!r}, expected those of {fingerprint}; delete "
-                    "the file to recompute them"
-                )
-            scores = {name: file.get_tensor(name) for name in ("positive", "negatives")}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"ref_logps: got a damaged file {str(path)!r}: {error}") from error
-    if tensor_fingerprint(scores) != checksum:
-        raise CheckpointError(f"ref_logps: got a damaged file {str(path)!r}: its scores have another checksum")
-    return RefLogps(scores["positive"], scores["negatives"])
+    """Reads what `save_ref_logps` wrote; errors are those of `score_files.load_scores`."""
+    return RefLogps(**load_scores(path, fingerprint, ("positive", "negatives"), "ref_logps"))

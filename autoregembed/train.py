@@ -1,7 +1,8 @@
 """Both stages of AutoRegEmbed in one loop.
 
     stage 1   minimize −log p(output | z(context, instruction)) per token
-    stage 2   minimize alignment_weight · alignment + contrastive_weight · InfoNCE over one forward pass
+    stage 2   minimize alignment_weight · alignment + contrastive_weight · InfoNCE + distillation_weight · score
+              distillation over one forward pass
 
 A step reads `batch_size` rows per process. `token_budget` splits its passes into ones that fit in memory. Every loss is
 that of the whole step, so the update does not depend on the split.
@@ -14,7 +15,7 @@ import functools
 import math
 import time
 import warnings
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import gather_object, set_seed
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import get_scheduler
 
 from autoregembed import data, distributed
@@ -41,9 +41,10 @@ from autoregembed.files import (
     weights_fingerprint,
     write_json,
 )
-from autoregembed.model_card import Card
+from autoregembed.model_card import run_card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
+from autoregembed.progress import describe, progress_bar
 from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
 from autoregembed.runtime import (
     HALF_DTYPES,
@@ -57,7 +58,7 @@ from autoregembed.runtime import (
     stop_on_signal,
     truncate_log,
 )
-from autoregembed.tables import sources_of
+from autoregembed.teacher_scores import cached_teacher_scores
 
 # What a resumed run may change: places (their contents are compared), what is written when, and how the same update is
 # computed. Everything else must be as it was.
@@ -78,7 +79,7 @@ def train(config: Config, console: Console | None = None) -> dict:
     """Runs one stage; returns and writes the summary (`summary.json`), with paths of model and export.
 
     Raises:
-        ConfigError, CheckpointError, RefLogpsMismatch, OSError: the message says what is wrong, as do the errors of
+        ConfigError, CheckpointError, ScoresMismatch, OSError: the message says what is wrong, as do the errors of
             `data`, `Encoder` and `Decoder`.
         FloatingPointError: a loss or gradient is not finite; the rows of that step are named (see `on_nonfinite`).
         Interrupted: after a Ctrl-C, with a checkpoint saved.
@@ -155,6 +156,12 @@ class Run:
         with self.accelerator.main_process_first():
             self.source = data.load_rows(config.train_data, config.train_split, config.streaming)
         data.check_first_row(self.source, config.stage, config.column_map)
+        self.unpaired = config.stage == 2 and data.is_unpaired(self.source, config.column_map)
+        if self.unpaired and config.alignment_weight + config.contrastive_weight > 0:
+            raise ConfigError(
+                f"train_data: got texts without pairs in {config.train_data!r}, expected pairs unless "
+                "distillation_weight is the only weight above 0"
+            )
 
     def load_models(self) -> None:
         config = self.config
@@ -180,32 +187,17 @@ class Run:
             k = self.encoder.num_compress_tokens
             prompt = replace(prompt, max_target_length=self.decoder.fit_max_target_length(k, config.max_target_length))
         tokenize = data.compression_rows if config.stage == 1 else data.alignment_rows
+        if self.unpaired:
+            tokenize = data.text_rows
         with self.accelerator.main_process_first():
             self.rows = tokenize(self.source, prompt, columns=config.column_map, num_proc=config.num_proc)
         if not config.streaming:
-            self.check_negatives()
+            note = data.check_negatives(self.rows, config) if config.stage == 2 else None
+            if note:
+                self.console.print(note)
             self.fit_batch_size()
         rows_per_step = self.config.batch_size * self.world
         self.max_steps = config.max_steps or max(1, round(config.num_train_epochs * len(self.rows) / rows_per_step))
-
-    def check_negatives(self) -> None:
-        """Says where negatives are wanted and missing, or there and not read."""
-        config = self.config
-        if config.stage == 1:
-            return
-        without = sum(len(t) < 2 for t in self.rows["target_ids"])
-        hard = config.contrastive_weight > 0 and config.hard_negatives
-        wanted = "alignment_weight > 0" if config.alignment_weight > 0 else "hard_negatives is true" if hard else ""
-        if without == len(self.rows):
-            if wanted:
-                raise ValueError(
-                    f"data: got no negative in any row, expected at least one when {wanted}; columns: neg, negative or "
-                    "negative_1, negative_2 …"
-                )
-        elif not wanted:
-            self.console.print("data: the negatives are not read, as hard_negatives is false and alignment_weight 0")
-        elif without:
-            self.console.print(f"data: {without} of {len(self.rows)} rows have no negative")
 
     def fit_batch_size(self) -> None:
         """A step larger than the data would read rows twice."""
@@ -259,7 +251,7 @@ class Run:
     def prepare(self) -> None:
         config, decoder = self.config, self.decoder
         fingerprint: dict[str, str] = {}
-        if config.needs_ref_logps:
+        if config.needs_ref_logps or config.needs_teacher_scores:
             assert decoder is not None
             fingerprint = distributed.broadcast_from_rank0(
                 lambda: ref_logps_fingerprint(self.encoder, decoder, self.tokenizer, self.rows)
@@ -267,19 +259,28 @@ class Run:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.encoder, create_optimizer(self.encoder, config))
         if decoder is not None and self.sharded:
             decoder.shard(self.accelerator.device)
-        ref_logps = None
-        if config.needs_ref_logps:
-            assert decoder is not None
-            self.encoder.eval()
-            read = self.max_steps * config.batch_size * self.world
-            with self.accelerator.autocast():
-                ref_logps = cached_ref_logps(config, self.encoder, decoder, self.rows, fingerprint, read, self.console)
+        ref_logps = teacher_scores = None
+        self.encoder.eval()
+        read = self.max_steps * self.world  # batches
+        with self.accelerator.autocast():
+            if config.needs_ref_logps:
+                assert decoder is not None
+                ref_logps = cached_ref_logps(
+                    config, self.encoder, decoder, self.rows, fingerprint, read * config.batch_size, self.console
+                )
+            if config.needs_teacher_scores:
+                assert decoder is not None
+                teacher_scores = cached_teacher_scores(
+                    config, self.encoder, decoder, self.rows, fingerprint, read, self.console
+                )
+        if config.stage == 2 and not config.alignment_weight:
+            self.decoder = None  # all that it had to say is in the scores
         self.encoder.train()
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.optimizer, config.warmup_steps,
             max(self.max_steps, config.warmup_steps + 1),
         )  # fmt: skip
-        self.objective = Objective(config, self.wrapped, decoder, self.accelerator, ref_logps)
+        self.objective = Objective(config, self.wrapped, self.decoder, self.accelerator, ref_logps, teacher_scores)
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -341,7 +342,7 @@ class Run:
         config, state, last = self.config, self.state, self.max_steps
         batches = data.batches(
             self.rows, config.batch_size, seed=config.seed, start=state.step, rank=self.accelerator.process_index,
-            world=self.world,
+            world=self.world, in_blocks=config.needs_teacher_scores,
         )  # fmt: skip
         with progress_bar(self.console) as bar, stop_on_signal() as stop:
             task = bar.add_task(f"stage {config.stage}", total=last, completed=state.step)
@@ -480,36 +481,12 @@ class Run:
             with atomic_folder(out / "adapter", overwrite=True) as folder:
                 encoder.model.save_pretrained(folder, save_embedding_layers=False)  # the K rows are in it
         save_model(out / "model", merged(encoder), self.tokenizer, self.recipe)
-        card = make_card(config, self.recipe["decoder"], self.state.eval_metrics)
+        card = run_card(config, self.recipe["decoder"], self.state.eval_metrics)
         encoder.save_pretrained(out / "export", overwrite=True, card=card)
         write_json(out / "summary.json", summary)
-
-
-def make_card(config: Config, base_model: str, eval_metrics: dict[str, float | None]) -> Card:
-    """The model card's facts of a run: the options that are not the default, without the places of its files."""
-    left_out = {"model", "decoder", "train_data", "eval_data", "ref_logps_file", "output_dir"}
-    left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license"}
-    defaults = {f.name: [] if f.default is MISSING else f.default for f in fields(Config)}
-    recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
-    sources = [Path(s).name if Path(s).exists() else s for s in sources_of(config.train_data)]
-    return Card(base_model, config.license, ", ".join(sources), recipe, config.eval_data, eval_metrics)
 
 
 def best_step(eval_metrics: dict[str, float | None]) -> str:
     """The step with the highest metric, the first of several; a NaN counts as none."""
     known = {s: m for s, m in eval_metrics.items() if s != "0" and m is not None and m == m}
     return max(known, key=lambda step: known[step], default="0")
-
-
-def describe(stage: int, log: dict[str, float]) -> str:
-    names = ("loss",) if stage == 1 else ("loss", "align", "s1", "s2", "accuracy", "nce")
-    text = "  ".join(f"{n} {log[n]:.3f}" for n in names if n in log)
-    return f"stage {stage}  {text}  {log['tokens_per_second']:.0f} tok/s  {log['memory_gb']:.1f} GB"
-
-
-def progress_bar(console: Console) -> Progress:
-    description = TextColumn("{task.description}")
-    return Progress(
-        description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=console, transient=True,
-    )  # fmt: skip

@@ -22,6 +22,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "objective": (
         "stage", "alignment_weight", "contrastive_weight", "contrastive_temperature", "beta", "temperature",
         "ref_margin", "ref_logps_file", "logprob_reduction", "negatives", "hard_negatives",
+        "distillation_weight", "distillation_temperature", "teacher_temperature", "distillation_pairs",
+        "distillation_mixture",
     ),
     "optimizer": (
         "max_steps", "num_train_epochs", "batch_size", "token_budget", "learning_rate", "compress_learning_rate",
@@ -53,8 +55,9 @@ def train_parser(**options: bool) -> ArgumentParser:
         group = parser.add_argument_group(title)
         for name in names:
             default = known[name].default
-            if default is MISSING and known[name].default_factory is not MISSING:
-                default = known[name].default_factory()
+            factory = known[name].default_factory
+            if default is MISSING and factory is not MISSING:
+                default = factory()
             given = {"required": True} if default is MISSING else {"default": default}
             group.add_argument(f"--{name}", type=hints[name], help=texts.get(name, ""), **given)
     return parser

@@ -12,6 +12,7 @@ from conftest import sentence
 from safetensors.torch import load_file, save_file
 
 from autoregembed import checkpoint, files, models, reference_scores, runtime
+from autoregembed.score_files import ScoresMismatch
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -107,7 +108,7 @@ def test_reference_scores_come_back_and_only_for_what_they_belong_to(tmp_path):
     torch.testing.assert_close(found, (positive, negatives), rtol=0, atol=0, equal_nan=True)
     for name in mine:
         other = {**mine, name: "x"}
-        with pytest.raises(reference_scores.RefLogpsMismatch) as error:
+        with pytest.raises(ScoresMismatch) as error:
             reference_scores.load_ref_logps(path, other)
         for key in mine:
             assert f"'{key}': '{mine[key]}'" in str(error.value)

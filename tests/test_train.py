@@ -11,7 +11,7 @@ import torch
 from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
-from autoregembed import Decoder, Encoder, data, files, models, reference_scores
+from autoregembed import Decoder, Encoder, data, files, models
 from autoregembed.build import build_models
 from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import text_embedding
@@ -21,6 +21,7 @@ from autoregembed.ops import info_nce
 from autoregembed.packing import make_microbatches
 from autoregembed.prompt import Prompt
 from autoregembed.reference_scores import compute_ref_logps
+from autoregembed.score_files import ScoresMismatch
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import Interrupted, train
 
@@ -221,10 +222,10 @@ def test_reference_scores_are_cached_and_refused_for_other_data(
     other = tmp_path / "other.jsonl"
     other.write_text(Path(alignment_file).read_text().split("\n", 1)[1])
     config.train_data = str(other)
-    with pytest.raises(reference_scores.RefLogpsMismatch, match=r"'data': '\w+'.*'data': '\w+'"):
+    with pytest.raises(ScoresMismatch, match=r"'data': '\w+'.*'data': '\w+'"):
         train(config, quiet)
     config = stage2(model_folder, alignment_file, tmp_path / "two", ref_logps_file=str(kept))
-    with pytest.raises(reference_scores.RefLogpsMismatch, match="model"):
+    with pytest.raises(ScoresMismatch, match="model"):
         train(config, quiet)
     kept.write_bytes(b"rubbish")
     with pytest.raises(files.CheckpointError, match="damaged"):

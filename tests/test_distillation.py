@@ -1,0 +1,214 @@
+"""Score distillation in the loop: the scores of the model before the stage teach the cosines."""
+
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from conftest import sentence, stage2, write_jsonl
+
+from autoregembed import data, teacher_scores
+from autoregembed.build import build_models
+from autoregembed.config import ConfigError
+from autoregembed.encoder import text_embedding
+from autoregembed.files import CheckpointError
+from autoregembed.objective import Objective, texts_of
+from autoregembed.prompt import Prompt
+from autoregembed.teacher_scores import compute_teacher_scores, pair_scores
+from autoregembed.train import train
+
+ONLY = {"alignment_weight": 0.0, "distillation_weight": 1.0}
+
+
+@pytest.fixture
+def text_file(tmp_path) -> str:
+    return write_jsonl(tmp_path / "texts.jsonl", [{"text": sentence(i, 4 + i % 5)} for i in range(20)])
+
+
+def step_of(config, file):
+    """The objective, the encoder, all teacher scores, and the first batch of a run."""
+    from accelerate import Accelerator
+
+    encoder, decoder, tokenizer, _ = build_models(config)
+    prompt = Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
+    loaded = data.load_rows(file)
+    rows = (data.text_rows if data.is_unpaired(loaded) else data.alignment_rows)(loaded, prompt)
+    blocks = data.blocks(len(rows), config.batch_size, config.seed)
+    scores = compute_teacher_scores(encoder, decoder, rows, blocks)
+    batch = next(data.batches(rows, config.batch_size, seed=config.seed, in_blocks=True))
+    objective = Objective(config, encoder, None, Accelerator(cpu=True), None, scores)
+    return objective, encoder, decoder, scores, batch
+
+
+def cross_entropy(target, cosines, i, mixture):
+    """−Σ t · log softmax of one row or column, as {place: value}; t mixed with the known pair i."""
+    top = max(target.values())
+    total = sum(math.exp(x - top) for x in target.values())
+    lse = math.log(sum(math.exp(x) for x in cosines.values()))
+    weights = {j: mixture * math.exp(x - top) / total + (1 - mixture) * (i == j) for j, x in target.items()}
+    return -sum(w * (cosines[j] - lse) for j, w in weights.items())
+
+
+def distilled(q, p, s, mask, tau, mixture):
+    """The formula, pair by pair, in float64; s is already divided by the teacher's temperature."""
+    places = range(len(q))
+    cos = [[float(q[i] @ p[j]) / tau for j in places] for i in places]
+    rows = [[j for j in places if mask[i][j]] for i in places]
+    columns = [[i for i in places if mask[i][j]] for j in places]
+    marginal = []
+    for j in places:
+        top = max(s[i][j] for i in columns[j])
+        marginal.append(top + math.log(sum(math.exp(s[i][j] - top) for i in columns[j])))
+    total = 0.0
+    for i in places:
+        total += cross_entropy({j: s[i][j] - marginal[j] for j in rows[i]}, {j: cos[i][j] for j in rows[i]}, i, mixture)
+        total += cross_entropy({x: s[x][i] for x in columns[i]}, {x: cos[x][i] for x in columns[i]}, i, mixture)
+    return total / (2 * len(q))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "mixture", "unpaired"),
+    [("mask", 1.0, False), ("keep", 1.0, False), ("keep", 0.4, False), ("mask", 1.0, True)],
+)
+def test_a_step_is_the_formula(model_folder, alignment_file, text_file, pairs, mixture, unpaired):
+    file = text_file if unpaired else alignment_file
+    options = {**ONLY, "distillation_pairs": pairs, "distillation_mixture": mixture, "teacher_temperature": 2.0}
+    results = []
+    for budget in (None, 60):
+        config = stage2(model_folder, file, "unused", token_budget=budget, **options)
+        objective, encoder, _, scores, batch = step_of(config, file)
+        results.append(objective(batch)["loss"])
+    with torch.no_grad():
+        e = text_embedding(encoder(*texts_of(batch, False))).double()
+    q, p = (e, e) if unpaired else e.split(len(batch))
+    assert len(p) == len(batch)
+    mask = [[pairs == "keep" or i != j for j in range(len(batch))] for i in range(len(batch))]
+    block = batch[0]["block"]
+    s = (scores[block].double() / 2.0).tolist()
+    wanted = distilled(q, p, s, mask, config.distillation_temperature, mixture)
+    assert results == pytest.approx([wanted, wanted], rel=1e-5)
+
+
+def test_the_teacher_scores_every_pair_of_a_block(model_folder, alignment_file):
+    config = stage2(model_folder, alignment_file, "unused", **ONLY)
+    _, encoder, decoder, scores, batch = step_of(config, alignment_file)
+    with torch.no_grad():
+        for i in (0, 5):
+            z = encoder([batch[i]["query_ids"]], [batch[i]["suffix_ids"]])
+            for j in (0, 3, 7):
+                wanted = decoder.logprob(z, [batch[j]["target_ids"][0]])
+                torch.testing.assert_close(scores[batch[0]["block"], i, j], wanted[0], rtol=1e-5, atol=1e-4)
+
+
+def test_pair_scores_is_all_queries_by_all_passages(model_folder, alignment_file):
+    _, encoder, decoder, _, batch = step_of(stage2(model_folder, alignment_file, "unused", **ONLY), alignment_file)
+    with torch.no_grad():
+        z = encoder([r["query_ids"] for r in batch[:3]], [r["suffix_ids"] for r in batch[:3]])
+        targets = [r["target_ids"][0] for r in batch[:2]]
+        found = pair_scores(decoder, z, targets, token_budget=20)
+        assert found.shape == (3, 2)
+        torch.testing.assert_close(found[2], decoder.logprob(z, targets, [2, 2]))
+
+
+def test_equal_texts_are_masked_with_the_known_pairs(model_folder, tmp_path):
+    """A repeated passage, or the query itself among the passages, is no unlabelled candidate."""
+    rows = [{"query": sentence(i, 5), "pos": sentence(100 + i // 2, 4)} for i in range(8)]
+    rows[7]["pos"] = rows[0]["query"]
+    file = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = stage2(model_folder, file, "unused", **ONLY)
+    objective, encoder, _, scores, batch = step_of(config, file)
+    texts = [rows[r["row"]] for r in batch]
+    mask = [[d["pos"] not in (x["pos"], x["query"]) for d in texts] for x in texts]
+    assert sum(not m for row in mask for m in row) == 8 + 6 + 1
+    with torch.no_grad():
+        q, p = text_embedding(encoder(*texts_of(batch, False))).double().split(8)
+    s = (scores[batch[0]["block"]].double() / 3.0).tolist()
+    assert objective(batch)["loss"] == pytest.approx(distilled(q, p, s, mask, 0.05, 1.0), rel=1e-5)
+
+
+def test_blocks_stay_together():
+    rows = datasets.Dataset.from_dict({"text": [str(i) for i in range(24)]})
+    mine = [data.batches(rows, 5, seed=3, rank=r, world=2, in_blocks=True) for r in range(2)]
+    seen = [next(mine[i % 2]) for i in range(2 * 4)]
+    blocks = data.blocks(24, 5, 3)
+    assert len(blocks) == 4
+    for batch in seen:
+        assert [r["row"] for r in batch] == blocks[batch[0]["block"]]
+        assert [r["place"] for r in batch] == list(range(5))
+    epochs = [[b[0]["block"] for b in seen[i : i + 4]] for i in (0, 4)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [0, 1, 2, 3]
+    again = data.batches(rows, 5, seed=3, start=2, rank=1, world=2, in_blocks=True)
+    assert [r["row"] for r in next(again)] == [r["row"] for r in seen[5]]
+
+
+def test_texts_alone_train_without_a_pair(model_folder, text_file, sts_file, tmp_path, quiet):
+    summary = train(stage2(model_folder, text_file, tmp_path / "run", eval_data=sts_file, **ONLY), quiet)
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(log) == 3
+    assert all(row["distill"] == pytest.approx(row["loss"]) for row in log)
+    assert (tmp_path / "run" / "export" / "modules.json").is_file()
+    assert summary["spearman"]["3"] != summary["spearman"]["0"]
+
+
+@pytest.mark.parametrize("weights", [{"alignment_weight": 1.0}, {"alignment_weight": 0.0, "contrastive_weight": 1.0}])
+def test_texts_alone_are_refused_where_pairs_are_needed(model_folder, text_file, tmp_path, quiet, weights):
+    with pytest.raises(ConfigError, match=r"train_data: got texts without pairs.*distillation_weight"):
+        train(stage2(model_folder, text_file, tmp_path / "run", distillation_weight=1.0, **weights), quiet)
+
+
+def test_scores_are_made_once_and_a_longer_run_adds_the_blocks_it_lacks(
+    model_folder, alignment_file, tmp_path, quiet, monkeypatch
+):
+    made: list[list[int]] = []
+    compute = compute_teacher_scores
+
+    def counted(encoder, decoder, rows, blocks, *rest):
+        made.extend(blocks)
+        return compute(encoder, decoder, rows, blocks, *rest)
+
+    monkeypatch.setattr(teacher_scores, "compute_teacher_scores", counted)
+    out = tmp_path / "run"
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "autoregembed"
+    before = set(cache.glob("teacher-scores-*"))
+    first = train(stage2(model_folder, alignment_file, out, max_steps=1, **ONLY), quiet)
+    assert len(made) == 1
+    train(stage2(model_folder, alignment_file, out, max_steps=1, **ONLY), quiet)
+    assert len(made) == 1, "they were read"
+    train(stage2(model_folder, alignment_file, out, max_steps=5, **ONLY), quiet)
+    assert len(made) == 3, "24 rows are three blocks of 8, read twice by five steps"
+    assert len({tuple(b) for b in made}) == 3
+    assert first["steps"] == 1
+    (file,) = set(cache.glob("teacher-scores-*.safetensors")) - before
+    train(stage2(model_folder, alignment_file, out, max_steps=1, batch_size=6, **ONLY), quiet)
+    found = set(cache.glob("teacher-scores-*.safetensors")) - before
+    assert len(found) == 2, "other blocks, another file"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="teacher_scores: got a damaged file"):
+        train(stage2(model_folder, alignment_file, out, max_steps=1, **ONLY), quiet)
+    file.unlink()
+
+
+def test_distillation_adds_to_the_other_losses(model_folder, alignment_file, tmp_path, quiet):
+    options = {"alignment_weight": 0.5, "contrastive_weight": 2.0, "distillation_weight": 3.0}
+    train(stage2(model_folder, alignment_file, tmp_path / "run", max_steps=1, **options), quiet)
+    log = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    wanted = 0.5 * log["align"] + 2.0 * log["nce"] + 3.0 * log["distill"]
+    assert log["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert min(log["align"], log["nce"], log["distill"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distillation_weight": -1.0}, "distillation_weight: got -1.0"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature: got 0.0"),
+        ({"distillation_mixture": 1.5}, "distillation_mixture: got 1.5"),
+        ({"distillation_mixture": 0.5}, "distillation_pairs: got 'mask' with distillation_mixture 0.5"),
+        ({"distillation_weight": 1.0, "ref_margin": "none", "streaming": True}, "expected 0 when streaming"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        stage2("m", "d", "o", **options)
