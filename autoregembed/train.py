@@ -32,9 +32,9 @@ from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.evaluate import load_sts, sts
-from autoregembed.export import merged
+from autoregembed.export import EXPORT_DTYPES, merged
 from autoregembed.files import atomic_folder, read_json, remove_stale_tmp, weights_fingerprint, write_json
-from autoregembed.model_card import Card
+from autoregembed.model_card import Card, adapter_card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
 from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
@@ -57,7 +57,7 @@ FREE_FIELDS = {
     "model", "decoder", "gguf_file", "trust_remote_code", "train_data", "train_split", "output_dir", "ref_logps_file",
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
-    "log_with", "num_proc",
+    "log_with", "num_proc", "export_dtype", "model_name", "license",
 }  # fmt: skip
 
 MAX_SKIPPED = 10  # steps in a row: by then the parameters are the reason, not the rows
@@ -359,8 +359,7 @@ class Run:
             self.console.print(f"{step:>6}/{self.max_steps}  spearman {metrics[str(step)]:.4f}", highlight=False)
         if self.config.save_best and best_step(metrics) == str(step):
             encoder = self.full_encoder()
-            save = functools.partial(encoder.save_pretrained, self.out / "best", overwrite=True)
-            distributed.broadcast_from_rank0(save)
+            distributed.broadcast_from_rank0(lambda: self.export(encoder, "best"))
 
     def save_checkpoint(self) -> Path:
         accelerator = self.accelerator
@@ -418,19 +417,27 @@ class Run:
         if config.lora_rank:
             with atomic_folder(out / "adapter", overwrite=True) as folder:
                 encoder.model.save_pretrained(folder, save_embedding_layers=False)  # the K rows are in it
+                text = adapter_card(config.model, config.instruction, encoder.num_compress_tokens, config.gguf_file)
+                (folder / "README.md").write_text(text, encoding="utf-8")
         save_model(out / "model", merged(encoder), self.tokenizer, self.recipe)
-        card = make_card(config, self.recipe["decoder"], self.state.eval_metrics)
-        encoder.save_pretrained(out / "export", overwrite=True, card=card)
+        self.export(encoder, "export")
         write_json(out / "summary.json", summary)
+
+    def export(self, encoder: Encoder, name: str) -> None:
+        card = make_card(self.config, self.recipe["decoder"], self.state.eval_metrics)
+        dtype = EXPORT_DTYPES.get(self.config.export_dtype)
+        encoder.save_pretrained(self.out / name, dtype=dtype, overwrite=True, card=card)
 
 
 def make_card(config: Config, base_model: str, eval_metrics: dict[str, float | None]) -> Card:
     """The model card's facts of a run: the options that are not the default, without the places of its files."""
     left_out = {"model", "decoder", "train_data", "eval_data", "ref_logps_file", "output_dir"}
-    left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license"}
+    left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license", "model_name"}
     defaults = {f.name: [] if f.default is MISSING else f.default for f in fields(Config)}
     recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
-    return Card(base_model, config.license, config.train_data, recipe, config.eval_data, eval_metrics)
+    return Card(
+        base_model, config.license, config.train_data, recipe, config.eval_data, eval_metrics, config.model_name
+    )
 
 
 def best_step(eval_metrics: dict[str, float | None]) -> str:
