@@ -204,6 +204,8 @@ class Config(Stage2Options):
             bits. Without it the run starts anew and refuses a folder that holds checkpoints.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
         num_proc: processes that tokenize.
+        export_dtype: of the weights in export/ and best/: fp32, bf16, fp16, or auto: that of the trained weights.
+        model_name: of the trained model, for its card: a hub id such as user/name, or any name.
         license: of the trained model, for its card: an SPDX id such as apache-2.0.
     """
 
@@ -259,6 +261,8 @@ class Config(Stage2Options):
     resume_from_checkpoint: bool = False
     log_with: list[str] = field(default_factory=list)
     num_proc: int | None = None
+    export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    model_name: str | None = None
     license: str = "unknown"
 
     def __post_init__(self) -> None:

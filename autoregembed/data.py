@@ -21,8 +21,8 @@ from autoregembed.prompt import Prompt
 from autoregembed.tables import Row, Rows, Table, as_text, load_rows, require_keys
 
 __all__ = [
-    "Rows", "alignment_rows", "batches", "blocks", "check_first_row", "check_negatives", "compression_rows", "content_fingerprint",
-    "drawn", "is_unpaired", "load_rows", "permutation", "text_rows",
+    "Rows", "alignment_rows", "batches", "blocks", "check_first_row", "check_negatives", "compression_rows",
+    "content_fingerprint", "drawn", "is_unpaired", "load_rows", "permutation", "rows_read", "text_rows",
 ]  # fmt: skip
 
 Columns = Mapping[str, str]  # a name that this library reads -> the column of the data
@@ -433,6 +433,14 @@ def blocks(n: int, size: int, seed: int) -> list[list[int]]:
     """n rows cut into blocks of `size` rows; n % size rows are in none."""
     order = permutation(n, seed, 0)
     return [order[i : i + size] for i in range(0, n - size + 1, size)]
+
+
+def rows_read(n: int, batch_size: int, num_batches: int, seed: int, in_blocks: bool = False) -> list[int]:
+    """Indices, of n rows, of those in the first `num_batches` batches of all processes, each once and sorted."""
+    if not in_blocks:
+        return sorted(set(drawn(n, 0, num_batches * batch_size, seed)))
+    together = blocks(n, batch_size, seed)
+    return sorted(i for block in set(drawn(len(together), 0, num_batches, seed)) for i in together[block])
 
 
 def drawn(n: int, first: int, count: int, seed: int) -> list[int]:

@@ -36,7 +36,7 @@ from autoregembed.models import (
 )
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
-from autoregembed.prompt import INSTRUCTION, Prompt, batch_token_ids, instruction_ids
+from autoregembed.prompt import INSTRUCTION, Prompt, batch_token_ids, instruction_ids, require_fast
 
 
 def text_embedding(z: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
 
     Raises:
         ValueError, IndexError: ids outside the embedding matrix, an attention backend that cannot run, NaN weights, a
-            `max_length` above the model's positions.
+            `max_length` above the model's positions, a slow tokenizer.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class Encoder(nn.Module):
         own_compress_rows: bool = False,
     ):
         super().__init__()
+        if tokenizer is not None:
+            require_fast(tokenizer)
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         self.compress_token_ids = list(compress_token_ids)
@@ -251,15 +253,17 @@ class Encoder(nn.Module):
         path: str | Path,
         *,
         max_length: int | None = None,
+        dtype: torch.dtype | None = None,
         overwrite: bool = False,
         card: Card | None = None,
     ) -> Path:
         """Writes a folder that `Encoder.from_pretrained` and `SentenceTransformer` read; see `export.export`.
 
         Raises:
-            ValueError: this encoder has no fast tokenizer. And the other errors of `export.export`.
+            ValueError: this encoder has no tokenizer. And the other errors of `export.export`.
         """
-        return export(self, Path(path).expanduser(), max_length=max_length, overwrite=overwrite, card=card)
+        folder = Path(path).expanduser()
+        return export(self, folder, max_length=max_length, dtype=dtype, overwrite=overwrite, card=card)
 
     def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.

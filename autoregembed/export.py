@@ -1,25 +1,39 @@
 """A folder that plain `SentenceTransformer(path)` loads, without trusting any code.
 
 The tail (instruction and compress tokens) is written into the tokenizer's post-processor, where truncation cannot reach
-it. Pooling: WordWeights gives the compress tokens weight 1 and all others 0, Pooling takes the weighted mean, Normalize
-makes it a unit vector; together they are normalize(mean_k z).
+it. With one compress token, pooling takes the last token, which vLLM and TEI read as sentence-transformers does. With
+more, WordWeights gives the compress tokens weight 1 and all others 0 and Pooling takes the weighted mean. vLLM and TEI
+ignore weights of tokens, so that such a folder is written for them to refuse. Normalize makes a unit vector of it.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from autoregembed.files import CheckpointError, atomic_folder, write_json
 from autoregembed.model_card import Card, model_card
 from autoregembed.models import RECIPE, RECIPE_VERSION, base_model, is_plain
+from autoregembed.prompt import require_fast
 
 if TYPE_CHECKING:  # Encoder.save_pretrained calls export
     from autoregembed.encoder import Encoder
+
+
+# Attributes of config.json that Transformers and sentence-transformers keep and do not read. vLLM and SGLang take the
+# second for a quantization and stop at one that they do not know, also after other libraries have saved the model.
+COMPRESS_TOKENS = "compress_token_ids"
+REFUSED = "compression_config"
+REFUSAL = {"quant_method": "mean-of-compress-tokens-needs-sentence-transformers"}
+
+EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def merged(encoder: Encoder) -> Any:
@@ -37,6 +51,8 @@ def merged(encoder: Encoder) -> Any:
     copied = copy.deepcopy(encoder, {id(encoder.tokenizer): encoder.tokenizer})
     copied.fold_compress_rows()
     model = copied.model.merge_and_unload() if hasattr(copied.model, "merge_and_unload") else copied.model
+    for name in (COMPRESS_TOKENS, REFUSED):  # of an earlier export
+        vars(model.config).pop(name, None)
     return model
 
 
@@ -46,8 +62,6 @@ def _tokenizer(encoder: Encoder, max_length: int) -> PreTrainedTokenizerFast:
     It is of the generic class: some models' own classes write a post-processor anew when they are loaded.
     """
     tokenizer = encoder.tokenizer
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, expected a fast tokenizer")
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     head = [] if encoder.bos_token_id is None else [encoder.bos_token_id]
     tail = [*encoder.suffix_ids, *encoder.compress_token_ids]
@@ -85,66 +99,130 @@ def _recipe(encoder: Encoder, max_length: int) -> dict[str, Any]:
     }
 
 
+def _pooling(model: Any, ids: list[int]) -> list[Any]:
+    """The stock modules behind the transformer: normalize(mean over the tokens `ids`), which end every text."""
+    from sentence_transformers.sentence_transformer import modules as stock
+
+    width = model.config.get_text_config().hidden_size
+    if len(ids) == 1:
+        return [stock.Pooling(width, "lasttoken"), stock.Normalize()]
+    rows = model.get_input_embeddings().weight.shape[0]
+    # One character a row of the vocabulary: names would make a megabyte of it, and of every printed model.
+    vocabulary = "".join("1" if row in ids else "0" for row in range(rows))
+    weights = stock.WordWeights(vocabulary, {"1": 1.0}, unknown_word_weight=0.0)
+    return [weights, stock.Pooling(width, "mean"), stock.Normalize()]
+
+
+def _for_servers(folder: Path, max_length: int) -> None:
+    """Rewrites what sentence-transformers has saved in the spelling that vLLM and TEI read, and it reads as well.
+
+    Sources: vllm/transformers_utils/config.py (get_pooling_config, get_sentence_transformer_tokenizer_config);
+    text-embeddings-inference, router/src/lib.rs (PoolConfig, STConfig), backends/src/lib.rs (ModuleType).
+    """
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    alone = len(modules) == 3
+    for module in modules:
+        kind = module["type"].rsplit(".", 1)[1]
+        module["type"] = f"sentence_transformers.models.{kind}"
+        if kind == "Pooling" and module["path"] != "1_Pooling":
+            (folder / module["path"]).rename(folder / "1_Pooling")
+            module["path"] = "1_Pooling"
+    write_json(folder / "modules.json", modules)
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    # sentence-transformers reads `pooling_mode`; TEI the flags, and it refuses a folder where none is set.
+    flags = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": alone}
+    write_json(folder / "1_Pooling" / "config.json", {**pooling, **flags})
+    settings = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    lengths = {"max_seq_length": max_length, "do_lower_case": False}
+    write_json(folder / "sentence_bert_config.json", {**settings, **lengths})
+
+
+def _require_same(exported: Any, expected: torch.Tensor, texts: Sequence[str], dtypes: set[torch.dtype]) -> None:
+    """Compares what the saved modules compute with what the encoder does, within the rounding of the coarser dtype."""
+    found = exported.encode(list(texts), convert_to_tensor=True, show_progress_bar=False).float().cpu()
+    distance = float((found - expected).norm(dim=-1).max())
+    bound = 1e-3 + 32 * max(torch.finfo(dtype).eps for dtype in dtypes)
+    if not distance <= bound:
+        raise CheckpointError(
+            f"folder: got embeddings at a distance of {distance:.1e} from the encoder's, expected at most {bound:.1e}"
+        )
+
+
 def export(
     encoder: Encoder,
     folder: str | Path,
     *,
     max_length: int | None = None,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: Card | None = None,
 ) -> Path:
     """Writes `folder`, whole or not at all, for `SentenceTransformer(folder)` and `Encoder.from_pretrained(folder)`.
 
-    `autoregembed.json` lies beside the model: compress tokens, suffix, and the original model that the decoder is.
+    `autoregembed.json` lies beside the model: compress tokens, suffix, and the original model that the decoder is. The
+    folder embeds two texts before it gets its name, and they must come out as the encoder embeds them.
 
     Args:
         encoder: with its fast tokenizer; adapters are merged and compress rows folded in a copy of its model.
         folder: new or empty, unless `overwrite`.
         max_length: tokens of a text with instruction and compress tokens; by default the encoder's own.
+        dtype: of the weights: float32, bfloat16 or float16; by default the encoder's own.
         card: what README.md, the model card, says of the training.
 
     Raises:
         FileExistsError: `folder` is in use.
-        CheckpointError: the tokenizer cannot be saved so that it gives the same ids.
-        ValueError: a slow tokenizer, or a `max_length` that leaves no room for text or is above the model's positions.
+        CheckpointError: the tokenizer cannot be saved so that it gives the same ids, or the folder other embeddings.
+        ValueError: a slow tokenizer, a `max_length` that leaves no room for text or is above the model's positions, or
+            a `dtype` that is none of the three or that a weight overflows.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as stock
 
     folder = Path(folder).expanduser()
     tokenizer = encoder.tokenizer
+    require_fast(tokenizer)
+    if dtype is not None and dtype not in EXPORT_DTYPES.values():
+        raise ValueError(f"dtype: got {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
     max_length = encoder.fit_max_length(max_length)
     fixed = len(encoder.sequences([[]])[0])
     if max_length <= fixed:
         raise ValueError(f"max_length: got {max_length}, expected more than {fixed}, the tokens around a text")
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        model = base_model(merged(encoder)).eval()
+        whole = merged(encoder).eval().to("cpu")
+        texts = ["The export reads what training read.", f"{tokenizer.eos_token or ''} It is checked. " * max_length]
+        alone = type(encoder)(
+            whole, compress_token_ids=encoder.compress_token_ids, suffix_ids=encoder.suffix_ids, tokenizer=tokenizer,
+            bos_token_id=encoder.bos_token_id, max_length=max_length, attention="sdpa",
+        )  # fmt: skip
+        expected = alone.encode(texts)
+        model = base_model(whole)
+        dtypes = {model.get_input_embeddings().weight.dtype, dtype or torch.float32}
+        if dtype is not None:
+            _cast(model, dtype)
+        ids = encoder.compress_token_ids
+        setattr(model.config, COMPRESS_TOKENS, ids)
+        if len(ids) > 1:
+            setattr(model.config, REFUSED, REFUSAL)
         source = temporary / "source"
         model.save_pretrained(source)
         _tokenizer(encoder, max_length).save_pretrained(source)
-        rows = model.get_input_embeddings().weight.shape[0]
-        compress = {f"<{i}>": 1.0 for i in encoder.compress_token_ids}
-        modules = [
-            stock.Transformer(str(source), max_seq_length=max_length),
-            stock.WordWeights([f"<{i}>" for i in range(rows)], compress, unknown_word_weight=0.0),
-            stock.Pooling(model.config.get_text_config().hidden_size, "mean"),
-            stock.Normalize(),
-        ]
-        text = f"{tokenizer.eos_token or ''} The export reads what training read. " * max_length
-        found = modules[0].tokenizer(text, truncation=True)["input_ids"]
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        expected = encoder.sequences([ids[: max_length - fixed]])[0]
-        if found != expected:
-            raise CheckpointError(f"tokenizer: got ids {found[:8]}… once saved, expected {expected[:8]}…")
-        SentenceTransformer(modules=modules, device="cpu", prompts=encoder.prompts or None).save(
-            str(temporary / "whole"), create_model_card=False
+        first = stock.Transformer(str(source), max_seq_length=max_length)
+        sequences = alone.sequences(alone.tokenize(texts))
+        found = first.tokenizer(texts, truncation=True)["input_ids"]
+        if found != sequences:
+            raise CheckpointError(f"tokenizer: got ids {found[0][:8]}… once saved, expected {sequences[0][:8]}…")
+        exported = SentenceTransformer(
+            modules=[first, *_pooling(model, ids)], device="cpu", prompts=encoder.prompts or None
         )
+        exported.save(str(temporary / "whole"), create_model_card=False)
         for path in source.iterdir():
             path.unlink()
         source.rmdir()
         for path in (temporary / "whole").iterdir():
             path.rename(temporary / path.name)
         (temporary / "whole").rmdir()
+        _for_servers(temporary, max_length)
+        _require_same(SentenceTransformer(str(temporary), device="cpu"), expected, texts, dtypes)
         text = model_card(
             card or Card(), name=Path(folder).name, width=model.config.get_text_config().hidden_size,
             max_length=max_length, num_compress_tokens=encoder.num_compress_tokens,
@@ -152,3 +230,10 @@ def export(
         (temporary / "README.md").write_text(text, encoding="utf-8")
         write_json(temporary / RECIPE, _recipe(encoder, max_length))
     return Path(folder)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"dtype: got {dtype}, which {name} overflows, expected torch.bfloat16 or torch.float32")

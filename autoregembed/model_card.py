@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -35,6 +36,7 @@ class Card:
         recipe: the options of the training, as YAML can write them.
         eval_data: what `eval_metrics` are measured on.
         eval_metrics: Spearman's correlation with human ratings by step, "0" before training; None where there is none.
+        model_name: of this model, perhaps its hub id; by default that of the base model and -autoregembed.
     """
 
     base_model: str | None = None
@@ -43,14 +45,53 @@ class Card:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     eval_data: str | None = None
     eval_metrics: Mapping[str, float | None] = field(default_factory=dict)
+    model_name: str | None = None
+
+
+def _hub_id(source: str | None) -> str | None:
+    """The id of a model on the hub, also of its copy in the hub's cache; None for any other folder or file."""
+    if source is None:
+        return None
+    if cached := re.search(r"(?:^|[\\/])models--([^\\/]+)(?:[\\/]|$)", source):
+        return cached[1].replace("--", "/", 1)
+    known = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", source) and not Path(source).exists()
+    return source if known else None
 
 
 def _name(source: str | None) -> str | None:
     """A hub id as it is; of anything that lies on this disk its last part."""
     if source is None:
         return None
-    path = Path(source)
-    return path.name if path.is_absolute() or path.exists() else source
+    return _hub_id(source) or Path(source).name
+
+
+def _servers(num_compress_tokens: int) -> str:
+    if num_compress_tokens == 1:
+        return (
+            "sentence-transformers, vLLM and Text Embeddings Inference compute these vectors from this folder: the "
+            "embedding is the state of the last token. No other server has been looked at."
+        )
+    return (
+        f"sentence-transformers computes these vectors, and so does what runs on it. The embedding is the mean of the "
+        f"states of the last {num_compress_tokens} tokens, which vLLM and Text Embeddings Inference cannot compute: "
+        "both refuse this folder. Do not force a pooling on them; the vectors would be others."
+    )
+
+
+def adapter_card(model: str, instruction: str, num_compress_tokens: int, gguf_file: str | None = None) -> str:
+    """README.md of an adapter's folder: three lines that load it."""
+    options = f"instruction={instruction!r}, num_compress_tokens={num_compress_tokens}"
+    if gguf_file is not None:
+        options += f", gguf_file={gguf_file!r}"
+    return (
+        "# A LoRA adapter by autoregembed\n\n"
+        f"It holds the embeddings of {num_compress_tokens} compress tokens too, and belongs to `{model}` alone. The "
+        "first path is that model, the second this folder. `PeftModel.from_pretrained` would not add the compress "
+        "tokens.\n\n"
+        "```python\nfrom autoregembed import Encoder\n"
+        f'encoder = Encoder.from_pretrained({model!r}, {options}, adapter="adapter")\n'
+        'embeddings = encoder.encode(["A text.", "Another one."])\n```\n'
+    )
 
 
 def model_card(card: Card, *, name: str, width: int, max_length: int, num_compress_tokens: int) -> str:
@@ -58,13 +99,17 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
 
     Args:
         card: what is known of the training.
-        name: of the model; of its folder.
+        name: of its folder: the model's where nothing else is known.
         width: D, numbers of an embedding.
         max_length: tokens of a text, with instruction and compress tokens.
         num_compress_tokens: K.
     """
     measured = sorted((int(step), score) for step, score in card.eval_metrics.items() if score is not None)
+    hub_id = _hub_id(card.base_model)
     base, data, rated = _name(card.base_model), _name(card.train_data), _name(card.eval_data) or "unnamed"
+    name = card.model_name or (f"{Path(base).name}-autoregembed" if base else name)
+    facts = {"license": card.license != "unknown", "base_model": hub_id, "the training data": data}
+    missing = [fact for fact, known in facts.items() if not known]
     scored: dict[str, Any] = {"task_type": "sts", "dataset_type": rated, "dataset_name": rated}
     results = None
     if measured:
@@ -73,7 +118,7 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         license=card.license,
-        base_model=base,
+        base_model=hub_id,
         tags=TAGS,
         model_name=name,
         eval_results=results,
@@ -84,9 +129,12 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
         f"A text embedder of {width} numbers, made from {base or 'a causal language model'} by AutoRegEmbed. It reads "
         f"at most {max_length} tokens, with an instruction and {num_compress_tokens} compress tokens that its "
         "tokenizer appends. Compare embeddings by cosine.",
+        *([f"**Fill in before pushing to a hub:** {', '.join(missing)}. Then remove this line."] if missing else []),
         "```python\nfrom sentence_transformers import SentenceTransformer\n"
         f'model = SentenceTransformer("{name}")  # or the path of this folder\n'
         'embeddings = model.encode(["A text.", "Another one."])\n```',
+        "## Servers",
+        _servers(num_compress_tokens),
         "## Training",
         f"Data: {data or 'not stated'}. Licence of the model: {card.license}.",
     ]
@@ -104,8 +152,9 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
 def run_card(config: Config, base_model: str, eval_metrics: dict[str, float | None]) -> Card:
     """The model card's facts of a run: the options that are not the default, without the places of its files."""
     left_out = {"model", "decoder", "train_data", "eval_data", "ref_logps_file", "output_dir"}
-    left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license"}
+    left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license", "model_name"}
     defaults = {f.name: [] if f.default is MISSING else f.default for f in fields(Config)}
     recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
     sources = [Path(s).name if Path(s).exists() else s for s in sources_of(config.train_data)]
-    return Card(base_model, config.license, ", ".join(sources), recipe, config.eval_data, eval_metrics)
+    train_data = ", ".join(sources)
+    return Card(base_model, config.license, train_data, recipe, config.eval_data, eval_metrics, config.model_name)

@@ -69,6 +69,20 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
 
 
+def require_fast(tokenizer: Any) -> None:
+    """Raises ValueError for a slow tokenizer, such as ByT5's: it cannot end the texts of an export."""
+    if tokenizer is None:
+        raise ValueError(
+            "tokenizer: got None, expected a fast tokenizer: use from_pretrained, or give the constructor one"
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer: got {type(tokenizer).__name__}, which is slow, expected a fast tokenizer: one whose folder "
+            "has tokenizer.json (AutoTokenizer makes one of most slow ones when sentencepiece and tiktoken are "
+            "installed), or a model with another tokenizer"
+        )
+
+
 def instruction_ids(tokenizer: Any, instruction: str) -> list[int]:
     """The ids between a text and the compress tokens."""
     return token_ids(tokenizer, f"\n{instruction}\n")

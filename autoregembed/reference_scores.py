@@ -70,19 +70,19 @@ def ref_logps_fingerprint(encoder: nn.Module, decoder: Decoder, tokenizer: Any, 
 
 
 def cached_ref_logps(
-    config: Config, encoder: nn.Module, decoder: Decoder, rows: Dataset, fingerprint: dict[str, str], read: int,
+    config: Config, encoder: nn.Module, decoder: Decoder, rows: Dataset, fingerprint: dict[str, str],
+    wanted: list[int],
     console: Console,
 ) -> RefLogps:  # fmt: skip
     """Scores of the rows that a run reads, from a file of earlier runs; those that it lacks are computed and added.
 
     Args:
         fingerprint: `ref_logps_fingerprint`, taken before the weights are sharded.
-        read: how many rows the run reads; the same row counts again in the next epoch.
+        wanted: the rows that the run reads.
     """
     path = _path(config, fingerprint)
     # Process 0 looks and tells: the others may not see its disk, and must not find what it is writing.
     known = distributed.broadcast_from_rank0(lambda: load_ref_logps(path, fingerprint) if path.is_file() else None)
-    wanted = sorted(set(data.drawn(len(rows), 0, read, config.seed)))
     if known is not None:
         wanted = [i for i in wanted if bool(known.positive[i].isnan())]
         if not wanted:

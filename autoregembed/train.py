@@ -32,7 +32,7 @@ from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.evaluate import load_sts, sts
-from autoregembed.export import merged
+from autoregembed.export import EXPORT_DTYPES, merged
 from autoregembed.files import (
     atomic_folder,
     read_json,
@@ -41,7 +41,7 @@ from autoregembed.files import (
     weights_fingerprint,
     write_json,
 )
-from autoregembed.model_card import run_card
+from autoregembed.model_card import adapter_card, run_card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
 from autoregembed.progress import describe, progress_bar
@@ -66,7 +66,7 @@ FREE_FIELDS = {
     "model", "decoder", "gguf_file", "trust_remote_code", "train_data", "train_split", "output_dir", "ref_logps_file",
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
-    "log_with", "num_proc",
+    "log_with", "num_proc", "export_dtype", "model_name", "license",
 }  # fmt: skip
 
 RESULT_FOLDERS = ("model", "export", "adapter", "best", "checkpoints")
@@ -265,8 +265,11 @@ class Run:
         with self.accelerator.autocast():
             if config.needs_ref_logps:
                 assert decoder is not None
+                wanted = data.rows_read(
+                    len(self.rows), config.batch_size, read, config.seed, config.needs_teacher_scores
+                )
                 ref_logps = cached_ref_logps(
-                    config, self.encoder, decoder, self.rows, fingerprint, read * config.batch_size, self.console
+                    config, self.encoder, decoder, self.rows, fingerprint, wanted, self.console
                 )
             if config.needs_teacher_scores:
                 assert decoder is not None
@@ -417,8 +420,7 @@ class Run:
             self.console.print(f"{step:>6}/{self.max_steps}  spearman {metrics[str(step)]:.4f}", highlight=False)
         if self.config.save_best and best_step(metrics) == str(step):
             encoder = self.full_encoder()
-            save = functools.partial(encoder.save_pretrained, self.out / "best", overwrite=True)
-            distributed.broadcast_from_rank0(save)
+            distributed.broadcast_from_rank0(lambda: self.export(encoder, "best"))
 
     def save_checkpoint(self) -> Path:
         accelerator = self.accelerator
@@ -480,10 +482,16 @@ class Run:
         if config.lora_rank:
             with atomic_folder(out / "adapter", overwrite=True) as folder:
                 encoder.model.save_pretrained(folder, save_embedding_layers=False)  # the K rows are in it
+                text = adapter_card(config.model, config.instruction, encoder.num_compress_tokens, config.gguf_file)
+                (folder / "README.md").write_text(text, encoding="utf-8")
         save_model(out / "model", merged(encoder), self.tokenizer, self.recipe)
-        card = run_card(config, self.recipe["decoder"], self.state.eval_metrics)
-        encoder.save_pretrained(out / "export", overwrite=True, card=card)
+        self.export(encoder, "export")
         write_json(out / "summary.json", summary)
+
+    def export(self, encoder: Encoder, name: str) -> None:
+        card = run_card(self.config, self.recipe["decoder"], self.state.eval_metrics)
+        dtype = EXPORT_DTYPES.get(self.config.export_dtype)
+        encoder.save_pretrained(self.out / name, dtype=dtype, overwrite=True, card=card)
 
 
 def best_step(eval_metrics: dict[str, float | None]) -> str:

@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "run": (
         "output_dir", "eval_steps", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint", "log_with",
-        "seed", "deterministic", "on_nonfinite", "license",
+        "seed", "deterministic", "on_nonfinite", "license", "model_name", "export_dtype",
     ),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import sentence, write_jsonl
+from sentence_transformers.losses import MatryoshkaLoss
 from transformers import AutoModelForCausalLM
 
 from autoregembed import (
@@ -26,7 +27,8 @@ from autoregembed import (
     reference_scores,
     score_distillation,
 )
-from autoregembed.config import Config
+from autoregembed.config import Config, Stage2Options
+from autoregembed.integrations.sentence_transformers import AutoRegEmbedLoss, from_causal_lm
 from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
@@ -232,6 +234,14 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
     mixed = tiny_model()
     mixed.config.layer_types = ["full_attention", "conv"]
     yield lambda: Encoder(mixed, compress_token_ids=[3])
+    yield lambda: Encoder(tiny_model(), compress_token_ids=[3], tokenizer=object())
+
+    def cut_loss():
+        start = from_causal_lm(model_folder, tmp_path / "start", num_compress_tokens=1)
+        loss = AutoRegEmbedLoss(start, Decoder.from_pretrained(model_folder), Stage2Options(ref_margin="none"))
+        MatryoshkaLoss(start, loss, [32, 16])([start.preprocess(["the cat"]) for _ in range(3)], None)
+
+    yield cut_loss
     broken = tiny_model()
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = torch.nan

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from autoregembed import Encoder, files, models
 from autoregembed.export import merged
-from autoregembed.model_card import Card
+from autoregembed.model_card import Card, model_card
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -26,11 +26,13 @@ TEXTS = [
 ]
 
 
-def encoder_of(tokenizer=TOKENIZER, architecture="llama", bos_token_id=1, dtype=torch.float32, **options) -> Encoder:
+def encoder_of(
+    tokenizer=TOKENIZER, architecture="llama", bos_token_id=1, dtype=torch.float32, k=3, **options
+) -> Encoder:
     model = tiny_model(architecture, vocab_size=len(tokenizer), dtype=dtype)
-    ids = models.add_compress_tokens(model, tokenizer, 3)
+    ids = models.add_compress_tokens(model, tokenizer, k)
     with torch.no_grad():  # far apart, so that a lost or swapped compress token shows
-        rows = torch.randn(3, 32, generator=torch.Generator().manual_seed(5)).to(dtype)
+        rows = torch.randn(k, 32, generator=torch.Generator().manual_seed(5)).to(dtype)
         model.get_input_embeddings().weight[ids] += 0.2 * rows
     suffix = tokenizer("\nAgain:\n", add_special_tokens=False)["input_ids"]
     fixed = {"compress_token_ids": ids, "suffix_ids": suffix, "bos_token_id": bos_token_id, "tokenizer": tokenizer}
@@ -183,11 +185,49 @@ def test_lengths_that_leave_no_room_are_refused(options, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_slow_tokenizers_are_refused(tmp_path):
+def test_slow_tokenizers_are_refused_before_anything_else(model_folder, tmp_path):
+    from transformers import ByT5Tokenizer
+
     encoder = encoder_of()
-    encoder.tokenizer = object()
-    with pytest.raises(ValueError, match=r"^tokenizer: got object, expected a fast tokenizer"):
+    encoder.tokenizer = ByT5Tokenizer()
+    with pytest.raises(ValueError, match=r"^tokenizer: got ByT5Tokenizer, which is slow, expected a fast tokenizer"):
         encoder.save_pretrained(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    slow = ByT5Tokenizer(bos_token="<s>")
+    with pytest.raises(ValueError, match=r"^tokenizer: got ByT5Tokenizer, which is slow"):
+        Encoder.from_model(tiny_model(vocab_size=len(slow)), slow)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3), (torch.float32, 1e-5)])
+def test_the_dtype_of_an_export_is_a_choice(dtype, bound, tmp_path):
+    encoder = encoder_of()
+    folder = encoder.save_pretrained(tmp_path / "out", dtype=dtype)
+    assert {w.dtype for w in load_file(folder / "model.safetensors").values()} == {dtype}
+    assert encoder.model.dtype == torch.float32
+    found = load(folder).encode(TEXTS, convert_to_tensor=True).float()
+    torch.testing.assert_close(found, encoder.encode(TEXTS), rtol=0, atol=bound)
+
+
+def test_a_dtype_that_cannot_hold_the_weights_is_refused(tmp_path):
+    encoder = encoder_of()
+    with pytest.raises(ValueError, match=r"^dtype: got torch.int8, expected"):
+        encoder.save_pretrained(tmp_path / "out", dtype=torch.int8)
+    with torch.no_grad():
+        encoder.model.get_input_embeddings().weight[5, 5] = 1e5
+    with pytest.raises(ValueError, match=r"^dtype: got torch.float16, which embed_tokens.weight overflows"):
+        encoder.save_pretrained(tmp_path / "out", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_an_export_whose_embeddings_differ_is_not_written(k, tmp_path, monkeypatch):
+    from sentence_transformers.sentence_transformer import modules as stock
+
+    from autoregembed import export
+
+    monkeypatch.setattr(export, "_pooling", lambda model, ids: [stock.Pooling(32, "max"), stock.Normalize()])
+    with pytest.raises(files.CheckpointError, match=r"^folder: got embeddings at a distance of"):
+        encoder_of(k=k).save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,7 +259,11 @@ def test_the_card_is_valid_metadata_with_three_lines_that_run(tmp_path):
     card = ModelCard.load(folder / "README.md")
     data = card.data.to_dict()
     assert data["library_name"] == "sentence-transformers"
-    assert (data["license"], data["base_model"]) == ("apache-2.0", "base")
+    assert data["license"] == "apache-2.0"
+    assert "base_model" not in data, "a name without owner is none on the hub"
+    assert card.content.split("---")[2].startswith("\n\n# base-autoregembed\n")
+    assert "made from base by" in card.content
+    assert "Fill in before pushing to a hub:** base_model. " in card.content
     assert {"sentence-transformers", "autoregembed"} <= set(data["tags"])
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.metric_value) == ("mteb/stsbenchmark-sts", 0.61)
@@ -230,7 +274,7 @@ def test_the_card_is_valid_metadata_with_three_lines_that_run(tmp_path):
     code = card.content.split("```python\n")[1].split("```")[0]
     assert len(code.strip().splitlines()) == 3
     scope: dict = {}
-    exec(code.replace('"out"', repr(str(folder))), scope)
+    exec(code.replace('"base-autoregembed"', repr(str(folder))), scope)
     assert scope["embeddings"].shape == (2, 32)
 
 
@@ -243,3 +287,25 @@ def test_a_card_without_facts_guesses_none(tmp_path):
     assert "base_model" not in data
     assert "Data: not stated." in card.content
     assert "## Scores" not in card.content
+    assert "Fill in before pushing to a hub:** license, base_model, the training data." in card.content
+
+
+@pytest.mark.parametrize(
+    ("source", "hub_id", "title"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M-autoregembed"),
+        ("gpt2", "gpt2", "gpt2-autoregembed"),
+        ("/c/models--Qwen--Qwen3-0.6B/snapshots/0a1b", "Qwen/Qwen3-0.6B", "Qwen3-0.6B-autoregembed"),
+        ("/data/models/mine", None, "mine-autoregembed"),
+    ],
+)
+def test_the_card_names_a_base_model_that_the_hub_knows(source, hub_id, title):
+    text = model_card(Card(base_model=source), name="export", width=8, max_length=9, num_compress_tokens=1)
+    assert f"\n# {title}\n" in text
+    assert (f"base_model: {hub_id}\n" in text) == (hub_id is not None)
+    named = Card(base_model=source, model_name="me/mine", license="mit", train_data="x.jsonl")
+    text = model_card(named, name="export", width=8, max_length=9, num_compress_tokens=5)
+    assert "\n# me/mine\n" in text
+    assert 'SentenceTransformer("me/mine")' in text
+    assert ("Fill in" in text) == (hub_id is None)
+    assert "both refuse this folder" in text

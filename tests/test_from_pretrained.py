@@ -111,6 +111,13 @@ def test_a_run_leaves_a_model_and_an_export_that_read_alike(
         trained = {n for n, p in again.named_parameters() if p.requires_grad}
         assert all("lora" in n or "trainable_tokens" in n for n in trained)
         assert any("lora" in n for n in trained)
+        readme = (tmp_path / "one" / "adapter" / "README.md").read_text(encoding="utf-8")
+        code = readme.split("```python\n")[1].split("```")[0]
+        assert len(code.strip().splitlines()) == 3
+        scope: dict = {}
+        exec(code.replace('"adapter"', repr(str(tmp_path / "one" / "adapter"))), scope)
+        found = scope["encoder"].encode(TEXTS)
+        torch.testing.assert_close(found, Encoder.from_pretrained(first["model"]).encode(TEXTS), rtol=0, atol=1e-5)
 
 
 def write_gguf(path, model, tokenizer) -> None:
@@ -277,7 +284,7 @@ def test_an_encoder_without_tokenizer_says_so(model_folder, tmp_path):
     for call in (encoder.tokenize, encoder.encode, decoder.tokenize):
         with pytest.raises(ValueError, match=r"^tokenizer: got None, expected one: use from_pretrained"):
             call(["the cat"])
-    with pytest.raises(ValueError, match=r"^tokenizer: got NoneType, expected a fast tokenizer"):
+    with pytest.raises(ValueError, match=r"^tokenizer: got None, expected a fast tokenizer"):
         encoder.save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"^tokenizer: got None"):
         Encoder(tiny_model(), compress_token_ids=[317, 318], instruction="Again:")

@@ -365,3 +365,41 @@ def test_models_that_were_not_exported_are_refused(model):
         model[1].emb_layer.weight[3] = 0.1
     with pytest.raises(ValueError, match=r"^model: got WordWeights other than 1"):
         InformationCompressionLoss(model, decoder_of())
+
+
+def wrappers():
+    from sentence_transformers.sentence_transformer import losses
+
+    cut = {"MatryoshkaLoss": lambda m, loss: losses.MatryoshkaLoss(m, loss, [32, 16])}
+    cut["AdaptiveLayerLoss"] = lambda m, loss: losses.AdaptiveLayerLoss(m, loss, n_layers_per_step=-1)
+    cut["Matryoshka2dLoss"] = lambda m, loss: losses.Matryoshka2dLoss(m, loss, [32, 16], n_layers_per_step=-1)
+    return cut
+
+
+@pytest.mark.parametrize("options", [{}, {"contrastive_weight": 1.0}], ids=["alignment", "joint"])
+@pytest.mark.parametrize("name", ["MatryoshkaLoss", "AdaptiveLayerLoss", "Matryoshka2dLoss"])
+def test_losses_that_cut_embeddings_or_layers_are_refused(name, options, model):
+    stage2 = AutoRegEmbedLoss(model, decoder_of(), Stage2Options(ref_margin="none", **options))
+    stage1 = InformationCompressionLoss(model, decoder_of())
+    for loss, dataset in ((stage2, TRIPLETS), (stage1, PAIRS)):
+        with pytest.raises(TypeError, match=rf"^loss: got {type(loss).__name__} inside .*{name}"):
+            wrappers()[name](model, loss)(features(model, dataset), None)
+        loss(features(model, dataset), None)  # alone it still runs
+
+
+def test_info_nce_may_be_cut(model):
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    found = [
+        wrappers()["MatryoshkaLoss"](model, cls(model))(features(model, TRIPLETS), None)
+        for cls in (FusedInfoNCELoss, MultipleNegativesRankingLoss)
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+def test_one_compress_token_trains_as_several_do(tmp_path, model_folder):
+    start = from_causal_lm(model_folder, tmp_path / "start", instruction="Again:", num_compress_tokens=1)
+    loss = AutoRegEmbedLoss(start, Decoder.from_pretrained(model_folder), Stage2Options(ref_margin="none"))
+    assert len(compress_token_ids(start)) == 1
+    z, embedding = loss._read(features(start, TRIPLETS)[0])
+    torch.testing.assert_close(torch.nn.functional.normalize(z[:, 0], dim=-1), embedding)

@@ -122,7 +122,7 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     options = {"contrastive_weight": 1.0, "eval_data": sts_file, "license": "mit"}
     second = train(stage2(first["model"], alignment_file, tmp_path / "two", **options), quiet)
     card = (tmp_path / "two" / "export" / "README.md").read_text()
-    for part in ("license: mit", f"base_model: {Path(model_folder).name}", "Data: stage2.jsonl.", "stage: 2"):
+    for part in ("license: mit", f"made from {Path(model_folder).name} by", "Data: stage2.jsonl.", "stage: 2"):
         assert part in card
     for step, score in second["spearman"].items():
         assert f"| {'before' if step == '0' else f'after step {step}'} | {score:.4f} |" in card
@@ -135,6 +135,24 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     exported = SentenceTransformer(second["export"], device="cpu")
     found = exported.encode(texts, convert_to_tensor=True)
     torch.testing.assert_close(found, encoder.encode(texts), rtol=0, atol=1e-5)
+
+
+def test_the_export_has_the_dtype_and_the_name_of_the_config(model_folder, compression_file, sts_file, tmp_path, quiet):
+    options = {
+        "export_dtype": "bf16",
+        "model_name": "me/mine",
+        "eval_data": sts_file,
+        "eval_steps": 2,
+        "save_best": True,
+    }
+    made = train(stage1(model_folder, compression_file, tmp_path / "out", **options), quiet)
+    for folder in (made["export"], made["best"]):
+        assert {w.dtype for w in load_file(f"{folder}/model.safetensors").values()} == {torch.bfloat16}
+        card = (Path(folder) / "README.md").read_text(encoding="utf-8")
+        assert "\n# me/mine\n" in card
+        assert "export_dtype: bf16" in card
+    weights = load_file(f"{made['model']}/model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}, "stage 2 starts from these"
 
 
 def test_the_decoder_is_the_original_model_in_both_stages(

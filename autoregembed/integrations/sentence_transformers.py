@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.merged_forward import embed_columns
-from sentence_transformers.sentence_transformer.modules import WordWeights
+from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
+from autoregembed.export import COMPRESS_TOKENS
 from autoregembed.model_card import CITATION
 from autoregembed.objective import contrastive_loss, stage2_loss
 from autoregembed.ops import compression_loss
@@ -69,15 +70,36 @@ def from_causal_lm(
     encoder = Encoder.from_pretrained(
         source, instruction=instruction, num_compress_tokens=num_compress_tokens, max_length=max_length, **options
     )
-    return SentenceTransformer(str(encoder.save_pretrained(folder, overwrite=overwrite)))
+    model = SentenceTransformer(str(encoder.save_pretrained(folder, overwrite=overwrite)))
+    _freeze_pooling(model)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class _Vocabulary(str):
+    """What WordWeights holds for every row of the vocabulary, without filling the screen where a model is printed."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} rows>"
+
+
+def _compress_tokens(model: nn.Module) -> list[int]:
+    """The ids of the compress tokens of a model that `export` made; none of another."""
+    lm = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    return list(getattr(lm.config, COMPRESS_TOKENS, None) or ()) if lm is not None else []
+
+
 def _pooling(model: nn.Module) -> Any:
-    """The WordWeights that `export` made (it names the vocabulary's rows <0>, <1> …), or None."""
-    return next((m for m in model.modules() if isinstance(m, WordWeights) and m.vocab[:1] == ["<0>"]), None)
+    """The module that takes the mean over compress tokens: of several the WordWeights, of one the Pooling, or None."""
+    ids = _compress_tokens(model)
+    for module in model.modules():
+        if len(ids) > 1 and isinstance(module, WordWeights):
+            return module
+        if len(ids) == 1 and isinstance(module, Pooling) and module.pooling_mode == "lasttoken":
+            return module
+    return None
 
 
 @dataclass(frozen=True)
@@ -95,17 +117,18 @@ class _Template:
             raise ValueError(
                 "model: got no compress tokens, expected one that Encoder.save_pretrained or from_causal_lm wrote"
             )
-        weight = pooling.emb_layer.weight.detach().flatten()
-        compress = [i for i, word in enumerate(pooling.vocab) if word in pooling.word_weights]
-        if weight.count_nonzero() != len(compress) or not bool((weight[compress] == 1).all()):
-            raise ValueError(
-                "model: got WordWeights other than 1 at the compress tokens and 0 elsewhere (another loss has "
-                "trained them), expected the model as it was exported"
-            )
+        compress = _compress_tokens(model)
+        if len(compress) > 1:
+            weight = pooling.emb_layer.weight.detach().flatten()
+            if weight.count_nonzero() != len(compress) or not bool((weight[compress] == 1).all()):
+                raise ValueError(
+                    "model: got WordWeights other than 1 at the compress tokens and 0 elsewhere (another loss has "
+                    "trained them), expected the model as it was exported"
+                )
         found = model.tokenizer("a", return_special_tokens_mask=True)
         text = [i for i, special in enumerate(found["special_tokens_mask"]) if not special]
         tail = found["input_ids"][text[-1] + 1 :]
-        if not compress or sorted(tail[-len(compress) :]) != compress:
+        if tail[-len(compress) :] != compress:
             raise ValueError(
                 f"model: got a tokenizer that ends a text with ids {tail}, expected one that ends it with the "
                 f"compress tokens {compress}"
@@ -128,6 +151,21 @@ def _freeze_pooling(model: nn.Module) -> None:
     pooling = _pooling(model)
     if pooling is not None:
         pooling.requires_grad_(False)
+    if isinstance(pooling, WordWeights):
+        pooling.vocab = _Vocabulary(pooling.vocab)
+
+
+def _require_unwrapped(model: nn.Module, loss: str) -> None:
+    """Refuses a loss around this one that cuts embeddings or layers: log p(target | z) would be what it was."""
+    # They replace the forward of the model, and of its first module, by objects of their own for the time of the call.
+    kinds = {type(vars(module).get("forward")).__module__ for module in model.modules()}
+    cuts = {name for name in ("matryoshka", "adaptive_layer") if any(kind.endswith(f".{name}") for kind in kinds)}
+    if cuts:
+        wrapper = {"matryoshka": "MatryoshkaLoss", "adaptive_layer": "AdaptiveLayerLoss"}[min(cuts, key=len)]
+        raise TypeError(
+            f"loss: got {loss} inside {'Matryoshka2dLoss' if len(cuts) == 2 else wrapper}, which cuts what its loss "
+            f"does not read, expected {loss} alone; FusedInfoNCELoss may be wrapped"
+        )
 
 
 class _DecoderLoss(nn.Module):
@@ -157,6 +195,7 @@ class _DecoderLoss(nn.Module):
         """z (B, K, D) and the sentence embedding (B, D) of a column."""
         if self.training and torch.is_grad_enabled() and not self._checked:
             self._check_compress_tokens()
+        _require_unwrapped(self.model, type(self).__name__)
         out = self.model(features)
         hidden, mask = out["token_embeddings"], out["attention_mask"]
         steps = torch.arange(mask.shape[1], device=mask.device)
