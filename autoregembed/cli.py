@@ -23,6 +23,37 @@ from autoregembed.train_flags import train_parser
 console = Console(stderr=False)
 
 
+def _split_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The values that belong to no flag, and the rest."""
+    takes_value = [a.startswith("-") and "=" not in a for a in arguments]
+    alone = [i for i, a in enumerate(arguments) if not a.startswith("-") and not (i and takes_value[i - 1])]
+    return [arguments[i] for i in alone], [a for i, a in enumerate(arguments) if i not in alone]
+
+
+def read_configs(arguments: list[str]) -> list[Any]:
+    """`read_config` for stages that run one after the other, from one YAML file each.
+
+    Flags override all files. Each stage starts from the model of the one before it; an `output_dir` that all have in
+    common receives a folder for each, with the name of its file.
+    """
+    files, flags = _split_configs(arguments)
+    if len(files) < 2:
+        return [read_config(arguments)]
+    configs: list[Any] = []
+    for file in files:
+        start = ["--model", str(Path(configs[-1].output_dir) / "model")] if configs else []
+        configs.append(read_config([file, *flags, *start]))
+    if len({c.output_dir for c in configs}) == 1:
+        stems = [Path(file).stem for file in files]
+        if len(set(stems)) < len(stems):
+            raise ValueError(f"config: got files named {stems}, expected different names, which name their folders")
+        for config, stem in zip(configs, stems, strict=True):
+            config.output_dir = str(Path(config.output_dir) / stem)
+    for before, config in itertools.pairwise(configs):
+        config.model = str(Path(before.output_dir) / "model")
+    return configs
+
+
 def read_config(arguments: list[str]) -> Any:
     """Reads `[CONFIG.yaml] [--field value ...]`, in any order, into a validated `Config`; flags override the file.
 
@@ -32,13 +63,12 @@ def read_config(arguments: list[str]) -> Any:
     """
     from autoregembed.config import Config, ConfigError
 
-    takes_value = [a.startswith("-") and "=" not in a for a in arguments]
-    alone = [i for i, a in enumerate(arguments) if not a.startswith("-") and not (i and takes_value[i - 1])]
+    alone, flags = _split_configs(arguments)
     if len(alone) > 1:
-        found = ", ".join(repr(arguments[i]) for i in alone)
+        found = ", ".join(map(repr, alone))
         raise ConfigError(f"config: got {found}, expected one YAML file, and one value for each flag")
-    for i in alone:  # first, so that flags override it wherever it stands
-        arguments = ["--config", arguments[i], *arguments[:i], *arguments[i + 1 :]]
+    if alone:  # first, so that flags override it wherever it stands
+        arguments = ["--config", *alone, *flags]
     fields = list(inspect.signature(Config).parameters)
     names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
     if "--config" in arguments:
@@ -101,7 +131,8 @@ def _init(name: str | None = None, folder: str | None = None) -> None:
         console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
     launch = target / "accelerate.yaml"
     command = f"accelerate launch --config_file {launch} -m autoregembed" if launch.is_file() else "autoregembed"
-    console.print(f"Set model and train_data, then:\n  {command} train {target / 'stage1.yaml'}", soft_wrap=True)
+    stages = " ".join(str(path) for path in sorted(target.glob("stage*.yaml")))
+    console.print(f"Set model and train_data, then:\n  {command} train {stages}", soft_wrap=True)
 
 
 def _configs() -> Path:
@@ -134,10 +165,11 @@ def _exported(model: str) -> Any:
 
 def _texts(source: str, column: str | None) -> list[str]:
     """The texts of a file of lines, of stdin ("-") or of a file of rows, none of them empty."""
-    from autoregembed.tables import as_text, document_text, file_kind, read_rows, require_keys
+    from autoregembed.cells import as_text, document_text, require_keys
+    from autoregembed.tables import file_kind, read_rows
 
     placed: Iterable[tuple[str, str]]
-    if file_kind(source):
+    if file_kind(source) not in (None, ".txt"):  # of a text file every line counts
         rows = list(read_rows([source]))
         for place, row in rows:
             require_keys(row, [column or "text"], place)
@@ -306,13 +338,17 @@ def _train(arguments: list[str]) -> int:
 
     from autoregembed.train import train
 
-    summary = train(read_config(arguments), console)
-    found = {step: value for step, value in summary["spearman"].items() if value is not None}
-    if found:
-        console.print("spearman  " + "  ".join(f"step {k}: {v:.4f}" for k, v in found.items()), highlight=False)
-    for name in ("model", "export", "best"):
-        if name in summary:
-            console.print(f"{name:<9} {summary[name]}", highlight=False, markup=False, soft_wrap=True)
+    configs = read_configs(arguments)
+    for config in configs:
+        if len(configs) > 1:
+            console.rule(f"{config.output_dir}: stage {config.stage}")
+        summary = train(config, console)
+        found = {step: value for step, value in summary["spearman"].items() if value is not None}
+        if found:
+            console.print("spearman  " + "  ".join(f"step {k}: {v:.4f}" for k, v in found.items()), highlight=False)
+        for name in ("model", "export", "best"):
+            if name in summary:
+                console.print(f"{name:<9} {summary[name]}", highlight=False, markup=False, soft_wrap=True)
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
     return 0

@@ -16,9 +16,10 @@ import torch
 import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from autoregembed.cells import Row, as_text, require_keys
 from autoregembed.config import Stage2Options
 from autoregembed.prompt import Prompt
-from autoregembed.tables import Row, Rows, Table, as_text, load_rows, require_keys
+from autoregembed.tables import Rows, Table, load_rows
 
 __all__ = [
     "Rows", "alignment_rows", "batches", "blocks", "check_first_row", "check_negatives", "compression_rows",

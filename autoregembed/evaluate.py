@@ -14,9 +14,10 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from autoregembed.cells import as_number, as_text, require_keys, require_text
 from autoregembed.models import base_model
 from autoregembed.packing import make_microbatches
-from autoregembed.tables import as_number, as_text, read_documents, read_qrels, read_rows, require_keys, require_text
+from autoregembed.tables import read_documents, read_qrels, read_rows
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
 

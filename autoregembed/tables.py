@@ -9,9 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import math
 import os
-import re
 import tempfile
 import warnings
 import zlib
@@ -26,12 +24,11 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from autoregembed.cells import Row, as_id, as_number, document_text, require_keys
 from autoregembed.files import file_fingerprint
 
-Row: TypeAlias = dict[str, Any]
 Rows: TypeAlias = "Table | Dataset | IterableDataset"
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _VERSION = "1"  # of what is read from the same bytes
 _CARRIER = Features({"row": Value("large_string"), "place": Value("string")})
 
@@ -99,6 +96,12 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
             raise ValueError(f"item {number}: {error}") from error
 
 
+def _read_txt(path: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield f"line {number}", {"text": line.removesuffix("\n").removesuffix("\r")}
+
+
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # texts are longer than the 131,072 characters of its default
     # Not strict, the reader would take a quotation mark that is never closed for one at the end of the file.
@@ -158,6 +161,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv, ".parquet": _read_parquet,
+    ".txt": _read_txt,
 }  # fmt: skip
 
 
@@ -187,58 +191,6 @@ def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Values
-
-
-def as_text(value: Any, column: str, place: str) -> str:
-    """`value`, a string; numbers, null and lists are none."""
-    if not isinstance(value, str):
-        raise TypeError(f"data: got {value!r} as {column!r} in {place}, expected a string")
-    return value
-
-
-def as_id(value: Any, column: str, place: str) -> str:
-    """An id as a string; JSON may hold it as an integer."""
-    if type(value) not in (str, int) or value == "":
-        raise TypeError(f"data: got {value!r} as {column!r} in {place}, expected a string or an integer")
-    return str(value)
-
-
-def as_number(value: Any, column: str, place: str) -> float:
-    """A finite number; csv and tsv hold it as text."""
-    plain = type(value) in (int, float) or (isinstance(value, str) and _NUMBER.fullmatch(value.strip()))
-    try:
-        number = float(value) if plain else math.nan
-    except OverflowError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"data: got {value!r} as {column!r} in {place}, expected a number")
-    return number
-
-
-def require_text(text: str, column: str, place: str) -> str:
-    """`text`, which must hold more than white space."""
-    if not text.strip():
-        raise ValueError(f"data: got an empty {column!r} in {place}, expected a text")
-    return text
-
-
-def require_keys(row: Row, names: Sequence[str], place: str) -> None:
-    """Raises ValueError where a row lacks one of these columns."""
-    missing = [name for name in names if name not in row]
-    if missing:
-        wanted = ", ".join(names)
-        raise ValueError(f"data: got columns {sorted(row)} in {place}, expected {{{wanted}}}; missing {missing}")
-
-
-def document_text(row: Row, place: str) -> str:
-    """The text of a BEIR document: its title, where it has one, stands before it."""
-    require_keys(row, ("text",), place)
-    title = as_text("" if row.get("title") is None else row["title"], "title", place)
-    return " ".join(part for part in (title, as_text(row["text"], "text", place)) if part)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Any source
 
 
@@ -249,7 +201,14 @@ def sources_of(source: str | Sequence[str]) -> list[str]:
         source = [source] if whole else [s.strip() for s in source.split(",") if s.strip()]
     if not source:
         raise ValueError("data: got no source, expected a file, a folder or a hub id")
-    return [os.path.expanduser(s) for s in source]
+    return [file for s in source for file in _files_of(os.path.expanduser(s))]
+
+
+def _files_of(source: str) -> list[str]:
+    """The text files of a folder of texts; anything else stands for itself."""
+    path = Path(source)
+    texts = sorted(map(str, path.glob("*.txt"))) if path.is_dir() and not _is_beir(path) else []
+    return texts or [source]
 
 
 def _is_local(source: str) -> bool:

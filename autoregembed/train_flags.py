@@ -12,7 +12,8 @@ from autoregembed.config import Config, Stage2Options
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "data": (
-        "train_data", "train_split", "streaming", "instruction", "max_length", "max_target_length", "eval_data",
+        "train_data", "train_split", "columns", "streaming", "instruction", "query_instruction", "passage_instruction",
+        "max_length", "max_target_length", "eval_data",
         "eval_split", "num_proc",
     ),
     "model": (

@@ -81,7 +81,7 @@ def test_every_format_gives_the_same_rows(name, streaming, tmp_path):
         ("a.csv", "", ValueError, "cannot be read"),
         ("a.parquet", "junk", ValueError, "cannot be read: Parquet"),
         ("a.jsonl.gz", "junk", ValueError, "cannot be read: Not a gzipped file"),
-        ("a.txt", "hello", ValueError, r"expected files ending in \.jsonl"),
+        ("a.dat", "hello", ValueError, r"expected files ending in \.jsonl"),
         ("noending", "hello", ValueError, "expected files ending in"),
     ],
 )

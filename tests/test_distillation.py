@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import sentence, stage2, write_jsonl
 
-from autoregembed import data, teacher_scores
+from autoregembed import cli, data, teacher_scores
 from autoregembed.build import build_models
 from autoregembed.config import ConfigError
 from autoregembed.encoder import text_embedding
@@ -212,3 +212,32 @@ def test_distillation_adds_to_the_other_losses(model_folder, alignment_file, tmp
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         stage2("m", "d", "o", **options)
+
+
+def test_a_folder_of_texts_becomes_an_export_in_one_command(model_folder, sts_file, tmp_path, monkeypatch, capsys):
+    """Both stages of the ready configuration, by a user who has no pairs."""
+    from sentence_transformers import SentenceTransformer
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a", "b"):
+        lines = [sentence(i + ord(name), 4 + i % 5) for i in range(12)]
+        (texts / f"{name}.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init", "label-free"]) == 0
+    flags = ["--model", model_folder, "--train_data", str(texts), "--output_dir", "out", "--max_steps", "2"]
+    assert cli.main(["train", "label-free/stage1.yaml", "label-free/stage2.yaml", *flags, "--eval_data", sts_file]) == 0
+    assert SentenceTransformer("out/stage2/export").encode(["the cat"]).shape == (1, 32)
+    kept = [json.loads(Path(f"out/stage{n}/config.json").read_text()) for n in (1, 2)]
+    assert [c["model"] for c in kept] == [model_folder, "out/stage1/model"]
+    assert kept[1]["distillation_weight"] == 1.0
+    shown = capsys.readouterr().out
+    assert "teacher scores: 2 blocks of 12 × 12 pairs" in shown
+
+
+def test_stages_with_folders_of_their_own_keep_them(tmp_path):
+    for n, more in ((1, ""), (2, "model: m\n")):
+        (tmp_path / f"{n}.yaml").write_text(f"stage: {n}\noutput_dir: out-{n}\ntrain_data: d\n{more}")
+    first, second = cli.read_configs([str(tmp_path / "1.yaml"), "--model", "base", str(tmp_path / "2.yaml")])
+    assert (first.model, first.output_dir) == ("base", "out-1")
+    assert (second.model, second.output_dir) == ("out-1/model", "out-2")

@@ -212,7 +212,7 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
         return data.load_rows(write_jsonl(tmp_path / "rows.jsonl", list(lines)))
 
     yield lambda: cli.read_config(["--learning_rte", "0.1"])
-    yield lambda: data.compression_rows(rows({"text": "a"}), prompt)
+    yield lambda: data.compression_rows(rows({"sentence": "a"}), prompt)
     yield lambda: data.alignment_rows(rows({"query": "a", "pos": "b", "answer": "c"}), prompt)
     (tmp_path / "cells.tsv").write_text("query\tpos\na\n")
     yield lambda: data.load_rows(str(tmp_path / "cells.tsv"))
