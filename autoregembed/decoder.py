@@ -392,6 +392,10 @@ class Decoder(nn.Module):
             ValueError: wrong shapes, an empty target, one longer than the model's positions, or a budget below 1.
             IndexError: an id outside the vocabulary, or a z_index outside z.
         """
+        return self.run(z, targets, z_index, token_budget)
+
+    def run(self, z: Tensor, targets: Sequence[Ids], z_index: Any, token_budget: int | None, fused: Any = None) -> Any:
+        """`logprob`; where one pass holds all pairs, `fused(hidden, weight, labels, packed=…, **head)` in its place."""
         self._freeze()
         weight, embedding = self.model.get_output_embeddings().weight, self.model.get_input_embeddings().weight
         if not isinstance(z, Tensor):
@@ -430,7 +434,7 @@ class Decoder(nn.Module):
         if self.sharded and token_budget is not None:
             microbatches = equalize_microbatches(microbatches, z.device)
         if len(microbatches) == 1:
-            return self._score(z, targets, z_index)
+            return self._score(z, targets, z_index, fused)
 
         def score(rows: Tensor, microbatch: list[int]) -> Tensor:
             chosen = torch.arange(len(rows), device=rows.device)
@@ -440,8 +444,8 @@ class Decoder(nn.Module):
             return _PairwiseScores.apply(z[z_index], score, microbatches)
         return _in_order([score(z[z_index[microbatch]], microbatch) for microbatch in microbatches], microbatches)
 
-    def _score(self, z: Tensor, targets: Sequence[Ids], z_index: Tensor) -> Tensor:
-        """`logprob` in one pass, without checks."""
+    def _score(self, z: Tensor, targets: Sequence[Ids], z_index: Tensor, fused: Any = None) -> Any:
+        """`run` in one pass, without checks."""
         packed, rows, labels, cu_seqlens = self._pack(z.shape[1], targets, z.device)
         embedding = self.model.get_input_embeddings().weight
         table = to_full_tensor(embedding)
@@ -454,10 +458,10 @@ class Decoder(nn.Module):
         weight = table if head.weight is embedding else head.weight
         del table
         hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
-        scores = linear_logprob(
-            hidden, weight, labels, bias=head.bias, softcap=self.softcap, scale=self.scale,
-            cu_seqlens=cu_seqlens, impl=self.impl,
-        )  # fmt: skip
+        options: dict[str, Any] = {"bias": head.bias, "softcap": self.softcap, "scale": self.scale, "impl": self.impl}
+        if fused is not None:
+            return fused(hidden, weight, labels, packed=packed, cu_seqlens=cu_seqlens, **options)
+        scores = linear_logprob(hidden, weight, labels, cu_seqlens=cu_seqlens, **options)
         if self.logprob_reduction == "mean":
             scores = scores / cu_seqlens.diff()
         return scores[packed.unsort_index]

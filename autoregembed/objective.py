@@ -10,7 +10,7 @@ import contextlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
@@ -21,8 +21,15 @@ from autoregembed import distributed
 from autoregembed.config import Config, Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, text_embedding
-from autoregembed.ops import alignment_loss, info_nce, score_distillation
-from autoregembed.packing import Ids, make_microbatches
+from autoregembed.ops import (
+    AlignmentOutput,
+    AlignmentPairs,
+    alignment_loss,
+    conditional_alignment,
+    info_nce,
+    score_distillation,
+)
+from autoregembed.packing import Ids, Packed, make_microbatches
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
@@ -75,17 +82,59 @@ class PairScores(NamedTuple):
     mask: Tensor  # (B, M) bool, False where a row has no j-th negative
 
 
+def _alignment_pairs(rows: list[dict], device: torch.device) -> tuple[list[Ids], Tensor, AlignmentPairs]:
+    """The targets of all pairs, the z that each is scored under, and which plays which part."""
+    targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
+    count = [len(r["target_ids"]) - 1 for r in rows]
+    owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(count))
+    return targets, torch.cat([torch.arange(2 * len(rows)), owner]), AlignmentPairs.in_order(count, device)
+
+
+def _parts(scores: Tensor, pairs: AlignmentPairs) -> PairScores:
+    mask = pairs.query_negatives >= 0
+    c = scores.new_zeros(mask.shape).masked_scatter(mask, scores[2 * len(mask) :])
+    return PairScores(scores[pairs.query_positive], scores[pairs.positive_positive], c, mask)
+
+
 def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None) -> PairScores:
     """Scores of all pairs in one decoder call; z (≥ 2B, K, D) holds the queries, then the positives."""
-    b = len(rows)
-    targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
-    count = torch.tensor([len(r["target_ids"]) - 1 for r in rows])
-    owner = torch.arange(b).repeat_interleave(count)
-    scores = decoder.logprob(z, targets, torch.cat([torch.arange(2 * b), owner]), token_budget)
-    mask = torch.arange(int(count.max()))[None] < count[:, None]
-    mask = mask.to(scores.device)
-    c = scores.new_zeros(mask.shape).masked_scatter(mask, scores[2 * b :])
-    return PairScores(scores[:b], scores[b : 2 * b], c, mask)
+    targets, z_index, pairs = _alignment_pairs(rows, z.device)
+    return _parts(decoder.logprob(z, targets, z_index, token_budget), pairs)
+
+
+def _alignment(
+    options: Stage2Options,
+    decoder: Decoder,
+    z: Tensor,
+    rows: list[dict],
+    ref_logps: tuple[Tensor, Tensor] | None,
+    token_budget: int | None,
+) -> AlignmentOutput:
+    """`alignment_loss` of `alignment_scores`; in one op where one pass holds all pairs."""
+    targets, z_index, pairs = _alignment_pairs(rows, z.device)
+    references: tuple[Tensor | None, Tensor | None] = (None, None)
+    if ref_logps is not None:
+        r_a, r_c = ref_logps
+        references = r_a.to(z.device), r_c[:, : pairs.query_negatives.shape[1]].to(z.device)
+    variant: dict[str, Any] = {
+        "beta": options.beta,
+        "temperature": options.temperature,
+        "ref_margin": options.ref_margin,
+        "negatives": options.negatives,
+    }
+
+    def fused(hidden: Tensor, weight: Tensor, labels: Tensor, *, packed: Packed, **head: Any) -> AlignmentOutput:
+        order = packed.unsort_index  # the pack's place of every pair
+        places = AlignmentPairs(*(torch.where(x < 0, -1, order[x.clamp(min=0)]) for x in pairs))
+        given = {"reference_positive": references[0], "reference_negatives": references[1], **variant, **head}
+        reduction = decoder.logprob_reduction
+        return conditional_alignment(hidden, weight, labels, pairs=places, logprob_reduction=reduction, **given)
+
+    out = decoder.run(z, targets, z_index, token_budget, fused)
+    if isinstance(out, AlignmentOutput):
+        return out
+    a, b, c, mask = _parts(out, pairs)
+    return alignment_loss(a, b, c, *references, negative_mask=mask, **variant)
 
 
 def contrastive_loss(
@@ -183,14 +232,7 @@ def stage2_loss(
     stats: dict[str, Tensor] = {}
     if options.alignment_weight:
         assert decoder is not None
-        a, b, c, mask = alignment_scores(decoder, z, rows, token_budget)
-        r_a = r_c = None
-        if ref_logps is not None:
-            r_a, r_c = ref_logps[0].to(a.device), ref_logps[1][:, : c.shape[1]].to(a.device)
-        out = alignment_loss(
-            a, b, c, r_a, r_c, beta=options.beta, temperature=options.temperature, ref_margin=options.ref_margin,
-            negatives=options.negatives, negative_mask=mask,
-        )  # fmt: skip
+        out = _alignment(options, decoder, z, rows, ref_logps, token_budget)
         alignment = options.alignment_weight * out.loss
         stats |= {"align": out.loss.detach(), "s1": out.s1, "s2": out.s2, "accuracy": out.accuracy}
     if embeddings is None and (options.contrastive_weight or options.distillation_weight):

@@ -7,12 +7,15 @@ from triton_cases import DEVICE, leaf, poisoned  # noqa: F401
 from autoregembed import (
     AlignmentPairs,
     ConditionalAlignment,
+    Decoder,
     alignment_loss,
     conditional_alignment,
     linear_logprob,
+    objective,
     ops,
 )
-from autoregembed.testing import assert_accurate
+from autoregembed.config import Stage2Options
+from autoregembed.testing import assert_accurate, tiny_model
 
 IMPLS = [name for name, state in ops.available_impls(DEVICE).items() if state == "ok"]
 CLOSED = [name for name in IMPLS if name != "reference"]
@@ -192,3 +195,26 @@ def test_module():
     wanted = conditional_alignment(x, weight, target, cu, pairs, *references, bias=bias, **options)
     assert all(torch.equal(u, v) for u, v in zip(found, wanted, strict=True))
     assert found.loss.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("ref_margin", ["add", "none"])
+def test_the_loss_of_the_loop_is_this_op_in_one_pass_and_the_parts_in_several(reduction, ref_margin, monkeypatch):
+    decoder = Decoder(tiny_model(dtype=torch.float64), bos_token_id=1, logprob_reduction=reduction).to(DEVICE)
+    rows = [{"target_ids": ids} for ids in ([[5, 6, 7], [8], [9, 4]], [[3]], [[7, 7], [6, 5, 4, 3]])]
+    z = torch.randn(6, 2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    references = -10 * torch.rand(3, dtype=torch.float64), -10 * torch.rand(3, 4, dtype=torch.float64)
+    options = Stage2Options(ref_margin=ref_margin, negatives="joint", beta=0.4)
+    given = references if options.uses_ref_logps else None
+    called = []
+    fused = objective.conditional_alignment
+    monkeypatch.setattr(objective, "conditional_alignment", lambda *x, **y: called.append(1) or fused(*x, **y))
+    results = []
+    for budget in (None, 9):
+        x = leaf(z, torch.float64)
+        out = objective.stage2_loss(options, decoder, x, rows, ref_logps=given, token_budget=budget)
+        results.append([out.alignment, *out.stats.values(), *torch.autograd.grad(out.alignment, x)])
+    assert called == [1]
+    largest = results[0][-1].abs().max().item()
+    assert largest > 1e-4
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-5 * largest)  # the model's norms are fp32 inside
