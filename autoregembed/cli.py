@@ -126,13 +126,15 @@ def _exported(model: str) -> Any:
 
 
 def _encode(model: str, texts: str, output: str) -> None:
-    """Embeds the lines of a text file or of stdin with MODEL, an exported folder, into a .safetensors file.
+    """Embeds the lines of a text file or of stdin with MODEL, an exported folder, into a .safetensors or .npy file.
 
     Args:
         model: an exported folder, or any sentence-transformers model.
         texts: one text a line; "-" is stdin.
-        output: receives `embeddings` (n, D), rows of norm 1, in the order of the lines.
+        output: receives the embeddings (n, D), rows of norm 1, in the order of the lines: as NumPy's array in a .npy
+            file, as `embeddings` in a .safetensors file.
     """
+    import numpy
     from safetensors.torch import save_file
 
     from autoregembed.files import atomic_file
@@ -151,11 +153,17 @@ def _encode(model: str, texts: str, output: str) -> None:
     if not lines:
         raise ValueError(f"texts: got no line in {texts!r}, expected at least one")
     target = Path(output)
+    if target.suffix not in (".safetensors", ".npy") and not target.is_dir():
+        raise ValueError(f"output: got {output!r}, expected a name that ends in .safetensors or .npy")
     if not target.parent.is_dir() or target.is_dir():
         raise FileNotFoundError(f"output: got {output!r}, expected a file in a folder that exists")
     embeddings = _exported(model).encode(lines, convert_to_tensor=True, show_progress_bar=False)
     with atomic_file(target) as temporary:
-        save_file({"embeddings": embeddings.cpu().contiguous()}, temporary)
+        if target.suffix == ".npy":
+            with temporary.open("wb") as file:
+                numpy.save(file, embeddings.float().cpu().numpy())
+        else:
+            save_file({"embeddings": embeddings.cpu().contiguous()}, temporary)
     console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
 
 
@@ -218,6 +226,10 @@ def _bench(
     rows: int | None = None,
     triplets: str | None = None,
     limit: float | None = None,
+    baseline: str | None = None,
+    op: str = "linear_logprob",
+    shape: str | None = None,
+    dtype: str | None = None,
 ) -> int:
     """Times every op and the training step beside baselines, bare GEMMs and roofline.
 
@@ -232,13 +244,20 @@ def _bench(
         rows: triplets of a training step.
         triplets: a jsonl file of query, pos, neg for the steps; by default stretches of news.
         limit: seconds after which no further case starts.
+        baseline: module:function, your own kernel, to measure beside ours at one shape.
+        op: what it computes: linear_logprob or info_nce.
+        shape: N,D,V of linear_logprob; B,P,D of info_nce.
+        dtype: bf16, fp16 or fp32; by default bf16 on a GPU, fp32 on a CPU.
     """
     from autoregembed.bench import results
     from autoregembed.bench.suite import bench
 
     old = results.load(Path(compare)) if compare else None
+    if old is not None:
+        results.refuse_quick("compare", old, {"quick": quick})
     files = {"json_file": Path(json) if json else None, "report": Path(report) if report else None}
-    options = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
+    options: dict[str, Any] = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
+    options |= {"baseline": baseline, "op": op, "shape": shape, "dtype": dtype}
     found = bench(suite, quick=quick, device=device, console=console, **files, **options)
     return int(old is not None and bool(results.compare(old, found, threshold, console)))
 

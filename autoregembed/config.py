@@ -150,7 +150,8 @@ class Config(Stage2Options):
         save_best: keep an export of the best evaluation (`eval_steps`) in best/.
         resume_from_checkpoint: continue from the newest whole checkpoint of `output_dir`, if there is one, in the same
             bits. Without it the run starts anew and refuses a folder that holds checkpoints.
-        log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
+        log_with: trackers of accelerate, such as tensorboard, trackio or wandb; several as a list. Those that write
+            files do so in `output_dir`/autoregembed.
         num_proc: processes that tokenize.
         license: of the trained model, for its card: an SPDX id such as apache-2.0.
     """
@@ -202,12 +203,14 @@ class Config(Stage2Options):
     save_total_limit: int = 2
     save_best: bool = False
     resume_from_checkpoint: bool = False
-    log_with: list[str] = field(default_factory=list)
+    log_with: list[str] | str = field(default_factory=list)
     num_proc: int | None = None
     license: str = "unknown"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.log_with, str):
+            self.log_with = [name.strip() for name in self.log_with.split(",") if name.strip()]
         for name, value in vars(self).items():
             if isinstance(value, str) and "\0" in value:
                 raise ConfigError(f"{name}: got a null byte in {value!r}, expected text without one")
