@@ -207,28 +207,37 @@ def _require_prompt(exported: Any, prompt_name: str | None) -> None:
 
 
 def _encode(model: str, texts: str, output: str, column: str | None = None, prompt_name: str | None = None) -> None:
-    """Embeds the texts of a file or of stdin with MODEL, an exported folder, into a .safetensors file.
+    """Embeds the texts of a file or of stdin with MODEL, an exported folder, into a .safetensors or .npy file.
 
     Args:
         model: an exported folder, or any sentence-transformers model.
         texts: one text a line ("-" is stdin), or rows: a jsonl, json, csv, tsv or parquet file.
-        output: receives `embeddings` (n, D), rows of norm 1, in the order of the texts.
+        output: receives the embeddings (n, D), rows of norm 1, in the order of the texts: as NumPy's array in a .npy
+            file, as `embeddings` in a .safetensors file.
         column: of rows; by default text, with the row's title before it, as in BEIR.
         prompt_name: the prompt of the model that stands before the texts: query, document, or none.
     """
+    import numpy
     from safetensors.torch import save_file
 
     from autoregembed.files import atomic_file, require_writable_file
 
     lines = _texts(texts, column)
+    target = Path(output)
+    if target.suffix not in (".safetensors", ".npy") and not target.is_dir():
+        raise ValueError(f"output: got {output!r}, expected a name that ends in .safetensors or .npy")
     require_writable_file(output, "output")
     exported = _exported(model)
     _require_prompt(exported, prompt_name)
     require_writable_file(output, "output", size=4 * len(lines) * (exported.get_embedding_dimension() or 0))
     prompt = {"prompt": ""} if prompt_name == "none" else {"prompt_name": prompt_name}
     embeddings = exported.encode(lines, **prompt, convert_to_tensor=True, show_progress_bar=False)
-    with atomic_file(Path(output)) as temporary:
-        save_file({"embeddings": embeddings.cpu().contiguous()}, temporary)
+    with atomic_file(target) as temporary:
+        if target.suffix == ".npy":
+            with temporary.open("wb") as file:
+                numpy.save(file, embeddings.float().cpu().numpy())
+        else:
+            save_file({"embeddings": embeddings.cpu().contiguous()}, temporary)
     console.print(f"{len(lines)} embeddings of {embeddings.shape[1]} numbers in {output}")
 
 
@@ -304,6 +313,10 @@ def _bench(
     rows: int | None = None,
     triplets: str | None = None,
     limit: float | None = None,
+    baseline: str | None = None,
+    op: str = "linear_logprob",
+    shape: str | None = None,
+    dtype: str | None = None,
 ) -> int:
     """Times every op and the training step beside baselines, bare GEMMs and roofline.
 
@@ -318,6 +331,10 @@ def _bench(
         rows: triplets of a training step.
         triplets: a jsonl file of query, pos, neg for the steps; by default stretches of news.
         limit: seconds after which no further case starts.
+        baseline: module:function, your own kernel, to measure beside ours at one shape.
+        op: what it computes: linear_logprob or info_nce.
+        shape: N,D,V of linear_logprob; B,P,D of info_nce.
+        dtype: bf16, fp16 or fp32; by default bf16 on a GPU, fp32 on a CPU.
     """
     from autoregembed.bench import results
     from autoregembed.bench.suite import bench
@@ -327,8 +344,11 @@ def _bench(
     for name, path in (("json", json), ("report", report)):
         if path:
             require_writable_file(path, name)
+    if old is not None:
+        results.refuse_quick("compare", old, {"quick": quick})
     files = {"json_file": Path(json) if json else None, "report": Path(report) if report else None}
-    options = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
+    options: dict[str, Any] = {"rounds": rounds, "rows": rows, "triplets": triplets, "limit": limit}
+    options |= {"baseline": baseline, "op": op, "shape": shape, "dtype": dtype}
     found = bench(suite, quick=quick, device=device, console=console, **files, **options)
     return int(old is not None and bool(results.compare(old, found, threshold, console)))
 

@@ -202,7 +202,8 @@ class Config(Stage2Options):
         save_best: keep an export of the best evaluation (`eval_steps`) in best/.
         resume_from_checkpoint: continue from the newest whole checkpoint of `output_dir`, if there is one, in the same
             bits. Without it the run starts anew and refuses a folder that holds checkpoints.
-        log_with: trackers of accelerate, such as tensorboard, trackio or wandb.
+        log_with: trackers of accelerate, such as tensorboard, trackio or wandb; several as a list. Those that write
+            files do so in `output_dir`/autoregembed.
         num_proc: processes that tokenize.
         export_dtype: of the weights in export/ and best/: fp32, bf16, fp16, or auto: that of the trained weights.
         model_name: of the trained model, for its card: a hub id such as user/name, or any name.
@@ -259,7 +260,7 @@ class Config(Stage2Options):
     save_total_limit: int = 2
     save_best: bool = False
     resume_from_checkpoint: bool = False
-    log_with: list[str] = field(default_factory=list)
+    log_with: list[str] | str = field(default_factory=list)
     num_proc: int | None = None
     export_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     model_name: str | None = None
@@ -267,6 +268,8 @@ class Config(Stage2Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.log_with, str):
+            self.log_with = [name.strip() for name in self.log_with.split(",") if name.strip()]
         for name, value in vars(self).items():
             if "\0" in str(value):
                 raise ConfigError(f"{name}: got a null byte in {value!r}, expected text without one")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from autoregembed.config import Config, ConfigError
@@ -34,8 +35,15 @@ def make_accelerator(config: Config, precision: str) -> Accelerator:
     """The processes of this run, as the launcher (accelerate, torchrun or none) set them up.
 
     Raises:
-        ConfigError: a kind of distribution that the loop does not support.
+        ConfigError: a kind of distribution that the loop does not support, or a tracker that is not installed, which
+            accelerate would leave out without a word.
     """
+    installed = sorted(str(tracker.value) for tracker in get_available_trackers())
+    for name in config.log_with:
+        if name not in (*installed, "all"):
+            raise ConfigError(
+                f"log_with: got {name!r}, expected an installed tracker ({', '.join(installed) or 'none is'})"
+            )
     # An earlier run in this process may have had another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(

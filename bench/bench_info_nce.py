@@ -14,9 +14,18 @@ from .harness import GEMM_ONLY, OURS, Case, ForwardBackward, Inputs, gemm_only, 
 
 
 def info_nce_case(
-    b: int, d: int, device: str, *, passages: int | None = None, rounds: int = 5, curve: str | None = None
+    b: int,
+    d: int,
+    device: str,
+    *,
+    passages: int | None = None,
+    rounds: int = 5,
+    curve: str | None = None,
+    dtype: torch.dtype | None = None,
+    extra: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] | None = None,
 ) -> Case:
-    p, dtype = passages or b, training_dtype(device)
+    """`extra`: further baselines by name."""
+    p, dtype = passages or b, dtype or training_dtype(device)
 
     def make() -> Inputs:
         generator = torch.Generator().manual_seed(0)
@@ -47,6 +56,7 @@ def info_nce_case(
             ),
             "inf-cl": job.variant(lambda: inf_cl(device), version("inf-cl")),
         }
+    variants |= {name: job.variant(partial(lambda f: f, f)) for name, f in (extra or {}).items()}
     return Case(
         op="info_nce", shape={"B": b, "P": p, "D": d}, dtype=dtype, inputs="Gaussian, positives at cosine 0.6",
         variants=variants, flops=6.0 * b * p * d, bytes=float(dtype.itemsize * 2 * (b + p) * d),

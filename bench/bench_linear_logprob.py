@@ -42,11 +42,12 @@ def linear_logprob_case(
     rounds: int = 5,
     curve: str | None = None,
     only: set[str] | None = None,
+    extra: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] | None = None,
 ) -> Case:
     """One job at one shape, on SmolLM2's own hidden states at its (D, V), else on synthetic ones.
 
     Our outputs satisfy the numeric rule of the tests. A baseline's are within 1e-4 (fp32) or 1e-2 (16 bits) of the
-    largest value. Rows are independent, so the check takes a sample of them.
+    largest value. Rows are independent, so the check takes a sample of them. `extra`: further baselines by name.
     """
     made: list[workload.LinearLogprobInputs] = []
     known: list[tuple[Tensor, Tensor, float]] = []
@@ -90,6 +91,7 @@ def linear_logprob_case(
     variants |= baselines(job, device, data)
     if only is not None:
         variants = {name: x for name, x in variants.items() if name in only or is_ours(name)}
+    variants |= {name: Variant(partial(lambda f: job_call(f, job, *data()), f)) for name, f in (extra or {}).items()}
     return Case(
         op="linear_logprob", job=job, shape={"N": n, "D": d, "V": v}, dtype=dtype, variants=variants,
         flops=2.0 * GEMMS[job] * n * v * d,

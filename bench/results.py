@@ -32,6 +32,12 @@ def load(file: Path) -> dict:
     return found
 
 
+def refuse_quick(name: str, *found: dict) -> None:
+    """Raises ValueError for results of tiny sizes, whose times say nothing about a kernel."""
+    if any(f.get("quick") for f in found):
+        raise ValueError(f"{name}: got results of --quick, expected those of a run at real sizes, without --quick")
+
+
 def by_case(rows: list[dict]) -> dict[str, list[dict]]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
@@ -131,8 +137,9 @@ def compare(old: dict, new: dict, threshold: float = THRESHOLD, console: Console
         A line for each of our rows where one of the two is above `threshold`.
 
     Raises:
-        ValueError: the results have no row in common.
+        ValueError: the results have no row in common, or are those of a quick run.
     """
+    refuse_quick("compare", old, new)
     console = console or Console()
     before = {(r["case"], r["variant"]): r for r in old["rows"] if r["median_ms"] is not None}
     out = Table("case", "variant", "old", "new", "new / old", "memory new / old", box=None, pad_edge=False)

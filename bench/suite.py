@@ -27,12 +27,17 @@ from . import (
     bench_score_distillation,
     bench_segment_sum,
     bench_splice,
+    custom,
 )
 from .harness import Case, Machine, is_gpu, run, settle_process
 from .report import write_report
 from .results import environment, summary, table
 
 QUICK_ROUNDS = 3
+QUICK_NOTE = (
+    "--quick: tiny sizes, to see that everything runs. These are the times of calls, not of kernels; nothing follows "
+    "from them, and --compare refuses them."
+)
 SUITES = ("ops", "step", "integrations", "all")
 OPS = (
     bench_linear_logprob,
@@ -86,6 +91,10 @@ def bench(
     rows: int | None = None,
     triplets: str | None = None,
     limit: float | None = None,
+    baseline: str | None = None,
+    op: str = "linear_logprob",
+    shape: str | None = None,
+    dtype: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Runs a suite.
@@ -100,6 +109,10 @@ def bench(
         rows: triplets of a training step.
         triplets: a jsonl file of {query, pos, neg} for the steps.
         limit: seconds after which no further case starts; the cases left out are printed.
+        baseline: "module:function", a function to measure beside ours at one shape; no other case is run.
+        op: of the baseline, one of `custom.OPS`.
+        shape: of the baseline, as "512,576,49152".
+        dtype: of the baseline: bf16, fp16 or fp32; by default the device's.
 
     Returns:
         The environment, and under "rows" one row per case and variant.
@@ -115,7 +128,10 @@ def bench(
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
     # Curves come last: they matter least when the time runs out.
-    todo = sorted(cases(suite, device, quick, rows, triplets), key=lambda make: bool(make().curve))
+    todo = sorted(
+        [custom.case(baseline, op, shape, dtype, device)] if baseline else cases(suite, device, quick, rows, triplets),
+        key=lambda make: bool(make().curve),
+    )
     seconds = 0.0 if quick or rounds else 0.2 if is_gpu(device) else 2.0
     rounds = rounds or (QUICK_ROUNDS if quick else None)
     begin = time.monotonic()
@@ -140,6 +156,8 @@ def bench(
             if json_file:  # after every case, so that an interrupted run keeps its results
                 write_json(json_file, found)
     console.print(summary(found))
+    if quick:
+        console.print(QUICK_NOTE, style="yellow")
     if left_out:
         console.print(f"left out after {limit:.0f} s: {', '.join(left_out)}")
     if json_file:

@@ -30,16 +30,17 @@ def no_compiler(monkeypatch):
 
 
 def run(tmp_path: Path, name: str, *arguments: str) -> tuple[int, dict]:
-    """Exit status and results of a quick run of the command."""
+    """Exit status and results of a run of the command."""
     file = tmp_path / f"{name}.json"
-    status = main(["bench", "--suite", "ops", "--quick", "--device", "cpu", "--json", str(file), *arguments])
+    status = main(["bench", "--suite", "ops", "--device", "cpu", "--json", str(file), *arguments])
     return status, json.loads(file.read_text())
 
 
-def test_quick_run_writes_results_and_a_self_contained_report(tmp_path):
+def test_quick_run_writes_results_and_a_self_contained_report(tmp_path, capsys):
     report = tmp_path / "report.html"
-    status, found = run(tmp_path, "new", "--report", str(report))
+    status, found = run(tmp_path, "new", "--quick", "--report", str(report))
     assert status == 0
+    assert "nothing follows from them" in " ".join(capsys.readouterr().out.split())
     assert found["versions"]["torch"] == torch.__version__
     assert found["measured"]["flops_per_second"]["float32"] > 1e8
     assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?|", found["commit"])
@@ -102,18 +103,15 @@ def test_compare_catches_a_kernel_that_does_its_work_twice(monkeypatch):
         results.compare(old, {"rows": [{**row, "case": "another"} for row in old["rows"]]}, console=quiet)
 
 
-def test_compare_decides_the_exit_status(tmp_path, monkeypatch):
-    case = partial(
-        linear_logprob_case,
-        32,
-        16,
-        100,
-        "gradient",
-        "cpu",
-        torch.float32,
-        only={"gemm_only", "eager"},
-    )
+@pytest.fixture
+def one_case(monkeypatch):
+    case = partial(linear_logprob_case, 32, 16, 100, "gradient", "cpu", torch.float32, only={"gemm_only", "eager"})
     monkeypatch.setattr(suite, "cases", lambda *_: [case])
+    measure = suite.measure_machine
+    monkeypatch.setattr(suite, "measure_machine", lambda device, quick: measure(device, True))
+
+
+def test_compare_decides_the_exit_status(tmp_path, one_case):
     status, found = run(tmp_path, "old", "--rounds", "1")
     for row in found["rows"]:
         for field in ("ratio_to_gemm_only", "speedup"):
@@ -123,7 +121,80 @@ def test_compare_decides_the_exit_status(tmp_path, monkeypatch):
     assert status == 0
     assert run(tmp_path, "new", "--rounds", "1", "--compare", str(tmp_path / "old.json"))[0] == 1
     (tmp_path / "broken.json").write_text('{"rows": 3}')
-    assert main(["bench", "--quick", "--compare", str(tmp_path / "broken.json")]) == 2
+    assert main(["bench", "--compare", str(tmp_path / "broken.json")]) == 2
+
+
+def test_quick_results_are_never_compared(tmp_path, one_case, capsys):
+    run(tmp_path, "quick", "--quick")
+    run(tmp_path, "full", "--rounds", "1")
+    for new, old in (("--quick", "full"), ("--rounds=1", "quick"), ("--quick", "quick")):
+        capsys.readouterr()
+        assert main(["bench", "--device", "cpu", new, "--compare", str(tmp_path / f"{old}.json")]) == 2
+        captured = capsys.readouterr()
+        assert "ValueError: compare: got results of --quick" in captured.err
+        assert "gemm_only" not in captured.out, "refused before the run"
+
+
+BASELINE = """
+import torch
+def right(hidden, weight, target):
+    return torch.log_softmax(hidden @ weight.T, 1).gather(1, target[:, None])[:, 0]
+def wrong(hidden, weight, target):
+    return right(hidden, weight, (target + 1) % len(weight))
+def loss(query, passages):
+    cosines = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(passages, dim=1).T
+    return torch.nn.functional.cross_entropy(cosines / 0.05, torch.arange(len(query)))
+text = "no function"
+"""
+
+
+def test_a_baseline_from_outside(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_kernels.py").write_text(BASELINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    measure = suite.measure_machine
+    monkeypatch.setattr(suite, "measure_machine", lambda device, quick: measure(device, True))
+    for op, shape, name in (
+        ("linear_logprob", "12,8,50", "right"),
+        ("linear_logprob", "12,8,50", "wrong"),
+        ("info_nce", "6,9,8", "loss"),
+    ):
+        arguments = ["--baseline", f"my_kernels:{name}", "--op", op, "--shape", shape, "--dtype", "fp32"]
+        status, found = run(tmp_path, "one", *arguments, "--rounds", "1")
+        assert status == 0
+        rows = {row["variant"]: row for row in found["rows"]}
+        mine = rows[f"my_kernels:{name}"]
+        assert list(mine["shape"].values()) == [int(x) for x in shape.split(",")]
+        assert any(harness.is_ours(variant) for variant in rows)
+        if name == "wrong":
+            assert mine["skipped"].startswith("wrong result")
+        else:
+            assert mine["median_ms"] > 0
+            assert mine["error"] < 1e-4
+    for options, message in (
+        (["my_kernels"], "baseline: got 'my_kernels', expected module:function"),
+        (["my_kernels:nothing"], "baseline: got 'my_kernels:nothing', which cannot be imported"),
+        (["my_kernels:text"], "baseline: got 'my_kernels:text', a str"),
+        (["my_kernels:right", "--shape", "12,8"], "shape: got '12,8', expected N,D,V"),
+        (
+            ["my_kernels:right", "--shape", "12,8,9", "--op", "sum"],
+            "op: got 'sum', expected linear_logprob or info_nce",
+        ),
+        (["my_kernels:right", "--shape", "12,8,9", "--dtype", "int8"], "dtype: got 'int8', expected bf16, fp16, fp32"),
+    ):
+        assert main(["bench", "--device", "cpu", "--baseline", *options]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_case_without_its_inputs_is_skipped_whole():
+    def prepare(_):
+        raise harness.Unavailable("no text")
+
+    case = linear_logprob_case(32, 16, 100, "gradient", "cpu", torch.float32)
+    case.prepare = prepare
+    rows = harness.run(case, harness.Machine("cpu", {"float32": 1e11}, 1e10))
+    assert {row.skipped for row in rows} == {"no text"}
+    assert all(row.median_ms is None for row in rows)
 
 
 def test_an_unknown_suite_or_device_is_named(capsys):

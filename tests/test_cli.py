@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -141,6 +142,20 @@ def test_train_trains_and_bad_input_exits_with_2(model_folder, compression_file,
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["tensorboard", "[tensorboard]", '["tensorboard"]'])
+def test_one_tracker_needs_no_brackets(value, tmp_path):
+    assert read_config([config_file(tmp_path), "--log_with", value]).log_with == ["tensorboard"]
+    assert read_config([config_file(tmp_path, log_with=["wandb", "trackio"])]).log_with == ["wandb", "trackio"]
+    assert read_config([config_file(tmp_path), "--log_with", "wandb,trackio"]).log_with == ["wandb", "trackio"]
+
+
+def test_a_tracker_that_is_not_there_is_named(model_folder, compression_file, tmp_path, capsys):
+    """accelerate would leave it out without a word."""
+    fields = {"model": model_folder, "train_data": compression_file, "output_dir": str(tmp_path / "out")}
+    assert main(["train", config_file(tmp_path, **fields, max_steps=1, log_with="tensorbord")]) == 2
+    assert "ConfigError: log_with: got 'tensorbord', expected an installed tracker" in capsys.readouterr().err
 
 
 def test_help_exits_with_0(capsys):
@@ -287,6 +302,13 @@ def test_encode_writes_the_embeddings_of_the_lines(source, exported, tmp_path, m
     assert "3 embeddings of 32 numbers" in capsys.readouterr().out
 
 
+def test_a_name_with_npy_gets_a_file_that_numpy_reads(exported, tmp_path):
+    (tmp_path / "texts.txt").write_text("the cat\na mat\n")
+    assert main(["encode", exported[0], str(tmp_path / "texts.txt"), str(tmp_path / "e.npy")]) == 0
+    found = torch.from_numpy(numpy.load(tmp_path / "e.npy", allow_pickle=False))
+    torch.testing.assert_close(found, exported[1](["the cat", "a mat"]), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("content", "options", "message"),
     [
@@ -295,6 +317,11 @@ def test_encode_writes_the_embeddings_of_the_lines(source, exported, tmp_path, m
         (None, {}, "FileNotFoundError"),
         ("the\n", {"output": "none/e.safetensors"}, "FileNotFoundError: output: got"),
         ("the\n", {"output": "."}, "FileNotFoundError: output: got"),
+        (
+            "the\n",
+            {"output": "e.pt"},
+            "ValueError: output: got 'e.pt', expected a name that ends in .safetensors or .npy",
+        ),
         ("the\n", {"model": "nowhere"}, "CheckpointError: model: got 'nowhere', which cannot be loaded"),
     ],
 )
