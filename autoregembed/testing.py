@@ -11,12 +11,31 @@ from torch import Tensor
 EPS32 = torch.finfo(torch.float32).eps
 
 
+def tensor_core_depth(x: Tensor) -> int:
+    """`depth` for `assert_accurate`: D of x (N, D) where its GEMM runs on tensor cores in 16 bits, else 0."""
+    return x.shape[-1] if x.is_cuda and x.element_size() == 2 else 0
+
+
 def assert_accurate(
-    found: Tensor, eager: Tensor, exact: Tensor, *, max_logit: float = 0.0, gradient_factor: float = 1.0
+    found: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    *,
+    max_logit: float = 0.0,
+    gradient_factor: float = 1.0,
+    depth: int = 0,
 ) -> None:
     """Error at most twice eager fp32's, with room for rounding to the output's dtype and for the rounding of lse.
 
-        max|found − exact| ≤ 2 · (max|eager − exact| + eps · max|exact|) + 4 · eps32 · max_logit · gradient_factor
+        max|found − exact| ≤ 2 · (max|eager − exact| + eps · max|exact|)
+                             + (4 · eps32 + depth / 16 · 2⁻²⁴) · max_logit · gradient_factor
+
+    The term in `depth` is for tensor cores. They add 16 products of 16-bit operands exactly and cut the fp32 sum off
+    where other units round: D / 16 cuts, each smaller than 2⁻²³ of the sum so far, all towards zero. The sums so far
+    of a logit are half of it on average where they grow evenly, as they do for a row that points at its target; so a
+    logit loses less than D / 16 · 2⁻²⁴ of itself. The cuts share a sign and do not cancel: 1.5e-5 at D = 4,096, beside
+    4 · eps32 = 4.8e-7 for lse. The GEMM of the gradient, of depth V, needs no such term: it loses at most V / 16 · 2⁻²⁴
+    (6e-4 for V = 151,936), less than the eps of the 16-bit gradient that it is rounded to.
 
     Args:
         found: the result under test, any shape and dtype; eps is that of its dtype.
@@ -24,6 +43,7 @@ def assert_accurate(
         exact: the float64 result.
         max_logit: largest |logit| that went into an lse.
         gradient_factor: for a gradient, max|upstream| · max|weight|.
+        depth: D of logits from 16-bit operands on a GPU (`tensor_core_depth`); 0 elsewhere.
     """
     assert found.shape == exact.shape, f"shape {tuple(found.shape)}, expected {tuple(exact.shape)}"
     if found.numel() == 0:
@@ -31,7 +51,8 @@ def assert_accurate(
     error = (found.double() - exact).abs().max().item()
     eager_error = (eager.double() - exact).abs().max().item()
     largest = exact.abs().max().item()
-    bound = 2 * (eager_error + torch.finfo(found.dtype).eps * largest) + 4 * EPS32 * max_logit * gradient_factor
+    logits = (4 * EPS32 + depth / 16 * 2**-24) * max_logit * gradient_factor
+    bound = 2 * (eager_error + torch.finfo(found.dtype).eps * largest) + logits
     assert error <= bound, f"error {error:.3g} above {bound:.3g} (eager fp32: {eager_error:.3g}, max {largest:.3g})"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from autoregembed import alignment_loss, reference
 
-from .harness import OURS, Case, ForwardBackward, Inputs
+from .harness import OURS, Case, ForwardBackward, Inputs, our_impl
 
 
 def _eager(a: Tensor, b: Tensor, c: Tensor, r_a: Tensor, r_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,9 +30,10 @@ def alignment_loss_case(b: int, m: int, device: str, *, curve: str | None = None
         return Inputs(scores[:3], tuple(scores[3:]))
 
     job = ForwardBackward(make, lambda *scores: reference.alignment_loss(*scores)[0], 1e-4)
+    ours = job.variant(lambda: partial(alignment_loss, impl=our_impl()))
     return Case(
         op="alignment_loss", shape={"B": b, "M": m}, inputs="Gaussian scores; about 0.01 % of a training step",
-        variants={OURS: job.variant(lambda: alignment_loss), **job.eager(_eager, compiled=True)},
+        variants={OURS: ours, **job.eager(_eager, compiled=True)},
         flops=30.0 * b * m, bytes=16.0 * (b + b * m), check=job.check, rounds=11, device=device, curve=curve,
     )  # fmt: skip
 

@@ -9,8 +9,19 @@ import torch
 
 from autoregembed import info_nce, reference
 
-from .baselines.info_nce import TEMPERATURE, eager, inf_cl, sentence_transformers
-from .harness import GEMM_ONLY, OURS, Case, ForwardBackward, Inputs, gemm_only, is_gpu, training_dtype, version
+from .baselines.info_nce import TEMPERATURE, eager, inf_cl, memeff, sentence_transformers, siglip_eager, siglip_kernel
+from .harness import (
+    GEMM_ONLY,
+    OURS,
+    Case,
+    ForwardBackward,
+    Inputs,
+    gemm_only,
+    is_gpu,
+    our_impl,
+    training_dtype,
+    version,
+)
 
 
 def info_nce_case(
@@ -45,7 +56,7 @@ def info_nce_case(
     st, ranking = version("sentence-transformers"), "MultipleNegativesRankingLoss"
     variants = {
         GEMM_ONLY: gemm_only(operands, 3),
-        OURS: job.variant(lambda: partial(info_nce, temperature=TEMPERATURE)),
+        OURS: job.variant(lambda: partial(info_nce, temperature=TEMPERATURE, impl=our_impl())),
         **job.eager(eager, compiled=not curve),
     }
     if p == b and not curve:
@@ -55,6 +66,7 @@ def info_nce_case(
                 lambda: sentence_transformers(f"Cached{ranking}"), st, "its loss on embeddings"
             ),
             "inf-cl": job.variant(lambda: inf_cl(device), version("inf-cl")),
+            "memeff": job.variant(lambda: memeff(device), version("memeff")),
         }
     variants |= {name: job.variant(partial(lambda f: f, f)) for name, f in (extra or {}).items()}
     return Case(
@@ -64,13 +76,41 @@ def info_nce_case(
     )  # fmt: skip
 
 
+def siglip_case(b: int, d: int, device: str, *, rounds: int = 5) -> Case:
+    """siglip-kernel at its own loss, whose three GEMMs are those of InfoNCE; we have no such loss."""
+    dtype = training_dtype(device)
+
+    def make() -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        query, other = (torch.randn(b, d, generator=generator) for _ in range(2))
+        return Inputs([query.to(device, dtype), (0.6 * query + 0.8 * other).to(device, dtype)])
+
+    def operands() -> tuple[torch.Tensor, torch.Tensor]:
+        query, other = job.inputs().leaves
+        return query, other
+
+    job = ForwardBackward(make, siglip_eager, 1e-3 if dtype == torch.float32 else 5e-2)
+    variants = {
+        GEMM_ONLY: gemm_only(operands, 3),
+        **job.eager(siglip_eager),
+        "siglip-kernel": job.variant(lambda: siglip_kernel(device), version("siglip-kernel")),
+    }
+    return Case(
+        op="siglip", shape={"B": b, "D": d}, dtype=dtype, inputs="Gaussian, positives at cosine 0.6",
+        variants=variants, flops=6.0 * b * b * d, bytes=float(dtype.itemsize * 4 * b * d),
+        check=job.check, rounds=rounds, device=device,
+    )  # fmt: skip
+
+
 def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
     if quick:
         yield partial(info_nce_case, 16, 32, device)
+        yield partial(siglip_case, 16, 32, device)
         return
     if is_gpu(device):
         for b, d in ((2048, 896), (4096, 4096), (16384, 4096)):
             yield partial(info_nce_case, b, d, device, rounds=11)
+        yield partial(siglip_case, 16384, 896, device, rounds=11)
     else:
         yield partial(info_nce_case, 1024, 576, device)
         yield partial(info_nce_case, 256, 576, device, passages=2048)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoregembed import ops, reference
 
-from .harness import OURS, Case, ForwardBackward, Inputs, training_dtype
+from .harness import OURS, Case, ForwardBackward, Inputs, our_impl, training_dtype
 from .workload import packed_shape, ragged_bounds
 
 K = 5
@@ -37,7 +37,7 @@ def pool_last_k_case(s: int, length: int, d: int, device: str) -> Case:
     )
     return Case(
         op="pool_last_k", shape={"S": s, "L": length, "D": d, "K": K}, dtype=dtype, inputs="ragged pack",
-        variants={OURS: job.variant(lambda: lambda x, cu: ops.pool_last_k(x, cu, K)), **job.eager(_eager)},
+        variants={OURS: job.variant(lambda: partial(ops.pool_last_k, k=K, impl=our_impl())), **job.eager(_eager)},
         flops=0.0, bytes=0.0, prepare=prepare, check=job.check, rounds=21, device=device,
     )  # fmt: skip
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from autoregembed import reference
 from autoregembed.ops import segment_sum
 
-from .harness import OURS, Case, ForwardBackward, Inputs
+from .harness import OURS, Case, ForwardBackward, Inputs, our_impl
 from .workload import ragged_bounds
 
 
 def _ours(x: Tensor, cu_seqlens: Tensor, _: Tensor) -> Tensor:
-    return segment_sum(x, cu_seqlens)
+    return segment_sum(x, cu_seqlens, impl=our_impl())
 
 
 def _eager(x: Tensor, cu_seqlens: Tensor, sequence: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoregembed import ops, reference
 
-from .harness import OURS, Case, ForwardBackward, Inputs, training_dtype
+from .harness import OURS, Case, ForwardBackward, Inputs, our_impl, training_dtype
 from .workload import packed_shape, ragged_bounds
 
 K = 5
@@ -42,7 +42,7 @@ def splice_case(s: int, length: int, d: int, device: str) -> Case:
     job = ForwardBackward(make, reference.splice, 4 * torch.finfo(dtype).eps, value_tolerance=0.0)
     return Case(
         op="splice", shape={"S": s, "L": length, "D": d, "K": K}, dtype=dtype, inputs="ragged pack",
-        variants={OURS: job.variant(lambda: ops.splice), **job.eager(_eager)},
+        variants={OURS: job.variant(lambda: partial(ops.splice, impl=our_impl())), **job.eager(_eager)},
         flops=0.0, bytes=0.0, prepare=prepare, check=job.check, rounds=21, device=device,
     )  # fmt: skip
 

@@ -79,24 +79,29 @@ def nli(device: str, quick: bool, rows: int, triplets: str | None) -> Setup:
     return Setup(device, model, tokenizer, workload.tokenise(texts, tokenizer), describe)
 
 
-def uniform(device: str, rows: int, k: int, m: int, length: int) -> Setup:
-    """A random Llama of 4 layers, D = 256, V = 8192, and random texts of `length` tokens, for curves."""
+CURVE = {"vocab_size": 8192, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64}
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "head_dim": 64,
+           "num_attention_heads": 9, "num_key_value_heads": 3}  # fmt: skip
+
+
+def uniform(device: str, rows: int, k: int, m: int, length: int, sizes: dict[str, int] | None = None) -> Setup:
+    """A random Llama and random texts of `length` tokens: 4 layers, D = 256, V = 8192 for curves."""
     from autoregembed.testing import tiny_model, tiny_tokenizer
 
-    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64}
-    model = tiny_model(
-        vocab_size=8192, dtype=training_dtype(device), max_position_embeddings=4096, initializer_range=0.02, **sizes
-    )
+    sizes = sizes or CURVE
+    options: dict[str, Any] = {"max_position_embeddings": 4096, "initializer_range": 0.02, **sizes}
+    model = tiny_model(dtype=training_dtype(device), **options)
     generator = torch.Generator().manual_seed(0)
 
     def text() -> list[int]:
-        return torch.randint(400, 8192, (length,), generator=generator).tolist()
+        return torch.randint(400, sizes["vocab_size"], (length,), generator=generator).tolist()
 
     made = [
         {"query_ids": text(), "positive_ids": text(), "suffix_ids": [5], "target_ids": [text() for _ in range(1 + m)]}
         for _ in range(rows)
     ]
-    return Setup(device, model.to(device), tiny_tokenizer(), made, "random 4-layer Llama, D=256, V=8192", k)
+    describe = f"random {sizes['num_hidden_layers']}-layer Llama, D={sizes['hidden_size']}, V={sizes['vocab_size']}"
+    return Setup(device, model.to(device), tiny_tokenizer(), made, describe, k)
 
 
 def _twin(model: Any) -> Any:
@@ -238,7 +243,7 @@ def step_case(
         case.flops, case.bytes = _work(made, stage)
         case.tokens = sum(len(r["query_ids"]) + (len(r["positive_ids"]) if stage == 2 else 0) for r in made.rows)
 
-    def check(name: str, outputs: tuple[Tensor, Tensor]) -> float:
+    def check(name: str, outputs: tuple[Tensor, Tensor]) -> tuple[float, float]:
         """Both sides agree: the loss to 1e-4, the gradient to 4e-3 of its largest entry; in bf16 a hundred times that.
 
         The fp32 gradient of either side is 1.3e-3 from float64 here, since z is not normalised.
@@ -251,7 +256,7 @@ def step_case(
         assert error <= 1e-4 * factor, f"loss {float(loss):.6f}, released {float(first[0][0]):.6f}"
         difference = float((gradient - first[0][1]).abs().max() / first[0][1].abs().max())
         assert difference <= 4e-3 * factor, f"gradient off by {difference:.1e} of its largest entry"
-        return max(error, difference)
+        return max(error, difference), difference
 
     def call(step: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         out = step(setup(), stage, micro)
@@ -267,6 +272,14 @@ def step_case(
         flops=0.0, bytes=0.0, prepare=prepare, check=check, relative_to="released", rounds=rounds, device=device,
         curve=curve, details={} if curve else {OURS: lambda: breakdown(setup(), stage, micro)},
     )  # fmt: skip
+
+
+def random_case(stage: int, device: str, quick: bool) -> Case:
+    """A step on random weights, which needs no package of weights or texts: of SmolLM2's shape, NLI's lengths."""
+    b, length = (2, 6) if quick else (64, 24)
+    sizes = {**CURVE, "vocab_size": 512, "num_hidden_layers": 1} if quick else SMOLLM2
+    setup = functools.cache(partial(uniform, device, b, COMPRESS, 1, length, sizes))
+    return step_case(setup, stage, device, {"B": b, "micro": b, "K": COMPRESS, "M": 1, "L": length})
 
 
 def cases(device: str, quick: bool = False, rows: int | None = None, triplets: str | None = None) -> Iterator[Callable]:

@@ -36,6 +36,11 @@ class Unavailable(RuntimeError):
     """This machine lacks an input or a baseline; the table shows the message as the reason."""
 
 
+def our_impl() -> str:
+    """The backend of ours: "auto", or the one that AUTOREGEMBED_BENCH_IMPL names (`gpu_worker`: the interpreter)."""
+    return os.environ.get("AUTOREGEMBED_BENCH_IMPL", "auto")
+
+
 def is_ours(variant: str) -> bool:
     return variant.startswith(OURS)
 
@@ -96,8 +101,8 @@ class Case:
         suite: "ops", "step" or "integrations".
         prepare: makes the inputs and sets what is known only then (`inputs`, `flops`, `bytes`, `tokens`). It may raise
             Unavailable. Before this call a case allocates nothing.
-        check: (variant, outputs) to the largest error relative to the largest float64 value; raises AssertionError for
-            wrong outputs.
+        check: (variant, outputs) to the largest error relative to the largest float64 value, and that of the gradient
+            by norm (None without one); raises AssertionError for wrong outputs.
         relative_to: the variant that "speed-up" is relative to.
         curve: the letter whose scaling curve this case is a point of, or None.
         tokens: tokens of one call, for tokens per second.
@@ -116,7 +121,7 @@ class Case:
     suite: str = "ops"
     job: str = "gradient"
     prepare: Callable[[Case], None] | None = None
-    check: Callable[[str, Any], float] | None = None
+    check: Callable[[str, Any], tuple[float, float | None]] | None = None
     relative_to: str = "eager"
     curve: str | None = None
     rounds: int = 5
@@ -164,6 +169,7 @@ class Row:
     peak_bytes: int | None = None
     reserved_bytes: int | None = None
     error: float | None = None
+    gradient_error: float | None = None
     tokens_per_second: float | None = None
     details: dict[str, float] = field(default_factory=dict)
 
@@ -227,10 +233,10 @@ class ForwardBackward:
         """Plain PyTorch, and the same under torch.compile."""
         variants = {"eager": self.variant(lambda: function, torch.__version__)}
         if compiled:
-            variants["compiled"] = self.variant(lambda: torch.compile(function, dynamic=False), torch.__version__)
+            variants["compiled"] = self.variant(partial(compiled_afresh, function), torch.__version__)
         return variants
 
-    def check(self, name: str, outputs: tuple[Tensor, ...]) -> float:
+    def check(self, name: str, outputs: tuple[Tensor, ...]) -> tuple[float, float]:
         if not self.exact:
             leaves, constants, upstream = self.inputs()
             leaves = [x.detach().double().requires_grad_() for x in leaves]
@@ -240,7 +246,14 @@ class ForwardBackward:
         errors = [relative_error(x, y) for x, y in zip(outputs, self.exact, strict=True)]
         for error, allowed in ((errors[0], self.tolerances[0]), (max(errors[1:]), self.tolerances[1])):
             assert error <= allowed, f"relative error {error:.1e}, expected at most {allowed:.1e}"
-        return max(errors)
+        return max(errors), max(map(norm_error, outputs[1:], self.exact[1:]))
+
+
+def compiled_afresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for static shapes. After eight shapes of one function torch would run the ninth eagerly, without a
+    word, so earlier compilations are forgotten. AUTOREGEMBED_BENCH_COMPILER names another of torch's compilers."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False, backend=os.environ.get("AUTOREGEMBED_BENCH_COMPILER", "inductor"))
 
 
 def gemm_only(operands: Callable[[], tuple[Tensor, Tensor]], count: int) -> Variant:
@@ -267,6 +280,11 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     error = (found.double() - exact).abs().max().item() / max(exact.abs().max().item(), 1e-300)
     assert error == error, "a NaN in the output"
     return error
+
+
+def norm_error(found: Tensor, exact: Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖: what a filter drops adds up here, where the largest entry hides it."""
+    return float((found.double() - exact).norm() / exact.norm().clamp(min=1e-300))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -462,7 +480,7 @@ def _check_variants(case: Case) -> tuple[dict[str, Row], dict[str, Callable[[], 
                 outputs = call()
             synchronise(case.device)
             if case.check is not None and name != GEMM_ONLY:
-                rows[name].error = case.check(name, outputs)
+                rows[name].error, rows[name].gradient_error = case.check(name, outputs)
             del outputs
             calls[name] = call
         except Unavailable as reason:

@@ -137,13 +137,14 @@ def _roofline(found: dict, device_dtype: str) -> str:
 
 def _table(rows: list[dict]) -> str:
     speedup = f"× faster than {rows[0]['relative_to']}"
-    head = ["", "median", "IQR", "× GEMMs", speedup, "roofline", "peak memory", "error", "version"]
+    head = ["", "median", "IQR", "× GEMMs", speedup, "roofline", "peak memory", "error", "gradient", "version"]
     lines = []
     for r in fastest_first(rows):
         cells = [
             r["variant"], format_time(r["median_ms"]), format_time(r["iqr_ms"]),
             format_number(r["ratio_to_gemm_only"]), format_number(r["speedup"]), f"{100 * r['roofline']:.0f}%",
-            format_size(r["peak_bytes"]), format_number(r["error"], ".0e"), r["version"],
+            format_size(r["peak_bytes"]), format_number(r["error"], ".0e"),
+            format_number(r.get("gradient_error"), ".0e"), r["version"],
         ]  # fmt: skip
         lines.append((cells, is_ours(r["variant"])))
     notes = [f"{r['variant']}: {r['skipped']}" for r in rows if r["skipped"]]

@@ -7,15 +7,16 @@ import json
 import platform
 import subprocess
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from .harness import GEMM_ONLY, Machine, is_gpu, is_ours, version
+from .harness import GEMM_ONLY, Machine, Row, is_gpu, is_ours, version
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 THRESHOLD = 1.15
 PACKAGES = ("autoregembed", "torch", "triton", "transformers", "numpy", "cut-cross-entropy", "liger-kernel", "trl",
@@ -23,9 +24,10 @@ PACKAGES = ("autoregembed", "torch", "triton", "transformers", "numpy", "cut-cro
 
 
 def load(file: Path) -> dict:
-    """Reads the results of an earlier run; raises ValueError for any other file."""
+    """Reads the results of an earlier run, also the lines of `bench/gpu.sh`; raises ValueError for any other file."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        found = _results_of_lines(text) if file.suffix == ".jsonl" else json.loads(text)
         found["rows"][0]["case"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"compare: got {str(file)!r}, expected results of `autoregembed bench` ({error})") from error
@@ -36,6 +38,14 @@ def refuse_quick(name: str, *found: dict) -> None:
     """Raises ValueError for results of tiny sizes, whose times say nothing about a kernel."""
     if any(f.get("quick") for f in found):
         raise ValueError(f"{name}: got results of --quick, expected those of a run at real sizes, without --quick")
+
+
+def _results_of_lines(text: str) -> dict:
+    """The rows among the lines of `bench/gpu.sh`, with None for what a row lacks."""
+    lines = [json.loads(line) for line in text.splitlines()]
+    empty: dict[str, Any] = {f.name: None for f in fields(Row)} | {"details": {}}
+    rows = [empty | {k: v for k, v in line.items() if k in empty} for line in lines if "median_ms" in line]
+    return {"device": lines[0]["device"], "rows": rows}
 
 
 def by_case(rows: list[dict]) -> dict[str, list[dict]]:
@@ -79,10 +89,23 @@ def format_details(row: dict) -> str:
 
 def table(rows: list[dict]) -> list[Any]:
     """The table of one case, then a line for every reason why variants were skipped."""
+    from rich.table import Table
+
     steps = any(r["tokens_per_second"] for r in rows)
     title = f"{rows[0]['case']} · {rows[0]['inputs']} · speed-up over {rows[0]['relative_to']}"
     out = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in ("", "median", "IQR", "×GEMMs", "speed-up", "roof", "memory", "error", *(["tok/s"] if steps else [])):
+    for name in (
+        "",
+        "median",
+        "IQR",
+        "×GEMMs",
+        "speed-up",
+        "roof",
+        "memory",
+        "error",
+        "gradient",
+        *(["tok/s"] if steps else []),
+    ):
         out.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     done = fastest_first(rows)
     for r in done:
@@ -95,6 +118,7 @@ def table(rows: list[dict]) -> list[Any]:
             f"{100 * r['roofline']:.0f}%",
             format_size(r["peak_bytes"]),
             format_number(r["error"], ".0e"),
+            format_number(r.get("gradient_error"), ".0e"),
         ]
         if steps:
             cells.append(f"{r['tokens_per_second']:.0f}")
@@ -139,6 +163,9 @@ def compare(old: dict, new: dict, threshold: float = THRESHOLD, console: Console
     Raises:
         ValueError: the results have no row in common, or are those of a quick run.
     """
+    from rich.console import Console
+    from rich.table import Table
+
     refuse_quick("compare", old, new)
     console = console or Console()
     before = {(r["case"], r["variant"]): r for r in old["rows"] if r["median_ms"] is not None}

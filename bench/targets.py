@@ -1,6 +1,6 @@
 """Checks a result of `autoregembed bench` against the performance targets of the kernels; prints one line for each.
 
-    python -m bench.targets bench/results/nvidia-h200.json
+    python -m bench.targets bench/results/gpu-all.jsonl
 
 A line is PASS, MISS, or OPEN where the result lacks what the target needs. Exit status 1 for a MISS.
 """

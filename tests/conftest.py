@@ -19,9 +19,6 @@ if _module := os.environ.get("AUTOREGEMBED_NATIVE_MODULE"):
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on CPU tensors
 
-from autoregembed import models
-from autoregembed.testing import tiny_model, tiny_tokenizer
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 WORDS = [
     "the",
@@ -68,6 +65,8 @@ def gradual_underflow():
 
 @pytest.fixture(autouse=True)
 def datasets_cache(tmp_path_factory, monkeypatch):
+    if importlib.util.find_spec("datasets") is None:  # bench/gpu.sh runs tests where nothing but torch is installed
+        return
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
@@ -76,6 +75,9 @@ def datasets_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> str:
     """A Hugging Face folder of a tiny random Llama with its tokenizer."""
+    from autoregembed import models
+    from autoregembed.testing import tiny_model, tiny_tokenizer
+
     folder = tmp_path_factory.mktemp("model")
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
     models.save_model(folder, tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True), tokenizer, {})

@@ -27,7 +27,8 @@ MATRIX = {
 @pytest.mark.parametrize("part", tiles.ARCHITECTURES)
 def test_no_spills_fits_and_uses_the_matrix_unit(part):
     # A process of its own: in this one the kernels may belong to the interpreter.
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))  # tests/pairs.py: another Triton
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     command = [sys.executable, "-m", "bench.compile_report", "--arch", part, "--json"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

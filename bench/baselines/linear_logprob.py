@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..harness import Unavailable, Variant, is_gpu, require, require_gpu, version
+from ..harness import Unavailable, Variant, compiled_afresh, is_gpu, require, require_gpu, version
 
 # (hidden (N, D), weight (V, D), target (N,)) -> token log-probabilities (N,), or their sum () with reduction="sum"
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -26,16 +25,11 @@ def _chunk(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return logits.gather(1, target[:, None]).squeeze(1) - logits.logsumexp(1)
 
 
-@functools.cache
-def _compiled_chunk() -> Logprob:
-    return torch.compile(_chunk, dynamic=False)
-
-
 def compiled_chunked(device: str) -> Logprob:
     """torch.compile of one chunk of rows, recomputed in backward, so that no (N, V) tensor stays alive."""
     from torch.utils.checkpoint import checkpoint
 
-    compiled = _compiled_chunk()
+    compiled = compiled_afresh(_chunk)
     rows = 2048 if is_gpu(device) else 512
 
     def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

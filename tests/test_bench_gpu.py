@@ -1,0 +1,183 @@
+"""bench/gpu.sh: it needs torch, Triton and pytest alone, and a failure loses nothing but its own line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from autoregembed.bench import gpu
+
+ROOT = Path(__file__).parents[1]
+QUICK = {unit.name for unit in gpu.plan("first", True)}
+SHAPE = " ".join(map(str, gpu.HEAD_QUICK[0]))
+
+# Site packages of torch, Triton and pytest; nothing else that is installed here is found.
+BARE = '''
+import importlib.machinery, sys
+ALLOWED = """torch torchgen functorch triton sympy mpmath networkx jinja2 markupsafe filelock fsspec typing_extensions
+setuptools pkg_resources pytest _pytest py pluggy iniconfig packaging pygments {more}""".split()
+
+class Bare(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = super().find_spec(name, path, target)
+        place = str(spec and (spec.origin or spec.submodule_search_locations))
+        return None if "site-packages" in place and name.partition(".")[0] not in ALLOWED else spec
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Bare
+'''
+
+
+def run(*arguments: str, tree: Path = ROOT, path: Path | None = None, **environment: str):
+    """Exit status and lines by unit, once the script has ended; `path` is a folder before all others on the path."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "OUT", "WHEELS")}
+    variables |= {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(path or ""),
+        **environment,
+    }
+    done = subprocess.run(
+        [str(tree / "bench" / "gpu.sh"), *arguments], capture_output=True, text=True, env=variables, timeout=300
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines, done.stderr
+    assert lines[-1]["unit"] == "summary"
+    assert lines[-1]["status"] == done.returncode
+    return done.returncode, {line["unit"]: line for line in lines if line["state"] != "finding"}, lines
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    for name in ("autoregembed", "bench", "kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results", "*.so"))
+    shutil.copy(ROOT / "CMakeLists.txt", folder)
+    return folder
+
+
+def replace(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_first_contact_where_torch_triton_and_pytest_alone_are_installed(tmp_path):
+    """NumPy too, which Triton's interpreter needs where there is no GPU."""
+    (tmp_path / "sitecustomize.py").write_text(BARE.format(more="numpy"))
+    out = tmp_path / "out"
+    status, found, lines = run("first", "--quick", "--limit", "280", path=tmp_path, OUT=str(out))
+    assert status == 0, [line for line in lines if line["state"] == "failed"]
+    assert found.keys() == QUICK | {"summary"}
+    assert (out / "gpu-first.jsonl").read_text().splitlines() == [json.dumps(line) for line in lines]
+    parts = [line["part"] for line in lines[:-1]]
+    assert parts == sorted(parts, key=gpu.PARTS.index)
+    assert found["device/rates"]["impl"] == "triton"
+    peers = [f"peers/linear_logprob {SHAPE} {peer}" for peer in ("autoregembed", "eager", "compiled chunked")]
+    skipped = {name for name, line in found.items() if line["state"] == "skipped"}
+    assert skipped <= {"step/stage2", "step/stage1", *(unit.name for unit in gpu.plan("first", True)
+                                                       if unit.part == "peers")} - set(peers)  # fmt: skip
+    absent = ("is not installed", "No module named", "has no chunked linear_cross_entropy")
+    assert all(any(words in found[name]["reason"] for words in absent) for name in skipped)
+    for name in peers:
+        assert found[name]["median_ms"] > 0
+        assert 0 < found[name]["gradient_error"] < 1e-4
+
+
+def test_without_numpy_too(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BARE.format(more=""))
+    status, found, _ = run("first", "--quick", "--part", "device", "--part", "head", "--part", "ops", path=tmp_path)
+    assert status == 0
+    assert found["device/rates"]["impl"] == "torch"
+    done = {name for name, line in found.items() if line["state"] == "ok"}
+    assert {f"head/method={gpu.METHODS[0]} {SHAPE}", "head/score " + SHAPE, *(f"ops/{op}" for op in gpu.OPS)} <= done
+
+
+def test_planted_failures_lose_their_own_lines(tmp_path):
+    """An op that raises, one that is wrong, one that kills its process, and a peer that aborts."""
+    tree = copy_of_the_tree(tmp_path / "tree")
+    kernels = tree / "kernels" / "torch"
+    replace(kernels / "info_nce.py", "\ndef forward(", "\ndef forward(*_):\n    raise RuntimeError('planted')\n\n\n"
+            "def _forward(")  # fmt: skip
+    replace(
+        kernels / "splice.py", "\ndef forward(", "\ndef forward(*_):\n    import os\n    os.abort()\n\n\ndef _forward("
+    )
+    peer = tmp_path / "path" / "cut_cross_entropy"
+    peer.mkdir(parents=True)
+    (peer / "__init__.py").write_text("import os\ndef linear_cross_entropy(*a, **k):\n    os.abort()\n")
+    (peer.parent / "sitecustomize.py").write_text(BARE.format(more="cut_cross_entropy"))
+    parts = ("--part", "device", "--part", "ops", "--part", "peers")
+    status, found, _ = run("first", "--quick", *parts, tree=tree, path=peer.parent)
+    failed = {name for name, line in found.items() if line["state"] == "failed"}
+    assert failed == {"ops/info_nce", "ops/splice", "summary", f"peers/linear_logprob {SHAPE} cut-cross-entropy"}
+    assert status == 4 + 16
+    assert "planted" in found["ops/info_nce"]["at"]
+    assert found["ops/info_nce"]["failure"] == "RuntimeError: planted"
+    assert found["ops/splice"]["failure"] == "its process ended by signal SIGABRT"
+    assert found[f"peers/linear_logprob {SHAPE} cut-cross-entropy"]["failure"].endswith("SIGABRT")
+    assert found["ops/alignment_loss"]["state"] == "ok"
+    assert found["ops/segment_sum"]["state"] == "ok"
+    assert found[f"peers/linear_logprob {SHAPE} torch linear_cross_entropy"]["state"] in ("ok", "skipped")
+    assert found[f"peers/linear_logprob {SHAPE} compiled chunked"]["state"] == "ok"
+    assert found.keys() == {n for n in QUICK if n.split("/")[0] in ("device", "ops", "peers")} | {"summary"}
+
+
+def test_a_wrong_kernel_a_failing_test_and_a_hanging_unit(tmp_path):
+    tree = copy_of_the_tree(tmp_path / "tree")
+    replace(tree / "kernels" / "torch" / "linear_logprob.py", "def forward(", "def forward(*a):\n"
+            "    logprob, u = _forward(*a)\n    return logprob, u.neg()\n\n\ndef _forward(")  # fmt: skip
+    (tree / "tests" / "test_testing.py").write_text(
+        "def test_planted():\n    assert 1 == 2\n\n\ndef test_sound():\n    pass\n"
+    )
+    replace(
+        tree / "bench" / "bench_segment_sum.py", "    job = Forw", "    __import__('time').sleep(1000)\n    job = Forw"
+    )
+    replace(tree / "bench" / "gpu.py", '{"first": 45,', '{"first": 30,')
+    path = tmp_path / "path"
+    path.mkdir()
+    (path / "sitecustomize.py").write_text(BARE.format(more=""))
+    parts = ("--part", "head", "--part", "ops", "--part", "tests")
+    status, found, lines = run("first", "--quick", *parts, tree=tree, path=path)
+    failed = {name for name, line in found.items() if line["state"] == "failed"}
+    assert failed == {f"head/method=cublas {SHAPE}", "ops/segment_sum", "tests/testing", "summary"}
+    assert status == 2 + 4 + 32
+    assert found[f"head/method=cublas {SHAPE}"]["failure"].startswith("AssertionError: error ")
+    assert found["ops/segment_sum"]["failure"] == "took too long and was ended"
+    planted = [line for line in lines if line["state"] == "finding"]
+    assert ["test_planted" in line["test"] for line in planted] == [True]
+    assert "assert 1 == 2" in planted[0]["failure"]
+    assert found["tests/testing"]["passed"] == 1
+
+
+def test_no_time_and_no_gpu_are_said(tmp_path):
+    status, found, _ = run("first", "--quick", "--limit", "1")
+    assert status == 0
+    assert {line["state"] for name, line in found.items() if name != "summary"} <= {"left out", "skipped"}
+    assert "device/rates" in found["summary"]["left out"]
+    if not os.environ.get("CUDA_VISIBLE_DEVICES") and not shutil.which("nvidia-smi"):
+        status, found, _ = run("first", "--out", str(tmp_path / "x.jsonl"))
+        assert status == 1
+        assert "no GPU found" in found["device/rates"]["failure"]
+        assert {line["state"] for line in found.values()} == {"failed", "left out", "skipped"}
+        assert len(found) == len(gpu.plan("first", False)) + 1
+
+
+def test_wheels_are_put_on_the_path_without_their_dependencies(tmp_path):
+    """Also into a Python that is itself an environment, as this one is; a wheel that does not fit is named."""
+    wheels, package = tmp_path / "wheels", tmp_path / "package" / "memeff"
+    wheels.mkdir()
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    info = tmp_path / "package" / "memeff-9.9.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: memeff\nVersion: 9.9\nRequires-Dist: torch>=99\n")
+    (info / "WHEEL").write_text("Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    (info / "RECORD").write_text("memeff/__init__.py,,\nmemeff-9.9.dist-info/METADATA,,\n"
+                                 "memeff-9.9.dist-info/WHEEL,,\nmemeff-9.9.dist-info/RECORD,,\n")  # fmt: skip
+    shutil.make_archive(str(tmp_path / "made"), "zip", tmp_path / "package")
+    (tmp_path / "made.zip").rename(wheels / "memeff-9.9-py3-none-any.whl")
+    (wheels / "other-1.0-cp27-cp27m-win32.whl").write_text("")
+    status, found, _ = run("first", "--quick", "--part", "device", WHEELS=str(wheels))
+    assert status == 0
+    assert found["device/rates"]["versions"]["memeff"] == "9.9"
