@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, settings
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16 = pytest.param(
-    torch.bfloat16,
-    marks=pytest.mark.skipif(DEVICE == "cpu", reason="tl.dot on bf16 is garbage in Triton's interpreter"),
-)
-DTYPES = [torch.float32, torch.float16, BF16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROW_DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]  # of kernels that only move rows
 
 
-def few(examples: int) -> settings:
+def emulate_bfloat16() -> None:
+    """Makes `tl.dot` of Triton's interpreter right for bf16, which it holds as integers and multiplies as such.
+
+    The operands become fp32, exactly; products and sums are then fp32's.
+    """
+    from triton.runtime import interpreter
+
+    tl = interpreter.tl
+    create_dot = interpreter.InterpreterBuilder.create_dot
+    if hasattr(create_dot, "__wrapped__"):
+        return
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    @functools.wraps(create_dot)
+    def dot(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+if DEVICE == "cpu":
+    emulate_bfloat16()
+
+
+def few(examples: int) -> Any:
     """The interpreter takes about a second a call: few examples, and none spent on shrinking a failure."""
+    from hypothesis import HealthCheck, Phase, settings
+
     return settings(
         max_examples=examples,
         deadline=None,
