@@ -34,9 +34,9 @@ def test_no_spills_fits_and_uses_the_matrix_unit(part):
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(done.stdout)
     assert {row["kernel"] for row in rows} >= {
-        "_epilogue", "_score", "_combine", "_tiled_forward", "_tiled_backward", "_segment_sum", "_segment_sum_backward",
-        "_scale_rows", "_alignment_loss", "_pool_last_k", "_pool_last_k_backward", "_splice", "_splice_backward",
-        "_unit", "_unit_backward", "_excess", "_lse", "_gradient",
+        "_epilogue", "_score", "_emit", "_finish", "_target_logits", "_gradient_rows", "_segment_sum",
+        "_segment_sum_backward", "_scale_rows", "_alignment_loss", "_pool_last_k", "_pool_last_k_backward", "_splice",
+        "_splice_backward", "_unit", "_unit_backward", "_excess", "_lse", "_gradient",
     }  # fmt: skip
     for row in rows:
         assert row["spills"] == 0, row
@@ -45,4 +45,4 @@ def test_no_spills_fits_and_uses_the_matrix_unit(part):
         if row["dot"] and row["sixteen_bits"]:
             assert row["matrix"] in MATRIX[part], row
     if part in ("sm_90", "sm_100"):
-        assert {"_score", "_tiled_forward", "_tiled_backward"} <= {r["kernel"] for r in rows if r["bulk_copy"]}
+        assert {"_score", "_emit"} <= {r["kernel"] for r in rows if r["bulk_copy"]}

@@ -10,7 +10,12 @@ from autoregembed.kernels.triton import linear_logprob as kernels
 from autoregembed.kernels.triton import tiles
 from autoregembed.testing import assert_accurate
 
-METHODS = ["cublas", "tiled"]
+METHODS = ["cublas", "shifted"]
+FORMS = [  # (method, dtype): e of `shifted` has the range of bf16
+    *(pytest.param("cublas", d, id=f"cublas-dtype{i}") for i, d in enumerate((torch.float32, torch.float16))),
+    pytest.param("shifted", torch.float32, id="shifted-dtype0"),
+    *(pytest.param(m, torch.bfloat16, id=f"{m}-dtype2") for m in METHODS),
+]
 
 
 def problem(n, d, v, dtype, *, bias=False, seed=0, peak=1.0):
@@ -56,8 +61,7 @@ def check(hidden, weight, target, bias, *, grad=None, softcap=None, scale=1.0, m
     assert bits(u, before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dtype"), FORMS)
 @few(5)
 @given(st.integers(0, 20), st.integers(1, 70), st.integers(1, 300), st.booleans(),
        st.sampled_from([None, 3.0, 30.0]), st.sampled_from([1.0, 0.25]), st.integers(0, 99))  # fmt: skip
@@ -68,8 +72,7 @@ def test_any_shape(dtype, method, n, d, v, bias, softcap, scale, seed):
     check(hidden, weight, target, b, softcap=softcap, scale=scale, method=method)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "dtype"), FORMS)
 @pytest.mark.parametrize(("n", "d", "v"), [(1, 64, 256), (20, 40, 250)])
 def test_whole_words_and_last_column(dtype, method, n, d, v):
     """Rows of whole 16-byte words go through tensor descriptors, with and without ragged tiles."""
@@ -90,8 +93,7 @@ def test_certain_target_keeps_its_gradient(method):
     check(hidden, weight, target, None, method=method)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("method", "dtype"), FORMS)
 def test_masked_columns(method, dtype):
     hidden, weight, target, bias = problem(5, 24, 200, dtype, bias=True)
     bias[:130] = -torch.inf  # the first tiles hold nothing else
@@ -101,13 +103,62 @@ def test_masked_columns(method, dtype):
     logprob, u = kernels.forward(hidden, weight, target, bias, None, 1.0, -100, True, method)
     assert logprob[0] == -torch.inf
     assert logprob[1:].isfinite().all()
-    assert u.isfinite().all()
+    p = torch.softmax(hidden.double() @ weight.double().t() + bias.double(), 1)
+    exact = weight[target].double() - p @ weight.double()
+    assert_accurate(u[:1], exact[:1].float(), exact[:1], max_logit=10.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_large_logits(method):
     hidden, weight, target, _ = problem(4, 16, 200, torch.float32, peak=1e4)
     check(hidden, weight, target, None, method=method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("method", "margin", "distance"),
+    [("cublas", 0.0, 500.0), *(("shifted", m, d) for m in (0.0, 84.0) for d in (20.0, 80.0, 125.0, 140.0, 9000.0))],
+)
+def test_improbable_targets(monkeypatch, method, dtype, distance, margin):
+    """A target far below the maximum of its row, one far above the rest, and between; a row of hidden is a unit."""
+    monkeypatch.setattr(kernels, "margin", lambda v: margin)
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(150, 5, generator=generator)
+    target = torch.tensor([3, 140, 77, 149, 0])
+    weight[target[0], 0] -= distance
+    weight[target[1], 1] += distance
+    weight[20:90, 2] += distance  # many at the maximum
+    weight[:, 3] += distance  # a large shift of all
+    hidden, weight, target = (x.to(DEVICE) for x in (torch.eye(5).to(dtype), weight.to(dtype), target))
+    check(hidden, weight, target, None, method=method)
+    grad = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0], device=DEVICE)
+    check(hidden, weight, target, None, method=method, grad=grad)
+    found = kernels.forward(hidden, weight, target, None, None, 1.0, -100, True, method)
+    hidden[0] = 0  # nothing of row 0 reaches another
+    again = kernels.forward(hidden, weight, target, None, None, 1.0, -100, True, method)
+    assert all(bits(a[1:], b[1:]) for a, b in zip(found, again, strict=True))
+
+
+def test_shifted_needs_the_range_of_bf16():
+    hidden, weight, target, _ = problem(2, 16, 100, torch.float16)
+    with pytest.raises(TypeError, match="method: got 'shifted' for"):
+        kernels.forward(hidden, weight, target, None, None, 1.0, -100, True, "shifted")
+    with pytest.raises(ValueError, match="method: got 'tiles'"):
+        kernels.forward(hidden, weight, target, None, None, 1.0, -100, True, "tiles")
+    assert tiles.method(hidden.device, torch.bfloat16, 16) == "shifted"
+    assert tiles.method(hidden.device, torch.float16, 16) == "cublas"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_depth(method):
+    """D = 0: every logit is its bias."""
+    bias = torch.randn(70, device=DEVICE)
+    target = torch.tensor([0, 69], device=DEVICE)
+    head = (torch.empty(2, 0, device=DEVICE), torch.empty(70, 0, device=DEVICE), target, bias, None, 1.0, -100)
+    for gradient in (True, False):
+        logprob, u = kernels.forward(*head, gradient, method)
+        torch.testing.assert_close(logprob, torch.log_softmax(bias, 0)[target])
+        assert u.shape == (2 * gradient, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -177,8 +228,8 @@ def test_chunks_and_splits_agree(monkeypatch):
 
 
 def test_runs_are_equal_to_the_bit():
-    hidden, weight, target, _ = problem(20, 24, 200, torch.float16)
-    for method in METHODS:
+    for method, dtype in (("cublas", torch.float16), ("shifted", torch.float32)):
+        hidden, weight, target, _ = problem(20, 24, 200, dtype)
         first = kernels.forward(hidden, weight, target, None, None, 1.0, -100, True, method)
         again = kernels.forward(hidden, weight, target, None, None, 1.0, -100, True, method)
         assert all(bits(a, b) for a, b in zip(first, again, strict=True))
@@ -227,11 +278,6 @@ def test_trainable_head(dtype):
 
 
 def test_tile_table_is_consistent():
-    for (kernel, _, bits_, _), tile in tiles.TABLE.items():
+    for tile in tiles.TABLE.values():
         assert tile.rows & (tile.rows - 1) == 0
         assert tile.cols & (tile.cols - 1) == 0
-        if kernel.startswith("tiled_backward"):
-            for suffix in ("", "_general"):
-                for part in tiles.ARCHITECTURES:
-                    first = tiles.TABLE.get(("tiled_forward" + suffix, part, bits_, 0))
-                    assert first is None or first.cols % tile.depth == 0

@@ -176,7 +176,7 @@ def test_nothing_is_read_on_the_host():
     with primitives.recording(lambda kernel, *_: seen.add(kernel.__name__)):
         for _, call in cases():
             call()
-    assert {"_epilogue", "_score", "_tiled_forward", "_tiled_backward", "_alignment_loss", "_splice", "_unit"} <= seen
+    assert {"_epilogue", "_score", "_emit", "_finish", "_alignment_loss", "_splice", "_unit"} <= seen
 
 
 @cuda

@@ -101,6 +101,14 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return out.copy_(a.float() @ b.float())  # no 16-bit GEMM that writes fp32 outside CUDA
 
 
+LOG2_E = 1.4426950408889634
+
+
+def base2_factors(softcap: float | None, scale: float) -> tuple[float, float]:
+    """(inner, outer) with z · log2 e = outer · tanh(inner · x), or inner · x without a softcap."""
+    return (scale * LOG2_E, 1.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
+
+
 @triton.jit
 def tanh_and_grad(x):
     """tanh(x) and 1 − tanh(x)², to fp32 rounding for any x (1e-11 in fp64).
@@ -154,14 +162,26 @@ def sequence_of(cu_ptr, row, count, steps):
 
 
 @triton.jit
-def capped(x, scale, softcap, SOFTCAP: tl.constexpr):
-    """z = cap(scale · x) and dz/dx / scale, which is 1 without a softcap."""
-    z = x * scale
+def exp2(x, PTX: tl.constexpr):
+    """2^x. Results below 2^−126 may be 0: as PTX one instruction, where the exact denormals of tl.exp2 take four."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def capped(x, inner, outer, SOFTCAP: tl.constexpr):
+    """Logits in base 2, z · log2 e, and dz/dx / scale, which is 1 without a softcap: `base2_factors` for the rest."""
     softcap_grad = 1.0
     if SOFTCAP:
-        y, softcap_grad = tanh_and_grad(z / softcap)
-        z = softcap * y
-    return z, softcap_grad
+        x, softcap_grad = tanh_and_grad(x * inner)
+        x = x * outer
+    else:
+        x = x * inner
+    return x, softcap_grad
 
 
 @triton.jit
@@ -179,6 +199,7 @@ def product_tile(
     """a[row : row + ROWS] · b[col : col + COLS]ᵀ in fp32. a (a_rows, depth), b (b_rows, depth): pointers, or tensor
     descriptors with TMA. Rows past the end hold garbage; EVEN says that DEPTH divides depth."""
     acc = tl.zeros((ROWS, COLS), tl.float32)
+    tl.assume(depth > 0)
     if TMA:
         for k in range(0, depth, DEPTH):
             acc = tl.dot(a.load([row, k]), b.load([col, k]).T, acc, input_precision=PRECISION)

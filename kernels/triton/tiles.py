@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["ARCHITECTURES", "METHODS", "TABLE", "Tile", "architecture", "method", "pretend", "tile"]
+__all__ = ["ARCHITECTURES", "METHODS", "TABLE", "Tile", "architecture", "has_ptx", "method", "pretend", "tile"]
 
 
 class Tile(NamedTuple):
@@ -37,10 +37,9 @@ ARCHITECTURES = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 23
 SMALL = 1024  # D up to here; 0 below stands for any D
 
 TABLE: dict[tuple[str, str, int, int], Tile] = {
-    # streaming scorer: hidden · Wᵀ into an online log-sum-exp
+    # streaming scorer: hidden · Wᵀ into sums of exponentials
     ("score", "sm_80", 16, 0): Tile(128, 128, 32, 8, 3),
     ("score", "sm_86", 16, 0): Tile(128, 128, 32, 8, 3),
-    ("score", "sm_90", 16, SMALL): Tile(128, 128, 64, 8, 4, tma=True),
     ("score", "sm_90", 16, 0): Tile(128, 256, 64, 8, 4, tma=True),
     ("score", "sm_100", 16, 0): Tile(128, 256, 64, 8, 4, tma=True),
     ("score", "gfx942", 16, 0): Tile(128, 128, 64, 8, 2),
@@ -55,33 +54,26 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("score_cosine", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     ("score_cosine_general", "any", 16, 0): Tile(64, 64, 32, 8, 2),
     ("score_cosine_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
-    # contender, first GEMM: exp(z − tile maximum) and partial sums
-    ("tiled_forward", "sm_80", 16, 0): Tile(128, 128, 32, 8, 3),
-    ("tiled_forward", "sm_86", 16, 0): Tile(128, 128, 32, 8, 3),
-    ("tiled_forward", "sm_90", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
-    ("tiled_forward", "sm_100", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
-    ("tiled_forward", "gfx942", 16, 0): Tile(128, 128, 64, 8, 2),
-    ("tiled_forward", "any", 32, 0): Tile(64, 64, 16, 8, 2),
-    ("tiled_forward_general", "any", 16, 0): Tile(64, 128, 32, 8, 2),
-    ("tiled_forward_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
-    # contender, second GEMM: rescales what the first left while loading it. `depth` divides the first one's cols.
-    ("tiled_backward", "sm_80", 16, 0): Tile(128, 128, 32, 8, 3),
-    ("tiled_backward", "sm_86", 16, 0): Tile(128, 128, 32, 8, 3),
-    ("tiled_backward", "sm_90", 16, 0): Tile(128, 256, 64, 8, 3, tma=True),
-    ("tiled_backward", "sm_100", 16, 0): Tile(128, 128, 64, 8, 3, tma=True),
-    ("tiled_backward", "gfx942", 16, 0): Tile(128, 128, 64, 8, 2),
-    ("tiled_backward", "any", 32, 0): Tile(64, 64, 16, 8, 2),
-    ("tiled_backward_general", "any", 16, 0): Tile(64, 128, 32, 8, 2),
-    ("tiled_backward_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
+    # first GEMM of a gradient: e and its sums
+    ("emit", "sm_80", 16, 0): Tile(128, 128, 32, 8, 3),
+    ("emit", "sm_86", 16, 0): Tile(128, 128, 32, 8, 3),
+    ("emit", "sm_90", 16, 0): Tile(128, 256, 64, 8, 3, tma=True),
+    ("emit", "sm_100", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
+    ("emit", "gfx942", 16, 0): Tile(128, 128, 64, 8, 2),
+    ("emit", "any", 32, 0): Tile(64, 64, 16, 8, 2),
+    ("emit_general", "any", 16, 0): Tile(64, 128, 32, 8, 2),
+    ("emit_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
+    # sums to log-probabilities; its product is for rows whose target is improbable beyond bf16's range
+    ("finish", "any", 16, 0): Tile(64, 64, 32, 4, 2),
+    ("finish", "any", 32, 0): Tile(64, 64, 16, 8, 2, registers=255),
     # logits to onehot − softmax, one program a row; by the dtype of the logits
     ("epilogue", "any", 16, 0): Tile(1, 8192, warps=16, registers=128),
-    ("epilogue", "any", 32, 0): Tile(1, 8192, warps=16, registers=128),
+    ("epilogue", "any", 32, 0): Tile(1, 8192, warps=8, programs=2, registers=128),
     ("epilogue", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
     ("epilogue", "gfx942", 32, 0): Tile(1, 8192, warps=8, programs=2),
     ("epilogue_softcap", "any", 16, 0): Tile(1, 4096, warps=16, registers=128),
     ("epilogue_softcap", "any", 32, 0): Tile(1, 4096, warps=16, registers=128),
     ("epilogue_softcap", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
-    ("combine", "any", 0, 0): Tile(64, 1, warps=2),
     ("segment_sum", "any", 0, 0): Tile(1, 1024),
     # rows moved or scaled: cols is the step along D
     ("rows", "any", 0, 0): Tile(2, 1024, registers=255),
@@ -99,15 +91,13 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
             "score_general": Tile(16, 64, 16),
             "score_cosine": Tile(16, 64, 32, tma=True),
             "score_cosine_general": Tile(16, 64, 16),
-            "tiled_forward": Tile(16, 64, 32, tma=True),
-            "tiled_forward_general": Tile(16, 64, 16),
-            "tiled_backward": Tile(16, 32, 32, tma=True),
-            "tiled_backward_general": Tile(16, 32, 16),
+            "emit": Tile(16, 64, 32, tma=True),
+            "emit_general": Tile(16, 64, 16),
+            "finish": Tile(16, 32, 16),
             "epilogue": Tile(1, 128),
             "epilogue_softcap": Tile(1, 64),
         }.items()
     },
-    ("combine", "interpret", 0, 0): Tile(32, 1),
     ("segment_sum", "interpret", 0, 0): Tile(1, 16),
     ("rows", "interpret", 0, 0): Tile(4, 16),
     ("alignment_loss", "interpret", 0, 0): Tile(32, 1),
@@ -116,7 +106,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("distillation_columns", "interpret", 0, 0): Tile(4, 8),
 }
 
-# How the gradient of a frozen head is formed: "cublas" (two library GEMMs, one epilogue between) or "tiled".
+# How the gradient of a frozen head is formed where it has been measured: "shifted" or "cublas" (linear_logprob.py).
 METHODS: dict[tuple[str, int, int], str] = {}
 
 _override: str | None = None
@@ -169,5 +159,12 @@ def tile(kernel: str, device: torch.device, dtype: torch.dtype | None = None, d:
     raise NotImplementedError(f"no tile for kernel {kernel!r} on {part!r} in {dtype}; see kernels/triton/tiles.py")
 
 
+def has_ptx(device: torch.device) -> bool:
+    """Whether kernels may hold lines of PTX: not in the interpreter, not on AMD."""
+    return architecture(device).startswith("sm_")
+
+
 def method(device: torch.device, dtype: torch.dtype, d: int) -> str:
-    return METHODS.get((architecture(device), _bits(dtype), SMALL if d <= SMALL else 0), "cublas")
+    part = architecture(device)
+    found = METHODS.get((part, _bits(dtype), SMALL if d <= SMALL else 0))
+    return found or ("shifted" if dtype == torch.bfloat16 and not part.startswith("gfx") else "cublas")
