@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregembed.attention import attention_backends, run_packed, use_packed_attention
+from autoregembed.attention import attention_backends, run_packed
 from autoregembed.models import base_model
 from autoregembed.packing import check_ids, pack
+from autoregembed.probe import use_packed_attention
 from autoregembed.testing import tiny_model
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -165,8 +166,8 @@ def test_models_that_would_mix_the_texts_of_a_pack_are_refused_and_left_as_they_
 @pytest.mark.parametrize(
     ("architecture", "options", "message"),
     [
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"layers of type \['conv'\]"),
-        ("mamba", {}, "in a pack"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"layers of type \['Conv1d', 'Lfm2ShortConv', 'conv'\]"),
+        ("mamba", {}, "layers of type .*MambaMixer"),
         ("falcon_h1", {}, "layers of type"),
     ],
 )
@@ -175,10 +176,20 @@ def test_recurrent_and_convolutional_layers_are_refused(architecture, options, m
         use_packed_attention(tiny_model(architecture, **options))
 
 
-def test_attention_sinks_are_refused():
-    model = tiny_model("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(NotImplementedError, match=r"^s_aux"):
-        use_packed_attention(model)
+@torch.no_grad()
+def test_attention_sinks_count_in_packed_and_in_plain_calls():
+    options = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+    plain, model = (tiny_model("gpt_oss", **options) for _ in range(2))
+    for lm in (plain, model):
+        for layer in lm.model.layers:
+            layer.self_attn.sinks += 2
+    assert use_packed_attention(model) == "sdpa"
+    ids = torch.tensor(texts(9, 9))
+    wanted = base_model(plain)(input_ids=ids).last_hidden_state
+    packed = pack(ids.tolist())
+    for found in (base_model(model)(input_ids=ids).last_hidden_state,
+                  run_packed(base_model(model), packed, input_ids=packed.ids[None]).unflatten(0, (2, 9))):  # fmt: skip
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 def test_models_in_training_mode_stay_in_it():
