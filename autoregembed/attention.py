@@ -54,7 +54,7 @@ def run_packed(model: nn.Module, packed: Packed, **inputs: Tensor) -> Tensor:
 def keep_rope_per_text(model: nn.Module) -> None:
     """Makes rope whose frequencies depend on the length of the input (longrope, dynamic NTK) depend on each text's own.
 
-    Transformers takes the longest text of the input for all of them, and what dynamic NTK grew to stays for later inputs.
+    Transformers takes the longest text of the input for all of them, and dynamic NTK remembers it for later inputs.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -69,7 +69,7 @@ def keep_rope_per_text(model: nn.Module) -> None:
 
 
 def _rope_per_text(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """What a rotary module gives for each text of a pack alone, as its forward hook; a padded batch is left as it is."""
+    """What a rotary module gives for each text of a pack alone, as its forward hook; padded batches are left alone."""
     args_by_name = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
     x, position_ids, layer_type = (args_by_name.get(name) for name in ("x", "position_ids", "layer_type"))
     if position_ids is None or position_ids.ndim != 2 or len(position_ids) != 1:

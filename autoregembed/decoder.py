@@ -326,9 +326,9 @@ class Decoder(nn.Module):
         hidden = base_model(self.model)(input_ids=ids).last_hidden_state[0]
         if hidden.shape[-1] != head.weight.shape[1] or wanted.shape[-1] != len(head.weight):
             raise ValueError(
-                f"model: got hidden states of {hidden.shape[-1]} dimensions and {wanted.shape[-1]} logits for an lm_head "
-                f"of shape {tuple(head.weight.shape)}, expected logits that are lm_head's of the hidden states: take "
-                "another model as the decoder"
+                f"model: got hidden states of {hidden.shape[-1]} dimensions and {wanted.shape[-1]} logits for an "
+                f"lm_head of shape {tuple(head.weight.shape)}, expected those of lm_head: take another model as the "
+                "decoder"
             )
         found = self.scale * head(hidden).double()
         if self.softcap is not None:
@@ -339,8 +339,8 @@ class Decoder(nn.Module):
         if not (found - wanted).abs().max() <= tolerance:
             raise ValueError(
                 f"model: got logits that are not softcap(scale · (hidden Wᵀ + bias)) with softcap={self.softcap}, "
-                f"scale={self.scale} (difference {float((found - wanted).abs().max()):.3g}); this head is not supported: take another model as "
-                "the decoder"
+                f"scale={self.scale} (difference {float((found - wanted).abs().max()):.3g}), expected such ones: this "
+                "head is not supported, take another model as the decoder"
             )
 
     def rescale(self, z: Tensor) -> Tensor:

@@ -378,7 +378,7 @@ def require_loaded(model: nn.Module) -> None:
 
 
 def require_unadapted_head(model: Any) -> None:
-    """Raises ValueError for an adapter or a trained copy in the head, which an encoder never reads: it would not learn."""
+    """Raises ValueError for an adapter or a trained copy in the head: an encoder never reads it, so it cannot learn."""
     head = model.get_output_embeddings()
     if head is None:
         return
