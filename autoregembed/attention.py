@@ -56,16 +56,39 @@ def keep_rope_per_text(model: nn.Module) -> None:
 
     Transformers takes the longest text of the input for all of them, and dynamic NTK remembers it for later inputs.
     """
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-        adaptive = any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
-        if (
-            adaptive
-            and hasattr(getattr(module, "config", None), "rope_parameters")
-            and _rope_per_text not in module._forward_hooks.values()
-        ):
+    for module in _adaptive_ropes(model):
+        if _rope_per_text not in module._forward_hooks.values():
             module.register_forward_hook(_rope_per_text, with_kwargs=True)
+
+
+def rope_limit(model: nn.Module) -> int | None:
+    """The length up to which rope is the same for all texts, whoever runs the model; None where it always is."""
+    limits = [_original_length(module, kind) for module in _adaptive_ropes(model) for kind in _kinds(module)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _kinds(module: Any) -> list[str | None]:
+    """The types of layers for which a rotary module has its own rope: [None] where all share one."""
+    return list(module.rope_type) if isinstance(module.rope_type, dict) else [None]
+
+
+def _adaptive_ropes(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        rotary = hasattr(module, "rope_type") and hasattr(getattr(module, "config", None), "rope_parameters")
+        if rotary and any(_original_length(module, kind) is not None for kind in _kinds(module)):
+            yield module
+
+
+def _original_length(module: Any, layer_type: str | None) -> int | None:
+    """Beyond it the frequencies of a rotary module are others; None where they depend on no length."""
+    kind, parameters = module.rope_type, module.config.rope_parameters
+    if layer_type is not None:
+        kind, parameters = kind[layer_type], parameters[layer_type]
+    if not isinstance(kind, str):
+        return None
+    if "dynamic" in kind:
+        return module.original_max_seq_len
+    return parameters["original_max_position_embeddings"] if kind == "longrope" else None
 
 
 def _rope_per_text(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -74,14 +97,12 @@ def _rope_per_text(module: Any, args: tuple, kwargs: dict[str, Any], output: Any
     x, position_ids, layer_type = (args_by_name.get(name) for name in ("x", "position_ids", "layer_type"))
     if position_ids is None or position_ids.ndim != 2 or len(position_ids) != 1:
         return None
-    options = {} if layer_type is None else {"layer_type": layer_type}
-    kind, prefix, parameters = module.rope_type, "", module.config.rope_parameters
-    if isinstance(kind, dict):
-        kind, prefix, parameters = kind[layer_type], f"{layer_type}_", parameters[layer_type]
-    dynamic = "dynamic" in kind
-    if not dynamic and kind != "longrope":
+    original = _original_length(module, layer_type)
+    if original is None:
         return None
-    original = module.original_max_seq_len if dynamic else parameters["original_max_position_embeddings"]
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    dynamic = "dynamic" in (module.rope_type if layer_type is None else module.rope_type[layer_type])
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     if starts[:1] != [0]:  # generation goes on
         return None
@@ -151,6 +172,8 @@ def _sdpa(
 
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     terms = {name: kwargs[name] for name in ("softcap", "s_aux") if kwargs.get(name) is not None}
+    if cu_seqlens is None and _packed_forward.get():
+        raise NotImplementedError("cu_seq_lens_q: this model does not pass it to its attention, which a pack needs")
     if cu_seqlens is None and terms:
         if attention_mask is None:
             queries, keys = query.shape[2], key.shape[2]

@@ -17,6 +17,7 @@ from autoregembed.files import CheckpointError
 from autoregembed.models import (
     base_model,
     claim,
+    describe_dtypes,
     fit_length,
     is_plain,
     load_causal_lm,
@@ -322,7 +323,13 @@ class Decoder(nn.Module):
     def _verify_head(self) -> None:
         head = self.model.get_output_embeddings()
         ids = torch.tensor([[self.eos_token_id, 0]], device=head.weight.device)
-        wanted = self.model(input_ids=ids).logits[0].double()
+        try:
+            wanted = self.model(input_ids=ids).logits[0].double()
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: got {type(self.model).__name__}, whose head cannot be run ({error})"
+                f"{describe_dtypes(self.model)}; expected a head and a base model that fit each other"
+            ) from error
         hidden = base_model(self.model)(input_ids=ids).last_hidden_state[0]
         if hidden.shape[-1] != head.weight.shape[1] or wanted.shape[-1] != len(head.weight):
             raise ValueError(

@@ -377,6 +377,13 @@ def require_loaded(model: nn.Module) -> None:
             )
 
 
+def describe_dtypes(model: nn.Module) -> str:
+    """Which weights are of which dtype and what to do about it, for an error; "" where all are of one."""
+    dtypes = {p.dtype: name for name, p in reversed(list(model.named_parameters())) if p.is_floating_point()}
+    kinds = " and ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
+    return f", with weights of {kinds}, which model.to(dtype) makes one" if len(dtypes) > 1 else ""
+
+
 def require_unadapted_head(model: Any) -> None:
     """Raises ValueError for an adapter or a trained copy in the head: an encoder never reads it, so it cannot learn."""
     head = model.get_output_embeddings()
