@@ -95,7 +95,7 @@ def _rope_per_text(module: Any, args: tuple, kwargs: dict[str, Any], output: Any
     """What a rotary module gives for each text of a pack alone, as its forward hook; padded batches are left alone."""
     args_by_name = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
     x, position_ids, layer_type = (args_by_name.get(name) for name in ("x", "position_ids", "layer_type"))
-    if position_ids is None or position_ids.ndim != 2 or len(position_ids) != 1:
+    if x is None or position_ids is None or position_ids.ndim != 2 or len(position_ids) != 1:
         return None
     original = _original_length(module, layer_type)
     if original is None:

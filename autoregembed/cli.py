@@ -301,6 +301,45 @@ def _evaluate(
         write_json(Path(json_file), result)
 
 
+def _probe(
+    model: str,
+    triplets: str,
+    split: str | None = None,
+    rows: int = 48,
+    block: int = 12,
+    json_file: str | None = None,
+) -> None:
+    """Shows what MODEL, the model/ of a run, has learned, and whether a stage 2 can build on it.
+
+    Args:
+        model: the model/ folder of a training run.
+        triplets: rows {query, pos} as stage 2 reads them, or {text}, each of which is its own passage.
+        split: of hub data sets.
+        rows: the first so many are read.
+        block: rows of which each query is scored with each passage.
+        json_file: receives the numbers too.
+    """
+    from rich.table import Table
+
+    from autoregembed import Decoder, Encoder, data, diagnostics
+    from autoregembed.files import require_writable_file, write_json
+
+    if json_file:
+        require_writable_file(json_file, "json_file")
+    pairs = data.text_pairs(triplets, split, rows)
+    encoder, decoder = Encoder.from_pretrained(model), Decoder.from_pretrained(model)
+    found = diagnostics.probe(encoder, decoder, *pairs, block=block)
+    chance = {name: 1 / min(block, len(pairs[0])) for name in diagnostics.FINDS}
+    chance |= {"gradient_in_mean": 1 / encoder.num_compress_tokens}
+    table = Table("", "value", "chance", "", title=f"{len(pairs[0])} pairs in blocks of {block}", title_justify="left")
+    for name, value in found.items():
+        by_chance = f"{chance[name]:.2f}" if name in chance else ""
+        table.add_row(name, f"{value:.3f}", by_chance, diagnostics.MEANING[name])
+    console.print(table)
+    if json_file:
+        write_json(Path(json_file), {"model": model, "pairs": len(pairs[0]), "block": block, **found})
+
+
 def _bench(
     suite: str = "all",
     quick: bool = False,
@@ -418,6 +457,7 @@ def _parser() -> ArgumentParser:
 def _functions() -> dict[str, Callable]:
     return {
         "encode": _encode, "eval": _evaluate, "doctor": _doctor, "bench": _bench, "init": _init,
+        "probe": _probe,
         "completion": _completion,
     }  # fmt: skip
 
@@ -429,7 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] in (["train"], ["eval"], ["encode"]):
+        if arguments[:1] in (["train"], ["eval"], ["encode"], ["probe"]):
             _mute_other_bars()
         if arguments[:1] == ["train"]:
             if "-h" in arguments or "--help" in arguments:
@@ -437,7 +477,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             return _train(arguments[1:])
         functions = _functions()
-        if arguments[:1] in (["encode"], ["eval"], ["init"], ["completion"]):
+        if arguments[:1] in (["encode"], ["eval"], ["init"], ["completion"], ["probe"]):
             arguments = [arguments[0], *_named(functions[arguments[0]], arguments[1:])]
         parsed = _parser().parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}

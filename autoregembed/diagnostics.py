@@ -16,6 +16,25 @@ from autoregembed.objective import contrastive_loss
 from autoregembed.ops import alignment_loss
 from autoregembed.teacher_scores import pair_scores
 
+MEANING = {
+    "rows": "queries that find their passage by log p(d | z)",
+    "rows_per_token": "by log p(d | z) per token",
+    "rows_minus_mean_z": "by log p(d | z) - log p(d | mean z of the block)",
+    "rows_minus_marginal": "by log p(d | z) - logsumexp over the queries: what distillation teaches",
+    "columns": "passages that find their query by log p(d | z)",
+    "cosine": "queries that find their passage by cosine",
+    "cosine_centred": "by cosine about the mean of all",
+    "cosine_whitened": "by cosine of whitened embeddings",
+    "variance_of_passage": "share of the scores' variance that the passage alone explains",
+    "a_below_b": "pairs with log p(p | z of q) < log p(p | z of p)",
+    "gradient_in_mean": "share of the alignment's gradient that moves the mean of the K vectors",
+    "gradient_with_infonce": "cosine of the alignment's gradient with InfoNCE's",
+    "nats_per_token": "-log p(p | z of p) per token",
+    "nats_per_token_mean_z": "under the mean z of the block: above it, z says less than nothing",
+}
+# Shares of rows that find their own; 1 / block by chance.
+FINDS = [*MEANING][:8]
+
 
 def spaces(embeddings: Tensor) -> dict[str, Tensor]:
     """Embeddings (n, D) as they are, about their mean, and whitened; rows are not normalised after that.
@@ -47,18 +66,7 @@ def probe(
         token_budget: as in `Decoder.logprob`.
 
     Returns:
-        rows: share of queries that find their own passage by log p(d_j | z_i);
-        rows_per_token: by log p(d_j | z_i) / n_j;
-        rows_minus_unconditional: by log p(d_j | z_i) − log p(d_j | the mean z of the block);
-        rows_minus_marginal: by log p(d_j | z_i) − logsumexp_i log p(d_j | z_i);
-        columns: share of passages that find their own query by log p(d_j | z_i);
-        cosine, cosine_centred, cosine_whitened: share of queries that find their own passage by the cosine of mean_k z;
-        variance_of_passage: share of the scores' variance that the passage alone explains;
-        a_below_b: share of pairs with log p(p | z_q) < log p(p | z_p);
-        gradient_in_mean: share of the alignment loss' gradient at z that moves the mean of the K vectors; chance: 1/K;
-        gradient_with_infonce: cosine of that gradient with InfoNCE's;
-        nats_per_token: −log p(passage | z of the passage) per token;
-        nats_per_token_mean_z: under the mean z of the block instead; above it, z says less than nothing.
+        the numbers that `MEANING` explains, by name.
 
     Raises:
         ValueError: fewer than two pairs, or queries and passages of different numbers.
@@ -88,7 +96,7 @@ def probe(
         query, passage = (F.normalize(x, dim=-1).split(sizes) for x in space.split(sum(sizes)))
         hits = [_found(q @ p.T, 1) * len(q) for q, p in zip(query, passage, strict=True)]
         out["cosine" if name == "plain" else f"cosine_{name}"] = sum(hits) / sum(sizes)
-    return out
+    return {name: out[name] for name in MEANING}
 
 
 def _found(scores: Tensor, dim: int) -> float:
@@ -114,7 +122,7 @@ def _block(
     out = {
         "rows": _found(scores, 1),
         "rows_per_token": _found(scores / length, 1),
-        "rows_minus_unconditional": _found(scores - unconditional, 1),
+        "rows_minus_mean_z": _found(scores - unconditional, 1),
         "rows_minus_marginal": _found(scores - scores.logsumexp(0), 1),
         "columns": _found(scores, 0),
         "variance_of_passage": float(by_passage),

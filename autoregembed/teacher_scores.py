@@ -13,7 +13,7 @@ from datasets import Dataset
 from rich.console import Console
 from torch import Tensor, nn
 
-from autoregembed import data, distributed
+from autoregembed import distributed, sampling
 from autoregembed.config import Config
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
@@ -65,7 +65,7 @@ def cached_teacher_scores(
         fingerprint: `ref_logps_fingerprint`, taken before the weights are sharded.
         num_blocks: how many blocks the run reads; the same block counts again in the next epoch.
     """
-    all_blocks = data.blocks(len(rows), config.batch_size, config.seed)
+    all_blocks = sampling.blocks(len(rows), config.batch_size, config.seed)
     fingerprint = {**fingerprint, "blocks": f"{config.batch_size} rows, seed {config.seed}"}
     short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
     path = require_cache() / "autoregembed" / f"teacher-scores-{short}.safetensors"
@@ -74,7 +74,7 @@ def cached_teacher_scores(
     )
     b = config.batch_size
     scores = torch.full((len(all_blocks), b, b), torch.nan) if known is None else known
-    read = sorted(set(data.drawn(len(all_blocks), 0, num_blocks, config.seed)))
+    read = sorted(set(sampling.drawn(len(all_blocks), 0, num_blocks, config.seed)))
     wanted = [i for i in read if scores[i].isnan().any()]
     if not wanted:
         console.print(f"teacher scores: {path}")

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from transformers import get_scheduler
 
-from autoregembed import data, distributed
+from autoregembed import data, distributed, sampling
 from autoregembed.build import build_models, create_optimizer
 from autoregembed.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, rng_state, save_checkpoint
 from autoregembed.config import Config, ConfigError
@@ -265,7 +265,7 @@ class Run:
         with self.accelerator.autocast():
             if config.needs_ref_logps:
                 assert decoder is not None
-                wanted = data.rows_read(
+                wanted = sampling.rows_read(
                     len(self.rows), config.batch_size, read, config.seed, config.needs_teacher_scores
                 )
                 ref_logps = cached_ref_logps(
@@ -343,7 +343,7 @@ class Run:
 
     def loop(self) -> None:
         config, state, last = self.config, self.state, self.max_steps
-        batches = data.batches(
+        batches = sampling.batches(
             self.rows, config.batch_size, seed=config.seed, start=state.step, rank=self.accelerator.process_index,
             world=self.world, in_blocks=config.needs_teacher_scores,
         )  # fmt: skip

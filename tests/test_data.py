@@ -9,7 +9,7 @@ from conftest import sentence, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregembed import data
+from autoregembed import data, sampling
 from autoregembed.packing import make_microbatches
 from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_tokenizer
@@ -324,7 +324,7 @@ def numbered(n: int, streaming: bool = False):
 
 
 def take(rows, steps: int, size: int, **options) -> list[list[int]]:
-    found = data.batches(rows, size, **options)
+    found = sampling.batches(rows, size, **options)
     return [[row["value"] // 10 for row in next(found)] for _ in range(steps)]
 
 
@@ -343,7 +343,7 @@ def test_batches_are_a_function_of_seed_and_step_and_ranks_share_them(n, size, w
 
 def test_batches_carry_their_row_and_change_with_epoch_and_seed():
     rows = numbered(20)
-    first = next(data.batches(rows, 4, seed=0))
+    first = next(sampling.batches(rows, 4, seed=0))
     assert all(row["row"] * 10 == row["value"] for row in first)
     read = [i for step in take(rows, 10, 4, seed=0) for i in step]
     assert read[:20] != read[20:]
@@ -365,7 +365,7 @@ def test_streamed_batches_share_the_stream_and_resume(world):
 
 def test_a_stream_without_rows_is_refused():
     with pytest.raises(ValueError, match=r"^data: got no rows in the stream"):
-        next(data.batches(numbered(1, streaming=True).filter(lambda row: False), 2, seed=0))
+        next(sampling.batches(numbered(1, streaming=True).filter(lambda row: False), 2, seed=0))
 
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.one_of(st.none(), st.integers(1, 80)))
@@ -401,5 +401,5 @@ def test_real_triplets_and_compression_rows(shared, tmp_path):
 
 
 def test_permutations_differ_between_neighbouring_seeds_and_epochs():
-    seen = {tuple(data.permutation(50, seed, epoch)) for seed in range(5) for epoch in range(5)}
+    seen = {tuple(sampling.permutation(50, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(seen) == 25

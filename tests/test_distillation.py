@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import sentence, stage2, write_jsonl
 
-from autoregembed import cli, data, teacher_scores
+from autoregembed import cli, data, sampling, teacher_scores
 from autoregembed.build import build_models
 from autoregembed.config import ConfigError
 from autoregembed.encoder import text_embedding
@@ -35,9 +35,9 @@ def step_of(config, file):
     prompt = Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
     loaded = data.load_rows(file)
     rows = (data.text_rows if data.is_unpaired(loaded) else data.alignment_rows)(loaded, prompt)
-    blocks = data.blocks(len(rows), config.batch_size, config.seed)
+    blocks = sampling.blocks(len(rows), config.batch_size, config.seed)
     scores = compute_teacher_scores(encoder, decoder, rows, blocks)
-    batch = next(data.batches(rows, config.batch_size, seed=config.seed, in_blocks=True))
+    batch = next(sampling.batches(rows, config.batch_size, seed=config.seed, in_blocks=True))
     objective = Objective(config, encoder, None, Accelerator(cpu=True), None, scores)
     return objective, encoder, decoder, scores, batch
 
@@ -130,16 +130,16 @@ def test_equal_texts_are_masked_with_the_known_pairs(model_folder, tmp_path):
 
 def test_blocks_stay_together():
     rows = datasets.Dataset.from_dict({"text": [str(i) for i in range(24)]})
-    mine = [data.batches(rows, 5, seed=3, rank=r, world=2, in_blocks=True) for r in range(2)]
+    mine = [sampling.batches(rows, 5, seed=3, rank=r, world=2, in_blocks=True) for r in range(2)]
     seen = [next(mine[i % 2]) for i in range(2 * 4)]
-    blocks = data.blocks(24, 5, 3)
+    blocks = sampling.blocks(24, 5, 3)
     assert len(blocks) == 4
     for batch in seen:
         assert [r["row"] for r in batch] == blocks[batch[0]["block"]]
         assert [r["place"] for r in batch] == list(range(5))
     epochs = [[b[0]["block"] for b in seen[i : i + 4]] for i in (0, 4)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == [0, 1, 2, 3]
-    again = data.batches(rows, 5, seed=3, start=2, rank=1, world=2, in_blocks=True)
+    again = sampling.batches(rows, 5, seed=3, start=2, rank=1, world=2, in_blocks=True)
     assert [r["row"] for r in next(again)] == [r["row"] for r in seen[5]]
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
-from autoregembed import data, models, runtime
+from autoregembed import models, runtime, sampling
 from autoregembed import train as train_module
 from autoregembed.config import ConfigError
 from autoregembed.files import CheckpointError
@@ -36,7 +36,7 @@ def assert_same_run(a: Path, b: Path):
 
 def interrupt_after(step: int, monkeypatch):
     """The process dies (an exception that nobody expects) when it asks for the rows of the step after `step`."""
-    inner = data.batches
+    inner = sampling.batches
 
     def batches(*args, start=0, **kwargs):
         for i, batch in enumerate(inner(*args, start=start, **kwargs), start):
@@ -44,7 +44,7 @@ def interrupt_after(step: int, monkeypatch):
                 raise MemoryError
             yield batch
 
-    monkeypatch.setattr(data, "batches", batches)
+    monkeypatch.setattr(sampling, "batches", batches)
 
 
 def torn(config, quiet, monkeypatch, step: int):
@@ -346,7 +346,7 @@ def test_a_step_that_is_not_finite_stops_before_it_updates(
             train(config, quiet)
     assert not (tmp_path / "out" / "model").exists()
     (row,) = [json.loads(line) for line in (tmp_path / "out" / "nonfinite.jsonl").read_text().splitlines()]
-    assert (row["step"], row["action"], row["rows"]) == (3, "stop", data.drawn(24, 16, 8, config.seed))
+    assert (row["step"], row["action"], row["rows"]) == (3, "stop", sampling.drawn(24, 16, 8, config.seed))
     assert row["loss" if where == "loss" else "grad_norm"] in ("nan", "inf")
     # Nothing of it reached the parameters: once the cause is gone, the run goes on as if it had never been.
     config.resume_from_checkpoint = True
@@ -381,7 +381,7 @@ def test_skipped_steps_change_nothing_but_the_place_in_schedule_and_data(
     assert [r["lr"] for r in rows] == [r["lr"] for r in log(tmp_path / "whole")]
     written = [json.loads(line) for line in (tmp_path / "out" / "nonfinite.jsonl").read_text().splitlines()]
     assert [(w["step"], w["action"]) for w in written] == [(2, "skip"), (4, "skip")]
-    assert [w["rows"] for w in written] == [data.drawn(24, 8 * (s - 1), 8, config.seed) for s in (2, 4)]
+    assert [w["rows"] for w in written] == [sampling.drawn(24, 8 * (s - 1), 8, config.seed) for s in (2, 4)]
 
 
 def test_too_many_skips_in_a_row_end_the_run(model_folder, compression_file, tmp_path, quiet, monkeypatch):

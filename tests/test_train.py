@@ -11,7 +11,7 @@ import torch
 from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
-from autoregembed import Decoder, Encoder, data, files, models
+from autoregembed import Decoder, Encoder, data, files, models, sampling
 from autoregembed.build import build_models
 from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import text_embedding
@@ -169,15 +169,15 @@ def test_the_decoder_is_the_original_model_in_both_stages(
 def test_interruption_saves_a_state_that_resumes(model_folder, compression_file, tmp_path):
     code = """
 import os, signal, sys
-from autoregembed import data
+from autoregembed import sampling
 from autoregembed.cli import main
-inner = data.batches
+inner = sampling.batches
 def batches(*args, **kwargs):
     for i, batch in enumerate(inner(*args, **kwargs)):
         if i == 2:
             os.kill(os.getpid(), signal.SIGINT)
         yield batch
-data.batches = batches
+sampling.batches = batches
 sys.exit(main(sys.argv[1:]))
 """
     flags = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": tmp_path / "out"}
@@ -455,7 +455,7 @@ def test_reference_scores_are_made_for_the_rows_that_a_run_reads(model_folder, a
     config = stage2(model_folder, alignment_file, tmp_path / "out", ref_logps_file=str(kept), batch_size=3, max_steps=2)
     train(config, quiet)
     first = load_file(kept)
-    read = sorted(set(data.drawn(24, 0, 6, config.seed)))
+    read = sorted(set(sampling.drawn(24, 0, 6, config.seed)))
     assert (~first["positive"].isnan()).nonzero().flatten().tolist() == read
     train(
         stage2(model_folder, alignment_file, tmp_path / "out", ref_logps_file=str(kept), batch_size=3, max_steps=5),
