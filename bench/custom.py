@@ -64,8 +64,9 @@ def case(baseline: str, op: str, shape: str | None, dtype: str | None, device: s
         raise ValueError(f"dtype: got {dtype!r}, expected {', '.join(DTYPES)}")
     chosen = training_dtype(device) if dtype is None else DTYPES[dtype]
     if op == "linear_logprob":
+        n, d, v = numbers
         only = {GEMM_ONLY, "eager"}
-        return partial(linear_logprob_case, *numbers, "gradient", device, chosen, only=only, extra=extra)
+        return partial(linear_logprob_case, n, d, v, "gradient", device, chosen, only=only, extra=extra)
     b, p, d = numbers
     if p < b:
         raise ValueError(f"shape: got B={b}, P={p}, expected at least one passage for each query")
