@@ -165,6 +165,7 @@ class Run:
 
     def load_models(self) -> None:
         config = self.config
+        self.console.print(f"reading {config.model}", highlight=False, markup=False)
         if config.log_with:
             self.accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
         self.encoder, self.decoder, self.tokenizer, self.recipe = build_models(config)
@@ -186,9 +187,9 @@ class Run:
         if self.decoder is not None:
             k = self.encoder.num_compress_tokens
             prompt = replace(prompt, max_target_length=self.decoder.fit_max_target_length(k, config.max_target_length))
+        self.console.print(f"reading {config.train_data}", highlight=False, markup=False)
         tokenize = data.compression_rows if config.stage == 1 else data.alignment_rows
-        if self.unpaired:
-            tokenize = data.text_rows
+        tokenize = data.text_rows if self.unpaired else tokenize
         with self.accelerator.main_process_first():
             self.rows = tokenize(self.source, prompt, columns=config.column_map, num_proc=config.num_proc)
         if not config.streaming:

@@ -55,9 +55,8 @@ def train_parser(**options: bool) -> ArgumentParser:
     for title, names in {**GROUPS, "other": [name for name in known if name not in listed]}.items():
         group = parser.add_argument_group(title)
         for name in names:
-            default = known[name].default
-            factory = known[name].default_factory
-            if default is MISSING and factory is not MISSING:
+            default, factory = known[name].default, known[name].default_factory
+            if factory is not MISSING:
                 default = factory()
             given = {"required": True} if default is MISSING else {"default": default}
             group.add_argument(f"--{name}", type=hints[name], help=texts.get(name, ""), **given)

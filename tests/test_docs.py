@@ -34,7 +34,7 @@ from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 INCLUDE = re.compile(r'--8<-- "([^":]+)(?::\d+)?"')
 
 

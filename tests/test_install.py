@@ -65,6 +65,7 @@ def test_the_source_distribution_holds_what_a_build_needs(tmp_path):
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     sources = [p for ending in ("py", "cpp", "h") for p in (REPO / "kernels").rglob(f"*.{ending}")]
     assert len(sources) > 10
+    sources += (REPO / "examples" / "configs").rglob("*.yaml")
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", *(p.relative_to(REPO).as_posix() for p in sources)} <= names
 
 
