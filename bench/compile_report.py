@@ -1,4 +1,5 @@
-"""Compiles every launch of every kernel for parts that are not here, and prints registers, shared memory and spills.
+"""Compiles every launch of every kernel for parts that are not here, and prints what came of it: registers, shared
+memory, spills, how evenly its programs fill an H100 and, of the head's kernels, the instructions for a logit.
 
     python -m bench.compile_report [--arch sm_90] [--json]
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import sass
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -134,8 +137,9 @@ def target_of(arch: str):
     )
 
 
-def launches(arch: str) -> dict[tuple, tuple[str, Any, dict]]:
-    """Distinct launches on a part: (kernel, signature, constants, options) to (case, source, compile options)."""
+def launches(arch: str) -> dict[tuple, tuple[str, Any, dict, float | None]]:
+    """Distinct launches on a part: (kernel, signature, constants, options) to (case, source, compile options,
+    fill)."""
     import triton
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
@@ -143,10 +147,10 @@ def launches(arch: str) -> dict[tuple, tuple[str, Any, dict]]:
     from autoregembed.kernels.triton import primitives, tiles
 
     backend = make_backend(target_of(arch))
-    found: dict[tuple, tuple[str, Any, dict]] = {}
+    found: dict[tuple, tuple[str, Any, dict, float | None]] = {}
     current = ""
 
-    def record(kernel, args, options):
+    def record(kernel, programs, args, options):
         assert isinstance(kernel, triton.JITFunction), "set TRITON_INTERPRET=0 before Triton is imported"
         binder = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, rest = binder(*args, **options)
@@ -155,13 +159,23 @@ def launches(arch: str) -> dict[tuple, tuple[str, Any, dict]]:
         )
         source = ASTSource(kernel, signature, constants, attributes)
         key = (kernel.__name__, *map(str, (signature, constants, attributes, compile_options)))
-        found.setdefault(key, (current, source, compile_options.__dict__))
+        found.setdefault(key, (current, source, compile_options.__dict__, fill(kernel, programs, args, options)))
 
     with tiles.pretend(arch), primitives.recording(record):
         for name, call in cases():
             current = name
             call()
     return found
+
+
+def fill(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> float | None:
+    """Share of the last wave's end at which the programs of a persistent GEMM are busy: tiles over waves · programs."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
+    if kernel.__name__ not in ("_score", "_emit"):
+        return None
+    row_blocks, tiles_v = -(-values["N"] // values["ROWS"]), -(-values["V"] // values["COLS"])
+    units = row_blocks * values.get("splits", tiles_v)
+    return round(units / (-(-units // programs) * programs), 3)
 
 
 def spills_of(assembly: str) -> dict[str, int]:
@@ -194,7 +208,7 @@ def report(arch: str) -> list[dict[str, Any]]:
     import triton
 
     rows = []
-    for case, source, options in launches(arch).values():
+    for case, source, options, filled in launches(arch).values():
         compiled = triton.compile(source, target=target_of(arch), options=options)
         text = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
         usage = spills_of(text) if arch.startswith("gfx") else resources_of(compiled.asm["cubin"])
@@ -210,10 +224,27 @@ def report(arch: str) -> list[dict[str, Any]]:
                 "dot": "tt.dot" in compiled.asm["ttir"],
                 "sixteen_bits": any(kind in str(source.signature) for kind in ("*bf16", "*fp16", "<bf16", "<fp16")),
                 "bulk_copy": "cp.async.bulk.tensor" in text,
+                "fill": filled,
                 **usage,
+                **counts(source, compiled, arch),
             }
         )
     return rows
+
+
+def counts(source: Any, compiled: Any, arch: str) -> dict[str, Any]:
+    """The instructions for a logit (bench/sass.py), of 16-bit heads without a softcap."""
+    name = source.fn.__name__
+    constants = {source.fn.arg_names[place[0]]: value for place, value in source.constants.items()}
+    if arch.startswith("gfx") or name not in ("_score", "_emit", "_epilogue") or constants["SOFTCAP"]:
+        return {}
+    cubin, warps = compiled.asm["cubin"], compiled.metadata.num_warps
+    if name == "_epilogue":
+        work = source.signature["z_ptr"]
+        return {} if work == "*fp64" else {"sass": sass.epilogue_report(cubin, constants, warps)}
+    if "32" in str(source.signature["hidden"]):
+        return {}
+    return {"sass": sass.gemm_report(cubin, arch, constants, warps)}
 
 
 def main() -> None:
@@ -232,7 +263,20 @@ def main() -> None:
         print(
             f"{row['arch']:7} {row['kernel'][1:]:16} {row['case'][:52]:52} {row['warps']:5} {row['registers']:4} "
             f"{row['shared']:7} {row['spills']:6}  {row['matrix']}{' + TMA' if row['bulk_copy'] else ''}"
+            f"{'' if row['fill'] is None else ', fill ' + str(row['fill'])}"
         )
+    print()
+    print("SASS: instructions, exponentials and barriers for a logit; clocks of a multiprocessor for a tile")
+    print(f"{'part':7} {'kernel':9} {'case':52} {'all':>6} {'usual':>6} {'exp':>5} {'bar':>4} "
+          f"{'issue':>6} {'exp':>6} product issue, tensor cores (a depth of 1,024)")  # fmt: skip
+    for row in rows:
+        if found := row.get("sass"):
+            clocks = ("issue_clocks", "exponential_clocks", "product_issue_clocks", "tensor_clocks")
+            print(
+                f"{row['arch']:7} {row['kernel'][1:]:9} {row['case'][:52]:52} {found['all']:6.2f} "
+                f"{found['usual']:6.2f} {found['exponentials']:5.2f} {found['barriers']:4} "
+                + " ".join(f"{found[clock]:6}" for clock in clocks if clock in found)
+            )
 
 
 if __name__ == "__main__":

@@ -46,3 +46,10 @@ def test_no_spills_fits_and_uses_the_matrix_unit(part):
             assert row["matrix"] in MATRIX[part], row
     if part in ("sm_90", "sm_100"):
         assert {"_score", "_emit"} <= {r["kernel"] for r in rows if r["bulk_copy"]}
+    if part == "sm_90":
+        counted = {(row["kernel"], row["case"]): row["sass"] for row in rows if "sass" in row}
+        assert all(0.9 < sass["exponentials"] < 1.1 for sass in counted.values()), counted
+        most = {"_emit": 8, "_score": 8, "_epilogue": 15}  # SASS instructions a logit
+        plain = [(kernel, sass["all"]) for (kernel, case), sass in counted.items() if "info_nce" not in case]
+        assert {kernel for kernel, _ in plain} == set(most)
+        assert all(found <= most[kernel] for kernel, found in plain), plain

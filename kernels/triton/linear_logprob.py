@@ -129,7 +129,7 @@ def _epilogue(
             shifts = tl.zeros((BLOCKS,), WORK)
             for block in range(0, blocks):
                 col = block * BLOCK + lanes
-                x = tl.load(z_row + col, mask=col < width, other=-float("inf")).to(WORK)
+                x = tl.load(z_row + col, mask=col < width, other=-float("inf"), eviction_policy="evict_first").to(WORK)
                 if bias_ptr is not None:
                     x += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(WORK)
                 if row_norm_ptr is not None:

@@ -19,8 +19,8 @@ _recorder: Callable[..., None] | None = None
 
 @contextlib.contextmanager
 def recording(callback: Callable[..., None]) -> Iterator[None]:
-    """Inside, `launch` hands (kernel, args, options) to `callback` and runs nothing: how kernels are compiled for
-    other parts (bench/compile_report.py), with tensors on the meta device."""
+    """Inside, `launch` hands (kernel, programs, args, options) to `callback` and runs nothing: how kernels are compiled
+    for other parts (bench/compile_report.py), with tensors on the meta device."""
     global _recorder
     _recorder = callback
     try:
@@ -32,7 +32,7 @@ def recording(callback: Callable[..., None]) -> Iterator[None]:
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
     """Runs `programs` programs of a kernel on `device` and its current stream, whatever the current device is."""
     if _recorder is not None:
-        _recorder(kernel, args, options)
+        _recorder(kernel, programs, args, options)
     elif programs > 0:
         if device.type == "cpu" and not INTERPRETED:
             raise RuntimeError("TRITON_INTERPRET=1 was not set when Triton was imported: its kernels need a GPU")
