@@ -273,7 +273,7 @@ class Config(Stage2Options):
         if isinstance(self.log_with, str):
             self.log_with = [name.strip() for name in self.log_with.split(",") if name.strip()]
         for name, value in vars(self).items():
-            if "\0" in str(value):
+            if any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value])):
                 raise ConfigError(f"{name}: got a null byte in {value!r}, expected text without one")
         for name in ("model", "output_dir", "decoder", "ref_logps_file"):
             if getattr(self, name) is not None:
@@ -283,8 +283,6 @@ class Config(Stage2Options):
             self.lora_targets = [x.strip() for x in self.lora_targets.split(",")]
         if isinstance(self.columns, str):
             self.columns = _parse_columns(self.columns)
-        if not self.train_data:
-            raise ConfigError(f"train_data: got {self.train_data!r}, expected a file, a folder or a hub id")
         if self.stage == 1:
             for name in ("query_instruction", "passage_instruction"):
                 if getattr(self, name) is not None:

@@ -199,8 +199,8 @@ def sources_of(source: str | Sequence[str]) -> list[str]:
     if isinstance(source, str):
         whole = "," not in source or Path(source).expanduser().exists()
         source = [source] if whole else [s.strip() for s in source.split(",") if s.strip()]
-    if not source:
-        raise ValueError("data: got no source, expected a file, a folder or a hub id")
+    if not source or not all(source):
+        raise ValueError(f"data: got {source!r}, expected files, a folder or a hub id")
     return [file for s in source for file in _files_of(os.path.expanduser(s))]
 
 
