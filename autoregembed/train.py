@@ -208,8 +208,8 @@ class Run:
         if rows < self.world:
             raise ValueError(f"data: got {rows} rows for {self.world} processes, expected at least one for each")
         self.config = replace(config, batch_size=rows // self.world)
-        size, number = self.config.batch_size, "1 row" if rows == 1 else f"{rows} rows"
-        self.console.print(f"batch_size: cut from {config.batch_size} to {size} a process, for data of {number}")
+        size = self.config.batch_size
+        self.console.print(f"batch_size: cut from {config.batch_size} to {size} a process, for data of {rows} rows")
 
     def place_models(self) -> None:
         # What will be sharded need not fit on a device whole.
@@ -420,8 +420,7 @@ class Run:
         if metrics[str(step)] is not None:
             self.console.print(f"{step:>6}/{self.max_steps}  spearman {metrics[str(step)]:.4f}", highlight=False)
         if self.config.save_best and best_step(metrics) == str(step):
-            encoder = self.full_encoder()
-            distributed.broadcast_from_rank0(lambda: self.export(encoder, "best"))
+            distributed.broadcast_from_rank0(functools.partial(self.export, self.full_encoder(), "best"))
 
     def save_checkpoint(self) -> Path:
         accelerator = self.accelerator
