@@ -140,7 +140,9 @@ def run_command(line: str, called: list) -> None:
     if words[:3] == ["python", "-m", "autoregembed"]:
         words = words[2:]
     if words[:2] == ["autoregembed", "train"]:
-        called.append(cli.read_config(words[2:]))
+        called.extend(cli.read_configs(words[2:]))
+    elif words[:2] == ["autoregembed", "init"]:
+        assert cli.main(words[1:]) == 0, line
     elif words[0] == "autoregembed":
         assert cli.main(words[1:]) == 0, line
         assert called[-1].startswith(f"_{words[1]}"), line
@@ -160,7 +162,7 @@ def run_command(line: str, called: list) -> None:
 def test_commands_parse(page, tmp_path, monkeypatch, capsys):
     """By the parser of the command itself, which then does nothing."""
     called: list = []
-    for name in ("_encode", "_evaluate", "_doctor", "_bench"):
+    for name in ("_encode", "_evaluate", "_doctor", "_bench", "_probe"):
         function = getattr(cli, name)
         monkeypatch.setattr(cli, name, functools.wraps(function)(functools.partial(noted, called, name)))
     monkeypatch.chdir(tmp_path)
