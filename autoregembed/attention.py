@@ -1,4 +1,4 @@
-"""Attention over a pack, through Transformers' AttentionInterface: no text of a pack sees another one."""
+"""Attention and rope over a pack: no text sees another one, and none is rotated by another one's length."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import contextlib
 import contextvars
 import importlib.util
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from autoregembed.models import base_model
-from autoregembed.packing import Ids, Packed, pack
+from autoregembed.packing import Packed
 
 # No "sdpa" in these names: Transformers would refuse it to models with a softcap, which torch's kernel does not have.
 SDPA, VARLEN, FLASH = "autoregembed_packed", "autoregembed_varlen", "flash_attention_2"
-_IMPLEMENTATIONS = {"sdpa": SDPA, "varlen": VARLEN, "flash_attention_2": FLASH}
+IMPLEMENTATIONS = {"sdpa": SDPA, "varlen": VARLEN, "flash_attention_2": FLASH}
 _packed_forward = contextvars.ContextVar("autoregembed_packed_forward", default=False)
 
 
@@ -34,84 +33,6 @@ def attention_backends(device: torch.device, dtype: torch.dtype) -> dict[str, st
     if gpu_only == "ok" and importlib.util.find_spec("torch.nn.attention.varlen") is None:
         varlen = "torch.nn.attention.varlen is not in this torch"
     return {"flash_attention_2": flash, "varlen": varlen, "sdpa": "ok"}
-
-
-def use_packed_attention(model: PreTrainedModel, backend: str = "auto", *, embeds: bool = False) -> str:
-    """Sets the attention of `model` to a backend that understands packs; its unpacked calls still run SDPA.
-
-    Two short sequences are run in one pack and alone, and compared: a model that does not pass its attention and
-    positions to Transformers' interfaces would silently mix the texts of a pack. Which backends can run depends on the
-    model's device and on its dtype, or on autocast's dtype where autocast is on.
-
-    Args:
-        model: a causal LM, its base model, or a PeftModel around one.
-        backend: "auto" or a name of `attention_backends`.
-        embeds: the model will be given `inputs_embeds`, not `input_ids`.
-
-    Returns:
-        The name of the backend taken.
-
-    Raises:
-        ValueError: an unknown backend, one that cannot run for this model, or a model that does not keep the texts of a
-            pack apart. Its attention is then left as it was.
-    """
-    parameter = next(model.parameters())
-    place, dtype = parameter.device, parameter.dtype
-    if torch.is_autocast_enabled(place.type):
-        dtype = torch.get_autocast_dtype(place.type)
-    backends = attention_backends(place, dtype)
-    config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None and backends["varlen"] == "ok":
-        backends["varlen"] = "torch.nn.attention.varlen has no softcap, which this model needs"
-    if backend == "auto":
-        backend = next(name for name, state in backends.items() if state == "ok")
-    if backend not in backends:
-        raise ValueError(f"attention: got {backend!r}, expected 'auto', {', '.join(map(repr, backends))}")
-    if backends[backend] != "ok":
-        raise ValueError(f"attention: got {backend!r}, which cannot run here: {backends[backend]}")
-    # Recurrent or convolutional layers would carry state from one packed text into the next.
-    mixers = {t for t in getattr(config, "layer_types", None) or [] if "attention" not in t}
-    if mixers:
-        raise ValueError(f"model: got layers of type {sorted(mixers)}, expected causal attention layers only")
-    before = config._attn_implementation
-    wanted = torch.cat([_hidden(model, [ids], alone=True) for ids in _PROBE])
-    model.set_attn_implementation(_IMPLEMENTATIONS[backend])
-    try:
-        found = _hidden(model, _PROBE, embeds=embeds)
-        # Leaked context or wrong positions change every token of the second sequence by a large part of its norm;
-        # rounding changes them by a few eps, or some tokens by more where a mixture of experts is near a tie.
-        error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-        if not error[len(_PROBE[0]) :].median() <= max(1e-3, 16 * torch.finfo(dtype).eps):
-            raise ValueError(
-                f"model: got {type(model).__name__}, whose hidden states in a pack are not those of each text alone "
-                f"(relative difference {error.max():.2g}); expected models with causal attention through "
-                "Transformers' AttentionInterface"
-            )
-    except BaseException:
-        model.set_attn_implementation(before)
-        raise
-    return backend
-
-
-_PROBE = [[0, 1, 2], [1, 0, 0, 2, 1]]
-
-
-@torch.no_grad()
-def _hidden(model: Any, sequences: Sequence[Ids], *, alone: bool = False, embeds: bool = False) -> Tensor:
-    """Hidden states (T, D) of sequences sorted by length, in one pack or as the only text, without dropout."""
-    embedding = model.get_input_embeddings()
-    packed = pack(sequences, embedding.weight.device)
-    ids = packed.ids[None] % embedding.weight.shape[0]
-    inputs = {"inputs_embeds": embedding(ids)} if embeds else {"input_ids": ids}
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        if alone:
-            return base_model(model)(**inputs, use_cache=False).last_hidden_state.squeeze(0)
-        return run_packed(base_model(model), packed, **inputs)
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextlib.contextmanager
@@ -130,6 +51,78 @@ def run_packed(model: nn.Module, packed: Packed, **inputs: Tensor) -> Tensor:
         return model(**inputs, **packed.kwargs()).last_hidden_state.squeeze(0)
 
 
+def keep_rope_per_text(model: nn.Module) -> None:
+    """Makes rope whose frequencies depend on the length of the input (longrope, dynamic NTK) depend on each text's own.
+
+    Transformers takes the longest text of the input for all of them, and dynamic NTK remembers it for later inputs.
+    """
+    for module in _adaptive_ropes(model):
+        if _rope_per_text not in module._forward_hooks.values():
+            module.register_forward_hook(_rope_per_text, with_kwargs=True)
+
+
+def rope_limit(model: nn.Module) -> int | None:
+    """The length up to which rope is the same for all texts, whoever runs the model; None where it always is."""
+    limits = [_original_length(module, kind) for module in _adaptive_ropes(model) for kind in _kinds(module)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _kinds(module: Any) -> list[str | None]:
+    """The types of layers for which a rotary module has its own rope: [None] where all share one."""
+    return list(module.rope_type) if isinstance(module.rope_type, dict) else [None]
+
+
+def _adaptive_ropes(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        rotary = hasattr(module, "rope_type") and hasattr(getattr(module, "config", None), "rope_parameters")
+        if rotary and any(_original_length(module, kind) is not None for kind in _kinds(module)):
+            yield module
+
+
+def _original_length(module: Any, layer_type: str | None) -> int | None:
+    """Beyond it the frequencies of a rotary module are others; None where they depend on no length."""
+    kind, parameters = module.rope_type, module.config.rope_parameters
+    if layer_type is not None:
+        kind, parameters = kind[layer_type], parameters[layer_type]
+    if not isinstance(kind, str):
+        return None
+    if "dynamic" in kind:
+        return module.original_max_seq_len
+    return parameters["original_max_position_embeddings"] if kind == "longrope" else None
+
+
+def _rope_per_text(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """What a rotary module gives for each text of a pack alone, as its forward hook; padded batches are left alone."""
+    args_by_name = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
+    x, position_ids, layer_type = (args_by_name.get(name) for name in ("x", "position_ids", "layer_type"))
+    if x is None or position_ids is None or position_ids.ndim != 2 or len(position_ids) != 1:
+        return None
+    original = _original_length(module, layer_type)
+    if original is None:
+        return None
+    options = {} if layer_type is None else {"layer_type": layer_type}
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    dynamic = "dynamic" in (module.rope_type if layer_type is None else module.rope_type[layer_type])
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    if starts[:1] != [0]:  # generation goes on
+        return None
+    ends = [*starts[1:], position_ids.shape[1]]
+    parts = []
+    # Texts of one regime are neighbours in a pack: all up to the original length, then (dynamic) those of each length.
+    for _, run in itertools.groupby(
+        zip(starts, ends, strict=True),
+        lambda text: max(text[1] - text[0], original) if dynamic else text[1] - text[0] > original,
+    ):
+        texts = list(run)
+        if dynamic:
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(x.device))
+        parts.append(module.forward(x, position_ids[:, texts[0][0] : texts[-1][1]], **options))
+    if isinstance(output, Tensor):
+        return torch.cat(parts, 1)
+    return tuple(torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
+
+
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return None if _packed_forward.get() else sdpa_mask(*args, **kwargs)
 
@@ -137,9 +130,8 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 def _refuse(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
     if attention_mask is not None:
         raise ValueError("attention_mask: got one in a packed forward, expected None")
-    for name in ("position_bias", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{name}: this model's attention needs it, packed attention has no such term")
+    if kwargs.get("position_bias") is not None:
+        raise NotImplementedError("position_bias: this model's attention needs it, packed attention has no such term")
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
@@ -147,15 +139,21 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float, mask: Tensor, dropout: float
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, dropout: float, terms: dict[str, Any]
 ) -> Tensor:
+    """What torch's kernel lacks: a cap on the scores (Gemma 2), a sink that takes a share of every row (gpt-oss)."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = softcap * torch.tanh((q @ k.transpose(-1, -2)) * scaling / softcap)
+    scores = (q @ k.transpose(-1, -2)) * (scaling or q.shape[-1] ** -0.5)
+    if (softcap := terms.get("softcap")) is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     # The smallest number and not -inf: a padding row may see nothing at all.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    if (sinks := terms.get("s_aux")) is not None:
+        sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], -1)
+    p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)[..., : k.shape[-2]]
     return F.dropout(p, dropout) @ v
 
 
@@ -172,13 +170,15 @@ def _sdpa(
     """Causal attention within each sequence of a pack: one SDPA call for every run of equal lengths, no padding."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    cu_seqlens, softcap = kwargs.get("cu_seq_lens_q"), kwargs.get("softcap")
-    if cu_seqlens is None and softcap is not None:
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    terms = {name: kwargs[name] for name in ("softcap", "s_aux") if kwargs.get(name) is not None}
+    if cu_seqlens is None and _packed_forward.get():
+        raise NotImplementedError("cu_seq_lens_q: this model does not pass it to its attention, which a pack needs")
+    if cu_seqlens is None and terms:
         if attention_mask is None:
             queries, keys = query.shape[2], key.shape[2]
             attention_mask = _window_mask(keys, keys, query.device)[keys - queries :]
-        scaling = scaling or query.shape[-1] ** -0.5
-        return _softcapped(query, key, value, scaling, softcap, attention_mask, dropout).transpose(1, 2), None
+        return _eager(query, key, value, attention_mask, scaling, dropout, terms).transpose(1, 2), None
     if cu_seqlens is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -199,9 +199,9 @@ def _sdpa(
     for (length, count), *qkv in zip(runs, *parts, strict=True):
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
         band = _window_mask(length, window, q.device) if window is not None and length > window else None
-        if softcap is not None:
+        if terms:
             mask = _window_mask(length, length, q.device) if band is None else band
-            y = _softcapped(q, k, v, scaling or q.shape[-1] ** -0.5, softcap, mask, dropout)
+            y = _eager(q, k, v, mask, scaling, dropout, terms)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
@@ -229,6 +229,8 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse(attention_mask, kwargs)
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError("s_aux: torch.nn.attention.varlen has no attention sinks; set attention to 'sdpa'")
     if dropout:
         raise NotImplementedError("dropout: torch.nn.attention.varlen has none; set attention_dropout to 0")
     window = kwargs.get("sliding_window")

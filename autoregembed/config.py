@@ -61,7 +61,9 @@ class Stage2Options:
             value = getattr(self, name)
             if not _matches(value, hint):
                 expected = type(self).__dataclass_fields__[name].type
-                raise ConfigError(f"{name}: got {str(value)[:200]!r}, expected {expected}")
+                kind = type(value)
+                of = "" if kind.__module__ == "builtins" else f" of type {kind.__module__}.{kind.__qualname__}"
+                raise ConfigError(f"{name}: got {str(value)[:200]!r}{of}, expected {expected}")
         self._require_at_least(0, "alignment_weight", "contrastive_weight")
         self._require_positive("beta", "temperature", "contrastive_temperature")
         if not self.alignment_weight and not self.contrastive_weight:

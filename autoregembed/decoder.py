@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoregembed.attention import run_packed, use_packed_attention
+from autoregembed.attention import run_packed
 from autoregembed.derivatives import first_order_only
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.files import CheckpointError
 from autoregembed.models import (
     base_model,
     claim,
+    describe_dtypes,
     fit_length,
     is_plain,
     load_causal_lm,
@@ -24,12 +25,14 @@ from autoregembed.models import (
     read_recipe,
     require_finite,
     require_gradients,
+    require_loaded,
     require_no_hidden_adapters,
     split_gguf,
 )
 from autoregembed.ops.linear_logprob import linear_logprob
 from autoregembed.ops.splice import splice
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
+from autoregembed.probe import use_packed_attention, verify_length
 from autoregembed.prompt import batch_token_ids
 
 Z_NORMS = ("none", "match_rms")
@@ -111,6 +114,7 @@ class Decoder(nn.Module):
             raise ValueError(f"z_norm: got {z_norm!r}, expected {Z_NORMS}")
         if logprob_reduction not in LOGPROB_REDUCTIONS:
             raise ValueError(f"logprob_reduction: got {logprob_reduction!r}, expected {LOGPROB_REDUCTIONS}")
+        require_loaded(model)
         require_no_hidden_adapters(model)
         claim(model, self)
         self.model = model
@@ -131,6 +135,10 @@ class Decoder(nn.Module):
         require_finite(model)
         require_gradients(model)
         head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"model: got {type(model).__name__}, which has no head, expected a causal LM with its lm_head"
+            )
         if type(head) is not nn.Linear or not is_plain(head.weight):
             kind = type(head).__name__ if type(head) is not nn.Linear else type(head.weight.data).__name__
             raise ValueError(
@@ -146,8 +154,8 @@ class Decoder(nn.Module):
         # Gemma's embedding module multiplies what it reads from its matrix.
         self.embedding_scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
         self._verify_embedding()
-        self._verify_head()
         self.use_attention(attention)
+        self._verify_head()
         self.register_buffer("input_rms", None, persistent=False)
         if z_norm == "match_rms":
             self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
@@ -258,7 +266,8 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a backend that cannot run there.
         """
-        self.attention = use_packed_attention(self.model, backend, embeds=True)
+        self._verified_length = len(self.prefix) + 5 + self.fit_max_target_length(5)
+        self.attention = use_packed_attention(self.model, backend, embeds=True, length=self._verified_length)
 
     @torch.no_grad()
     def input_rms_per_dimension(self) -> Tensor:
@@ -314,16 +323,31 @@ class Decoder(nn.Module):
     def _verify_head(self) -> None:
         head = self.model.get_output_embeddings()
         ids = torch.tensor([[self.eos_token_id, 0]], device=head.weight.device)
-        wanted = self.model(input_ids=ids).logits[0].double()
+        try:
+            wanted = self.model(input_ids=ids).logits[0].double()
+        except RuntimeError as error:
+            raise ValueError(
+                f"model: got {type(self.model).__name__}, whose head cannot be run ({error})"
+                f"{describe_dtypes(self.model)}; expected a head and a base model that fit each other"
+            ) from error
         hidden = base_model(self.model)(input_ids=ids).last_hidden_state[0]
+        if hidden.shape[-1] != head.weight.shape[1] or wanted.shape[-1] != len(head.weight):
+            raise ValueError(
+                f"model: got hidden states of {hidden.shape[-1]} dimensions and {wanted.shape[-1]} logits for an "
+                f"lm_head of shape {tuple(head.weight.shape)}, expected those of lm_head: take another model as the "
+                "decoder"
+            )
         found = self.scale * head(hidden).double()
         if self.softcap is not None:
             found = self.softcap * torch.tanh(found / self.softcap)
-        tolerance = 32 * torch.finfo(hidden.dtype).eps * (1 + wanted.abs().max())
+        # Some models cap and scale their logits in float32 whatever their dtype.
+        eps = max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps)
+        tolerance = 32 * eps * (1 + wanted.abs().max())
         if not (found - wanted).abs().max() <= tolerance:
             raise ValueError(
                 f"model: got logits that are not softcap(scale · (hidden Wᵀ + bias)) with softcap={self.softcap}, "
-                f"scale={self.scale} (difference {float((found - wanted).abs().max()):.3g}); this head is not supported"
+                f"scale={self.scale} (difference {float((found - wanted).abs().max()):.3g}), expected such ones: this "
+                "head is not supported, take another model as the decoder"
             )
 
     def rescale(self, z: Tensor) -> Tensor:
@@ -424,6 +448,9 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"targets: got one of {longest} positions with z, expected {limit} (the model's); truncate the target"
             )
+        self._verified_length = verify_length(
+            self.model, longest, self._verified_length, embeds=True, sharded=self.sharded
+        )
         z_index = z_index.to(z.device)
         microbatches = make_microbatches([around + len(target) for target in targets], token_budget)
         if self.sharded and token_budget is not None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed import distributed
-from autoregembed.attention import run_packed, use_packed_attention
+from autoregembed.attention import run_packed
 from autoregembed.export import export
 from autoregembed.files import CheckpointError
 from autoregembed.model_card import Card
@@ -31,11 +31,14 @@ from autoregembed.models import (
     original_of,
     require_finite,
     require_gradients,
+    require_loaded,
+    require_unadapted_head,
     scale_output,
     split_gguf,
 )
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
+from autoregembed.probe import use_packed_attention, verify_length
 from autoregembed.prompt import INSTRUCTION, Prompt, batch_token_ids, instruction_ids
 
 
@@ -83,6 +86,8 @@ class Encoder(nn.Module):
         own_compress_rows: bool = False,
     ):
         super().__init__()
+        require_loaded(model)
+        require_unadapted_head(model)
         self.model = model
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         self.compress_token_ids = list(compress_token_ids)
@@ -263,7 +268,10 @@ class Encoder(nn.Module):
         Raises:
             ValueError: a backend that cannot run there.
         """
-        self.attention = use_packed_attention(self.model, backend, embeds=self.compress_rows is not None)
+        self._verified_length = self.max_length
+        self.attention = use_packed_attention(
+            self.model, backend, embeds=self.compress_rows is not None, length=self.max_length
+        )
 
     @property
     def num_compress_tokens(self) -> int:
@@ -406,7 +414,8 @@ class Encoder(nn.Module):
             z (B, K, D) in the model's dtype.
 
         Raises:
-            ValueError: no text, an empty one, one longer than the model's positions, or a budget below 1.
+            ValueError: no text, an empty one, one longer than the model's positions or than those that the model reads
+                rightly in a pack, or a budget below 1.
             IndexError: an id outside the embedding matrix.
 
         Source: gradient caching, Gao et al., arXiv 2101.06983.
@@ -425,6 +434,9 @@ class Encoder(nn.Module):
                 f"ids: got a text of {longest} tokens with its suffix and compress tokens, expected "
                 f"{limit} (the model's positions); truncate the text"
             )
+        self._verified_length = verify_length(
+            self.model, longest, self._verified_length, embeds=self.compress_rows is not None, sharded=self.sharded
+        )
         microbatches = make_microbatches([len(s) for s in sequences], token_budget)
         if self.sharded and token_budget is not None:
             microbatches = distributed.equalize_microbatches(microbatches, embedding.weight.device)

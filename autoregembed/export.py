@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from autoregembed.attention import rope_limit
 from autoregembed.files import CheckpointError, atomic_folder, write_json
 from autoregembed.model_card import Card, model_card
 from autoregembed.models import RECIPE, RECIPE_VERSION, base_model, is_plain
@@ -105,7 +106,8 @@ def export(
     Raises:
         FileExistsError: `folder` is in use.
         CheckpointError: the tokenizer cannot be saved so that it gives the same ids.
-        ValueError: a slow tokenizer, or a `max_length` that leaves no room for text or is above the model's positions.
+        ValueError: a slow tokenizer, or a `max_length` that leaves no room for text, is above the model's positions, or
+            above the length up to which its rope is the same for all texts.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as stock
@@ -115,6 +117,12 @@ def export(
     fixed = len(encoder.sequences([[]])[0])
     if max_length <= fixed:
         raise ValueError(f"max_length: got {max_length}, expected more than {fixed}, the tokens around a text")
+    limit = rope_limit(encoder.model)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"max_length: got {max_length}, expected at most {limit}: sentence-transformers rotates all texts of a "
+            "batch by the length of the longest (longrope, dynamic NTK), which makes no difference up to there"
+        )
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         model = base_model(merged(encoder)).eval()
         source = temporary / "source"

@@ -257,7 +257,17 @@ def base_model(model: Any) -> Any:
                     "such as LoRA"
                 )
         model = model.get_base_model()
-    return model.get_decoder() if hasattr(model, "lm_head") or hasattr(model, "get_decoder") else model
+    found = model.get_decoder() if hasattr(model, "get_decoder") else model
+    # Some models call their head "decoder" (ModernBERT), others find themselves (Llama 4).
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for module in (found, *model.children()):
+        parts = list(module.modules())
+        if head is None or (all(m is not head for m in parts) and any(m is embedding for m in parts)):
+            return module
+    raise ValueError(
+        f"model: got {type(model).__name__}, in which no module leads from ids to last hidden states, expected one "
+        "with a base model, such as Llama, Qwen or Gemma"
+    )
 
 
 # Which Encoder or Decoder has a base model; a copy of the model is another one.
@@ -354,6 +364,37 @@ def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
 def is_plain(parameter: Tensor) -> bool:
     """Whether a parameter is a Tensor and not a subclass with its own storage, such as a quantised one."""
     return type(parameter.data) is Tensor
+
+
+def require_loaded(model: nn.Module) -> None:
+    """Raises ValueError naming the first parameter that is not in memory: on the meta device, or offloaded."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: got no values of {name} in memory (the meta device, or offloaded to CPU or disk by "
+                "device_map), expected all weights on one device: load it without device_map, in fewer bits, or shard "
+                "it over processes (docs/distributed.md)"
+            )
+
+
+def describe_dtypes(model: nn.Module) -> str:
+    """Which weights are of which dtype and what to do about it, for an error; "" where all are of one."""
+    dtypes = {p.dtype: name for name, p in reversed(list(model.named_parameters())) if p.is_floating_point()}
+    kinds = " and ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in dtypes.items())
+    return f", with weights of {kinds}, which model.to(dtype) makes one" if len(dtypes) > 1 else ""
+
+
+def require_unadapted_head(model: Any) -> None:
+    """Raises ValueError for an adapter or a trained copy in the head: an encoder never reads it, so it cannot learn."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return
+    adapted = any(cls.__name__ == "BaseTunerLayer" for cls in type(head).__mro__)
+    if adapted or hasattr(head, "modules_to_save"):
+        raise ValueError(
+            f"model: got an adapter in {module_name(model, head)}, the head, which an encoder never reads, expected "
+            "adapters in its layers: leave the head out of target_modules (lora_targets) and modules_to_save"
+        )
 
 
 def require_finite(model: nn.Module) -> None:

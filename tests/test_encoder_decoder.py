@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from autoregembed import Decoder, Encoder, alignment_loss, info_nce
 from autoregembed.bench import harness
 from autoregembed.encoder import text_embedding
-from autoregembed.models import base_model
+from autoregembed.models import add_lora, base_model
 from autoregembed.testing import tiny_model
 
 K = 3
@@ -618,3 +618,64 @@ def test_one_model_in_two_roles_is_refused():
     Encoder(model, compress_token_ids=COMPRESS)  # and is gone at once, unlike the first
     with pytest.raises(ValueError, match=r"^model: got one that the Encoder has"):
         Decoder(first.model)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models that cannot be right
+
+
+def with_part(part, **to):
+    model = tiny_model()
+    model.get_submodule(part).to(**to)
+    return model
+
+
+def make_encoder(model):
+    return Encoder(model, compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=1)
+
+
+@pytest.mark.parametrize("make", [make_encoder, Decoder])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: with_part("model.layers.1", device="meta"), r"no values of model\.layers\.1\..* in memory"),
+        (
+            lambda: with_part("model.layers.1", dtype=torch.bfloat16),
+            r"float32 \(.*\) and bfloat16 \(.*model\.to\(dtype\)",
+        ),
+        (lambda: tiny_model("bert", is_decoder=False), r"depend on later tokens"),
+    ],
+    ids=["meta", "dtypes", "bidirectional"],
+)
+def test_a_model_that_cannot_be_right_is_refused_with_the_cause(make, model, message):
+    with pytest.raises(ValueError, match=rf"^model: got .*{message}"):
+        make(model())
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.norm"])  # an encoder reads a norm in float32
+def test_a_decoder_whose_head_is_of_another_dtype_is_refused_with_the_cause(part):
+    model = tiny_model(dtype=torch.bfloat16)
+    model.get_submodule(part).float()
+    with pytest.raises(
+        ValueError, match=r"^model: got \w+, whose head cannot be run .*, with weights of .* and .*expected"
+    ):
+        Decoder(model)
+
+
+def test_a_decoder_that_needs_ids_beside_embeddings_is_refused_and_an_encoder_reads_them():
+    options = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 320, "num_kv_shared_layers": 0,
+               "activation_sparsity_pattern": [0.0] * 2, "intermediate_size": [64, 64], "laurel_rank": 4,
+               "layer_types": ["full_attention"] * 2}  # fmt: skip
+    model = tiny_model("gemma3n_text", **options)
+    assert make_encoder(model)(texts(3)).shape == (1, K, 32)
+    for make in (Decoder, lambda m: Encoder(m, compress_token_ids=COMPRESS, own_compress_rows=True)):
+        with pytest.raises(ValueError, match=r"^model: got Gemma3nForCausalLM, which reads ids beside its embeddings"):
+            make(tiny_model("gemma3n_text", **options))
+
+
+@pytest.mark.parametrize("options", [{"targets": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_in_the_head_which_an_encoder_never_reads_is_refused(options):
+    model = add_lora(model_of("llama, untied"), COMPRESS, rank=2, **options)
+    with pytest.raises(ValueError, match=r"^model: got an adapter in base_model\.model\.lm_head, the head"):
+        make_encoder(model)
+    make_encoder(add_lora(model_of("llama, tied"), COMPRESS, rank=2))

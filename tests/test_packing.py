@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoregembed.attention import attention_backends, run_packed, use_packed_attention
+from autoregembed.attention import attention_backends, run_packed
 from autoregembed.models import base_model
 from autoregembed.packing import check_ids, pack
+from autoregembed.probe import use_packed_attention, verify_length
 from autoregembed.testing import tiny_model
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -146,18 +147,24 @@ def test_an_explicit_backend_that_cannot_run_says_why():
     assert "torch.float32" in backends["varlen"]
 
 
+REFUSED = (
+    r"^model: got \w+, (whose hidden states (in a pack are not|depend on later)"
+    r"|which cannot read a pack of texts .*cu_seq_lens_q).*expected one with causal attention"
+)
+
+
 def test_the_rounding_of_autocast_is_no_leak_between_texts_and_a_leak_is_one_still():
     with torch.autocast("cpu", torch.bfloat16):
         assert use_packed_attention(tiny_model(initializer_range=0.3)) == "sdpa"
-        with pytest.raises(ValueError, match=r"^model: got \w+, whose hidden states in a pack"):
-            use_packed_attention(tiny_model("bloom"))
+        with pytest.raises(ValueError, match=REFUSED):
+            use_packed_attention(tiny_model("stablelm"))
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mpt", "stablelm", "nemotron", "bert"])
 def test_models_that_would_mix_the_texts_of_a_pack_are_refused_and_left_as_they_were(architecture):
     model = tiny_model(architecture)
     before = model.config._attn_implementation
-    with pytest.raises(ValueError, match=r"^model: got \w+, whose hidden states in a pack"):
+    with pytest.raises(ValueError, match=REFUSED):
         use_packed_attention(model)
     assert model.config._attn_implementation == before
 
@@ -165,8 +172,8 @@ def test_models_that_would_mix_the_texts_of_a_pack_are_refused_and_left_as_they_
 @pytest.mark.parametrize(
     ("architecture", "options", "message"),
     [
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"layers of type \['conv'\]"),
-        ("mamba", {}, "in a pack"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"layers of type \['Conv1d', 'Lfm2ShortConv', 'conv'\]"),
+        ("mamba", {}, "layers of type .*MambaMixer"),
         ("falcon_h1", {}, "layers of type"),
     ],
 )
@@ -175,10 +182,95 @@ def test_recurrent_and_convolutional_layers_are_refused(architecture, options, m
         use_packed_attention(tiny_model(architecture, **options))
 
 
-def test_attention_sinks_are_refused():
-    model = tiny_model("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
-    with pytest.raises(NotImplementedError, match=r"^s_aux"):
-        use_packed_attention(model)
+@torch.no_grad()
+def test_attention_sinks_count_in_packed_and_in_plain_calls():
+    options = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4}
+    plain, model = (tiny_model("gpt_oss", **options) for _ in range(2))
+    for lm in (plain, model):
+        for layer in lm.model.layers:
+            layer.self_attn.sinks += 2
+    assert use_packed_attention(model) == "sdpa"
+    ids = torch.tensor(texts(9, 9))
+    wanted = base_model(plain)(input_ids=ids).last_hidden_state
+    packed = pack(ids.tolist())
+    for found in (base_model(model)(input_ids=ids).last_hidden_state,
+                  run_packed(base_model(model), packed, input_ids=packed.ids[None]).unflatten(0, (2, 9))):  # fmt: skip
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [5.0] * 4,
+            "original_max_position_embeddings": 16, "factor": 16.0}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_parameters": LONGROPE},
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+        {"architecture": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4,
+         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                             "full_attention": LONGROPE}},
+    ],
+    ids=["longrope", "dynamic", "a rope for each type of layer"],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_text_is_rotated_by_its_own_length(options):
+    plain = tiny_model(dtype=torch.float64, **{"architecture": "llama", **options})
+    sequences = texts(3, 40, 16, 17, 25, 3, 40)
+    alone = [base_model(copy.deepcopy(plain))(input_ids=torch.tensor([s])).last_hidden_state[0] for s in sequences]
+    other = base_model(copy.deepcopy(plain))(input_ids=torch.tensor([sequences[0] * 7])).last_hidden_state[0, :3]
+    assert (other - alone[0]).abs().max() > 1e-3, "a longer text does rotate its first tokens otherwise"
+    use_packed_attention(plain)
+    model = copy.deepcopy(plain)
+    for chosen in ([0, 1, 2, 3, 4, 5, 6], [0], [1, 0], [3, 4]):  # what was read before does not matter either
+        packed = pack([sequences[i] for i in chosen])
+        hidden = run_packed(base_model(model), packed, input_ids=packed.ids[None])
+        for rank, i in zip(packed.unsort_index.tolist(), chosen, strict=True):
+            rows = slice(int(packed.cu_seqlens[rank]), int(packed.cu_seqlens[rank + 1]))
+            torch.testing.assert_close(hidden[rows], alone[i], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "openai-gpt", "stablelm", "bert"])
+@pytest.mark.parametrize(
+    ("dtype", "size"),  # float16 cannot hold what attention adds at 1e-5
+    [(torch.float32, 1e-5), (torch.bfloat16, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 0.02)],
+)
+def test_a_leak_is_found_however_small_the_weights_are(architecture, dtype, size):
+    with pytest.raises(ValueError, match=REFUSED):
+        use_packed_attention(tiny_model(architecture, initializer_range=size, dtype=dtype))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-3, 0.02, 1.0])
+def test_no_leak_is_seen_where_none_is(architecture, dtype, size):
+    assert use_packed_attention(tiny_model(architecture, initializer_range=size, dtype=dtype)) == "sdpa"
+
+
+def forget_the_window(model):
+    """Its masks know of the window, its attention is not told."""
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    return model
+
+
+def test_a_window_that_attention_is_not_told_of_is_found_where_texts_reach_it():
+    options = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    make = lambda: forget_the_window(tiny_model("gemma3_text", **options))  # noqa: E731
+    message = r"^model: got Gemma3ForCausalLM, whose .* in texts longer than 16 tokens .*texts of at most 16$"
+    with pytest.raises(ValueError, match=message):
+        use_packed_attention(make())
+    model = make()
+    use_packed_attention(model, length=16)
+    assert verify_length(model, 16, 8) == 16
+    with pytest.raises(ValueError, match=message):
+        verify_length(model, 17, 16)
+    with pytest.raises(ValueError, match=r"^max_length: got a text of 40 tokens for a sharded model.*at most 16"):
+        verify_length(model, 40, 16, sharded=True)
+    right = tiny_model("gemma3_text", **options)
+    use_packed_attention(right, length=16)
+    assert verify_length(right, 40, 16) == 40
 
 
 def test_models_in_training_mode_stay_in_it():
