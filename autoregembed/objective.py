@@ -22,7 +22,7 @@ from autoregembed.config import Config, Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder, text_embedding
 from autoregembed.ops import alignment_loss, info_nce
-from autoregembed.packing import Ids, make_microbatches
+from autoregembed.packing import Ids, index_on, make_microbatches
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
@@ -80,9 +80,10 @@ def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget
     owner = torch.arange(b).repeat_interleave(count)
     scores = decoder.logprob(z, targets, torch.cat([torch.arange(2 * b), owner]), token_budget)
     mask = torch.arange(int(count.max()))[None] < count[:, None]
-    mask = mask.to(scores.device)
-    c = scores.new_zeros(mask.shape).masked_scatter(mask, scores[2 * b :])
-    return PairScores(scores[:b], scores[b : 2 * b], c, mask)
+    # Places from the host: the backward of masked_scatter waits for the device to count them.
+    places = index_on(scores.device, mask.flatten().nonzero().squeeze(1))
+    c = scores.new_zeros(mask.numel()).index_copy(0, places, scores[2 * b :]).view(mask.shape)
+    return PairScores(scores[:b], scores[b : 2 * b], c, mask.to(scores.device, non_blocking=True))
 
 
 def contrastive_loss(
@@ -103,7 +104,7 @@ def contrastive_loss(
     keys = [xxhash.xxh3_64_intdigest(array("q", ids).tobytes()) >> 1 for ids in texts or ()]
     # Only where texts repeat: without ids every backend can run. Other processes may have what this one has.
     if texts is not None and (gather or len(set(keys)) < len(keys)):
-        passage_ids = torch.tensor(keys, dtype=torch.int64, device=query.device)
+        passage_ids = index_on(query.device, keys)
     if gather:
         passages, first = distributed.gather_rows(passages)
         passage_ids = None if passage_ids is None else distributed.gather_rows(passage_ids)[0]
@@ -154,7 +155,7 @@ def stage2_loss(
         a, b, c, mask = alignment_scores(decoder, z, rows, token_budget)
         r_a = r_c = None
         if ref_logps is not None:
-            r_a, r_c = ref_logps[0].to(a.device), ref_logps[1][:, : c.shape[1]].to(a.device)
+            r_a, r_c = (r.to(a.device, non_blocking=True) for r in (ref_logps[0], ref_logps[1][:, : c.shape[1]]))
         out = alignment_loss(
             a, b, c, r_a, r_c, beta=options.beta, temperature=options.temperature, ref_margin=options.ref_margin,
             negatives=options.negatives, negative_mask=mask,
@@ -206,8 +207,8 @@ class Objective:
     def _is_sharded(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
-    def __call__(self, rows: list[dict]) -> dict[str, float]:
-        """Accumulates the gradient of the step over `rows`; returns what is logged."""
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        """Accumulates the gradient of the step over `rows`; returns what is logged, each () on the device."""
         microbatches = self._microbatches(rows)
         totals = self._totals(rows)
         log: dict[str, Tensor] = {}
@@ -219,7 +220,7 @@ class Objective:
             for name, value in {**stats, "loss": loss.detach()}.items():
                 log[name] = log.get(name, 0) + value
         mean = distributed.all_reduce(torch.stack([x.float() for x in log.values()])) / distributed.world_size()
-        return dict(zip(log, mean.tolist(), strict=True))
+        return dict(zip(log, mean.unbind(), strict=True))
 
     def _microbatches(self, rows: list[dict]) -> list[list[int]]:
         config = self.config
@@ -239,8 +240,10 @@ class Objective:
     def _totals(self, rows: list[dict]) -> dict[str, float]:
         """What loss and statistics are means over: counts of all processes, per process (DDP averages)."""
         counts = loss_counts(self.config, rows)
-        summed = distributed.all_reduce(torch.tensor([*counts.values()], device=self.accelerator.device))
-        return {name: max(n, 1) / distributed.world_size() for name, n in zip(counts, summed.tolist(), strict=True)}
+        if distributed.world_size() > 1:  # alone, no tensor and no wait
+            summed = distributed.all_reduce(torch.tensor([*counts.values()], device=self.accelerator.device))
+            counts = dict(zip(counts, summed.tolist(), strict=True))
+        return {name: max(n, 1) / distributed.world_size() for name, n in counts.items()}
 
     def _share(self, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """These rows' share of the step's loss, and of its statistics."""

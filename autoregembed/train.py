@@ -308,9 +308,13 @@ class Run:
         """One optimizer step; returns what is logged."""
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
-        log = self.objective(batch)
+        found = self.objective(batch)
         clipped = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.max_grad_norm or math.inf)
-        norm = float(distributed.to_full_tensor(clipped))
+        found["grad_norm"] = distributed.to_full_tensor(clipped)
+        # The one wait for the device in a step: whether to update is decided here.
+        values = torch.stack([x.double() for x in found.values()]).tolist()
+        log = dict(zip(found, values, strict=True))
+        norm = log.pop("grad_norm")
         rate = self.scheduler.get_last_lr()[0]
         finite = math.isfinite(log["loss"]) and math.isfinite(norm)
         if accelerator.scaler is not None:
