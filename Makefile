@@ -1,6 +1,7 @@
 # make quickstart   train a real LLM on real text, by both stages, on this machine's CPU
 # make test         lint, types, tests
 # make sanitize     the native module's tests under ASan + UBSan, then TSan
+# make pairs        the kernels' tests on every supported pair of torch and Triton
 # make docs         the site in build/site
 # make hub-kernels  the Triton kernels as a folder that Hugging Face's `kernels` loads, in build/hub-kernels
 # make bench        every op and the training step beside baselines, bare GEMMs and roofline
@@ -10,7 +11,7 @@ TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 CPUS   := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: quickstart test lint sanitize docs hub-kernels bench clean
+.PHONY: quickstart test lint sanitize pairs docs hub-kernels bench clean
 
 # Torch by itself first: another package's looser range would take the newest build with gigabytes of CUDA.
 $(BIN)/.installed: pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/native/*.cpp kernels/native/*.h)
@@ -48,6 +49,10 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# PAIRS="2.13.0+3.9.0" for some; their torch has to be a CPU build (tests/pairs.py).
+pairs: $(BIN)/.installed
+	$(BIN)/python tests/pairs.py $(PAIRS)
 
 $(BIN)/.docs: $(BIN)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from autoregembed import distributed
 from autoregembed.files import CheckpointError, atomic_folder, file_fingerprint, read_json, write_json
 
 CHECKPOINT_FILES = ("trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint keeps besides tensors."""
+
+    step: int = 0  # the last one done
+    eval_metrics: dict[str, float | None] = field(default_factory=dict)  # Spearman's correlation by step
+    seconds: float = 0.0
+    skipped: list[int] = field(default_factory=list)  # steps that were not finite
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from autoregembed.models import (
 )
 from autoregembed.ops.linear_logprob import linear_logprob
 from autoregembed.ops.splice import splice
-from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
+from autoregembed.packing import Ids, Packed, check_ids, index_on, make_microbatches, order_of, pack
 from autoregembed.probe import use_packed_attention, verify_length
 from autoregembed.prompt import batch_token_ids
 
@@ -54,10 +54,11 @@ class _PairwiseScores(torch.autograd.Function):
         u = torch.empty_like(z)  # (S, K, D)
         scores = []
         for microbatch in microbatches:
-            rows = z[microbatch].detach().requires_grad_()
+            index = index_on(z.device, microbatch)
+            rows = z[index].detach().requires_grad_()
             with torch.enable_grad():
                 found = score(rows, microbatch)
-                (u[microbatch],) = torch.autograd.grad(found.sum(), rows)
+                (u[index],) = torch.autograd.grad(found.sum(), rows)
             scores.append(found.detach())
         ctx.save_for_backward(u)
         return _in_order(scores, microbatches)
@@ -70,8 +71,7 @@ class _PairwiseScores(torch.autograd.Function):
 
 
 def _in_order(scores: list[Tensor], microbatches: list[list[int]]) -> Tensor:
-    places = torch.tensor([i for microbatch in microbatches for i in microbatch], device=scores[0].device)
-    return torch.cat(scores)[places.argsort()]
+    return torch.cat(scores)[order_of(microbatches, scores[0].device)]
 
 
 class Decoder(nn.Module):
@@ -456,7 +456,7 @@ class Decoder(nn.Module):
         self._verified_length = verify_length(
             self.model, longest, self._verified_length, embeds=True, sharded=self.sharded
         )
-        z_index = z_index.to(z.device)
+        z_index = index_on(z.device, z_index)
         microbatches = make_microbatches([around + len(target) for target in targets], token_budget)
         if self.sharded and token_budget is not None:
             microbatches = equalize_microbatches(microbatches, z.device)
@@ -469,7 +469,8 @@ class Decoder(nn.Module):
 
         if torch.is_grad_enabled() and z.requires_grad:
             return _PairwiseScores.apply(z[z_index], score, microbatches)
-        return _in_order([score(z[z_index[microbatch]], microbatch) for microbatch in microbatches], microbatches)
+        parts = [score(z[z_index[index_on(z.device, part)]], part) for part in microbatches]
+        return _in_order(parts, microbatches)
 
     def _score(self, z: Tensor, targets: Sequence[Ids], z_index: Tensor, fused: Any = None) -> Any:
         """`run` in one pass, without checks."""

@@ -37,7 +37,7 @@ from autoregembed.models import (
     split_gguf,
 )
 from autoregembed.ops.pool_last_k import pool_last_k
-from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, pack
+from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, order_of, pack
 from autoregembed.probe import use_packed_attention, verify_length
 from autoregembed.prompt import INSTRUCTION, Prompt, batch_token_ids, instruction_ids, require_fast
 
@@ -466,8 +466,7 @@ class Encoder(nn.Module):
         for microbatch in microbatches:
             packed = pack([sequences[i] for i in microbatch], embedding.weight.device)
             z.append(checkpoint(self._run, packed.ids, packed, use_reentrant=False))
-        places = torch.tensor([i for microbatch in microbatches for i in microbatch], device=embedding.weight.device)
-        return torch.cat(z)[places.argsort()]
+        return torch.cat(z)[order_of(microbatches, embedding.weight.device)]
 
     def _run(self, ids: Tensor, packed: Packed) -> Tensor:
         """z (B, K, D) of one pack; `ids` are its own, since `checkpoint` keeps the random state by tensor arguments."""

@@ -29,7 +29,7 @@ from autoregembed.ops import (
     info_nce,
     score_distillation,
 )
-from autoregembed.packing import Ids, Packed, make_microbatches
+from autoregembed.packing import Ids, Packed, index_on, make_microbatches
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
@@ -90,16 +90,19 @@ def _alignment_pairs(rows: list[dict], device: torch.device) -> tuple[list[Ids],
     return targets, torch.cat([torch.arange(2 * len(rows)), owner]), AlignmentPairs.in_order(count, device)
 
 
-def _parts(scores: Tensor, pairs: AlignmentPairs) -> PairScores:
-    mask = pairs.query_negatives >= 0
-    c = scores.new_zeros(mask.shape).masked_scatter(mask, scores[2 * len(mask) :])
-    return PairScores(scores[pairs.query_positive], scores[pairs.positive_positive], c, mask)
+def _parts(scores: Tensor, rows: list[dict]) -> PairScores:
+    b, count = len(rows), torch.tensor([len(r["target_ids"]) - 1 for r in rows])
+    mask = torch.arange(int(count.max()))[None] < count[:, None]
+    # Places from the host: the backward of masked_scatter waits for the device to count them.
+    places = index_on(scores.device, mask.flatten().nonzero().squeeze(1))
+    c = scores.new_zeros(mask.numel()).index_copy(0, places, scores[2 * b :]).view(mask.shape)
+    return PairScores(scores[:b], scores[b : 2 * b], c, mask.to(scores.device, non_blocking=True))
 
 
 def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None) -> PairScores:
     """Scores of all pairs in one decoder call; z (≥ 2B, K, D) holds the queries, then the positives."""
-    targets, z_index, pairs = _alignment_pairs(rows, z.device)
-    return _parts(decoder.logprob(z, targets, z_index, token_budget), pairs)
+    targets, z_index, _ = _alignment_pairs(rows, z.device)
+    return _parts(decoder.logprob(z, targets, z_index, token_budget), rows)
 
 
 def _alignment(
@@ -115,7 +118,8 @@ def _alignment(
     references: tuple[Tensor | None, Tensor | None] = (None, None)
     if ref_logps is not None:
         r_a, r_c = ref_logps
-        references = r_a.to(z.device), r_c[:, : pairs.query_negatives.shape[1]].to(z.device)
+        r_c = r_c[:, : pairs.query_negatives.shape[1]]
+        references = r_a.to(z.device, non_blocking=True), r_c.to(z.device, non_blocking=True)
     variant: dict[str, Any] = {
         "beta": options.beta,
         "temperature": options.temperature,
@@ -133,7 +137,7 @@ def _alignment(
     out = decoder.run(z, targets, z_index, token_budget, fused)
     if isinstance(out, AlignmentOutput):
         return out
-    a, b, c, mask = _parts(out, pairs)
+    a, b, c, mask = _parts(out, rows)
     return alignment_loss(a, b, c, *references, negative_mask=mask, **variant)
 
 
@@ -155,7 +159,7 @@ def contrastive_loss(
     keys = [xxhash.xxh3_64_intdigest(array("q", ids).tobytes()) >> 1 for ids in texts or ()]
     # Only where texts repeat: without ids every backend can run. Other processes may have what this one has.
     if texts is not None and (gather or len(set(keys)) < len(keys)):
-        passage_ids = torch.tensor(keys, dtype=torch.int64, device=query.device)
+        passage_ids = index_on(query.device, keys)
     if gather:
         passages, first = distributed.gather_rows(passages)
         passage_ids = None if passage_ids is None else distributed.gather_rows(passage_ids)[0]
@@ -182,7 +186,7 @@ def distillation_loss(
     elif options.distillation_mixture < 1:
         target = torch.arange(len(query), device=query.device)
     return score_distillation(
-        query, passages, scores.to(query.device), temperature=options.distillation_temperature,
+        query, passages, scores.to(query.device, non_blocking=True), temperature=options.distillation_temperature,
         teacher_temperature=options.teacher_temperature, mask=mask, target=target,
         mixture=options.distillation_mixture,
     )  # fmt: skip
@@ -292,8 +296,8 @@ class Objective:
     def _is_sharded(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.FSDP
 
-    def __call__(self, rows: list[dict]) -> dict[str, float]:
-        """Accumulates the gradient of the step over `rows`; returns what is logged."""
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        """Accumulates the gradient of the step over `rows`; returns what is logged, each () on the device."""
         microbatches = self._microbatches(rows)
         totals = self._totals(rows)
         log: dict[str, Tensor] = {}
@@ -305,7 +309,7 @@ class Objective:
             for name, value in {**stats, "loss": loss.detach()}.items():
                 log[name] = log.get(name, 0) + value
         mean = distributed.all_reduce(torch.stack([x.float() for x in log.values()])) / distributed.world_size()
-        return dict(zip(log, mean.tolist(), strict=True))
+        return dict(zip(log, mean.unbind(), strict=True))
 
     def _microbatches(self, rows: list[dict]) -> list[list[int]]:
         config = self.config
@@ -326,8 +330,10 @@ class Objective:
     def _totals(self, rows: list[dict]) -> dict[str, float]:
         """What loss and statistics are means over: counts of all processes, per process (DDP averages)."""
         counts = loss_counts(self.config, rows)
-        summed = distributed.all_reduce(torch.tensor([*counts.values()], device=self.accelerator.device))
-        return {name: max(n, 1) / distributed.world_size() for name, n in zip(counts, summed.tolist(), strict=True)}
+        if distributed.world_size() > 1:  # alone, no tensor and no wait
+            summed = distributed.all_reduce(torch.tensor([*counts.values()], device=self.accelerator.device))
+            counts = dict(zip(counts, summed.tolist(), strict=True))
+        return {name: max(n, 1) / distributed.world_size() for name, n in counts.items()}
 
     def _share(self, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """These rows' share of the step's loss, and of its statistics."""

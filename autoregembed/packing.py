@@ -62,6 +62,16 @@ def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed
     )
 
 
+def index_on(device: torch.device | str, index: Sequence[int] | Tensor) -> Tensor:
+    """Integers of the host (n,) as int64 on `device`; the copy does not wait for what the device has yet to do."""
+    return torch.as_tensor(index, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def order_of(microbatches: list[list[int]], device: torch.device | str) -> Tensor:
+    """Where row i lies among the rows of all micro-batches end to end, (B,) int64."""
+    return index_on(device, torch.tensor(list(itertools.chain.from_iterable(microbatches))).argsort())
+
+
 def make_microbatches(lengths: Sequence[int], token_budget: int | None) -> list[list[int]]:
     """Cuts a batch into micro-batches: the places of rows, longest first, at most `token_budget` tokens in each.
 

@@ -15,7 +15,7 @@ import functools
 import math
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,14 @@ from transformers import get_scheduler
 
 from autoregembed import data, distributed, sampling
 from autoregembed.build import build_models, create_optimizer
-from autoregembed.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, rng_state, save_checkpoint
+from autoregembed.checkpoint import (
+    TrainState,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    rng_state,
+    save_checkpoint,
+)
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
@@ -102,16 +109,6 @@ def train(config: Config, console: Console | None = None) -> dict:
         distributed.broadcast_from_rank0(run.begin_logs)
         run.loop()
         return run.finish()
-
-
-@dataclass
-class TrainState:
-    """What a checkpoint keeps besides tensors."""
-
-    step: int = 0  # the last one done
-    eval_metrics: dict[str, float | None] = field(default_factory=dict)  # Spearman's correlation by step
-    seconds: float = 0.0
-    skipped: list[int] = field(default_factory=list)  # steps that were not finite
 
 
 class Run:
@@ -370,9 +367,12 @@ class Run:
         """One optimizer step; returns what is logged."""
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
-        log = self.objective(batch)
+        found = self.objective(batch)
         clipped = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.max_grad_norm or math.inf)
-        norm = float(distributed.to_full_tensor(clipped))
+        found["grad_norm"] = distributed.to_full_tensor(clipped)
+        # The one wait for the device in a step: whether to update is decided here.
+        log = dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
+        norm = log.pop("grad_norm")
         rate = self.scheduler.get_last_lr()[0]
         finite = math.isfinite(log["loss"]) and math.isfinite(norm)
         if accelerator.scaler is not None:

@@ -277,7 +277,7 @@ def one_step(cases: list[dict]) -> list[dict]:
         size = config.batch_size // distributed.world_size()
         first = distributed.rank() * size
         batch = [{**rows[i], "row": i} for i in range(first, first + size)]
-        log = objective(batch)
+        log = {name: x.item() for name, x in objective(batch).items()}
         gradients = _numpy({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
         norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm or math.inf)
         optimizer.step()

@@ -103,7 +103,7 @@ def own_loop(dataset, decoder, **options) -> tuple[float, dict[str, torch.Tensor
     reference = compute_ref_logps(encoder, decoder, rows) if config.needs_ref_logps else None
     batch = [{**row, "row": i} for i, row in enumerate(rows)]
     log = Objective(config, encoder, decoder, Accelerator(cpu=True), reference)(batch)
-    return log["loss"], gradients(encoder.model.model)
+    return log["loss"].item(), gradients(encoder.model.model)
 
 
 def test_stage_1_has_the_gradient_of_our_own_loop(model):

@@ -91,7 +91,7 @@ def own_loop(rows, **options) -> tuple[float, dict[str, torch.Tensor]]:
     reference = compute_ref_logps(encoder, decoder, rows) if config.needs_ref_logps else None
     batch = [{**row, "row": i} for i, row in enumerate(rows)]
     log = Objective(config, encoder, decoder, Accelerator(cpu=True), reference)(batch)
-    return log["loss"], {n: p.grad for n, p in encoder.model.named_parameters()}
+    return log["loss"].item(), {n: p.grad for n, p in encoder.model.named_parameters()}
 
 
 def assert_one_step(trainer, loss: float, gradient: dict[str, torch.Tensor]):

@@ -1,0 +1,88 @@
+"""Does tests/test_no_wait.py notice? One wait for the device, put into each file of a step in turn.
+
+    python tests/seeded_waits.py [substring of a file's name]
+
+Prints one line a file and exits with the number of survivors. Outcome: all 20 caught.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+# A file, a line of it, and the wait that goes before that line.
+WAITS = [
+    ("autoregembed/encoder.py", "        return pool_last_k(hidden", "hidden.sum().item()"),
+    ("autoregembed/encoder.py", "    return F.normalize(z.mean(1)", "float(z.sum())"),
+    ("autoregembed/decoder.py", "        if self.logprob_reduction", "scores.tolist()"),
+    ("autoregembed/decoder.py", "        work = torch.promote_types(z.dtype", "bool(z.isnan().any())"),
+    ("autoregembed/decoder.py", "            index = index_on(z.device, microbatch)", "z[microbatch]"),
+    ("autoregembed/attention.py", "    window = kwargs.get", "cu_seqlens.tolist()"),
+    ("autoregembed/packing.py", "    return Packed(", "cu.to(device)"),
+    ("autoregembed/objective.py", "    c = scores.new_zeros", "mask.to(scores.device)"),
+    ("autoregembed/objective.py", "        query, others = embeddings.tensor_split", "embeddings.nonzero()"),
+    ("autoregembed/ops/linear_logprob.py", "    if ctx.with_gradient:", "grad.sum().item()"),
+    ("autoregembed/ops/alignment_loss.py", '    return load_kernel("triton"', "int(query_positive.sum())"),
+    ("autoregembed/ops/info_nce.py", '    kernel = load_kernel("triton"', "query.sum().item()"),
+    ("autoregembed/ops/splice.py", '    return load_kernel("triton", "splice").backward', "grad[grad > 0]"),
+    ("autoregembed/ops/pool_last_k.py", '    return load_kernel("triton", "pool_last_k").forward', "hidden.cpu()"),
+    ("autoregembed/ops/segment_sum.py", "    return _segment_sum(x", "cu_seqlens.max().item()"),
+    ("autoregembed/ops/_checks.py", "    if x.shape[0] == 0:", "x.max().item()"),
+    ("kernels/triton/linear_logprob.py", "    n, d = u.shape", "grad.sum().item()"),
+    ("kernels/triton/info_nce.py", "    query, passages, target = dense(query)", "target.max().item()"),
+    ("kernels/triton/splice.py", "    embedding = embedding if", "ids.max().item()"),
+    ("kernels/triton/primitives.py", "    values, order = index.sort", "index.max().item()"),
+]  # fmt: skip
+
+
+def caught(file: str, line: str, wait: str) -> bool:
+    """Whether the dry run fails with the wait in place (in a fork: this process stays as it is)."""
+    import pytest
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("autoregembed", "kernels", "bench"):
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copy(ROOT / "CMakeLists.txt", folder)
+        source = (Path(folder) / file).read_text(encoding="utf-8")
+        if line not in source:
+            raise SystemExit(f"the line is not in {file}: {line!r}")
+        indent = " " * (len(line) - len(line.lstrip()))
+        (Path(folder) / file).write_text(source.replace(line, f"{indent}{wait}\n{line}"), encoding="utf-8")
+        child = os.fork()
+        if child == 0:
+            sys.path.insert(0, folder)
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                options = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+                code = pytest.main([*options, str(TESTS / "test_no_wait.py")])
+            os._exit(int(code))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, 1):
+        raise SystemExit(f"{file}: pytest answered {code}")
+    return code == 1
+
+
+def main() -> int:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import torch._dynamo  # noqa: F401
+    import transformers  # noqa: F401
+
+    survivors = 0
+    for wait in WAITS:
+        if not sys.argv[1:] or sys.argv[1] in " ".join(wait):
+            found = caught(*wait)
+            survivors += not found
+            print(f"{'caught' if found else 'SURVIVED':9} {wait[0]}: {wait[2]}", flush=True)
+    print(f"{survivors} survived")
+    return survivors
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
