@@ -416,9 +416,11 @@ def _train(arguments: list[str]) -> int:
 def _mute_other_bars() -> None:
     """Ours is the one display of progress; a hub's download keeps its bar."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # and the hub's
+    enable_progress_bars()
 
 
 def _named(function: Callable, arguments: list[str]) -> list[str]:
