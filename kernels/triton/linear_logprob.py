@@ -465,7 +465,8 @@ def epilogue(
 ) -> None:
     """Writes logprob (R,) and, with a gradient, E times `gradient_scale` (by default `scale`) and `grad` into `e`."""
     rows, v = z.shape
-    t = tiles.tile("epilogue" if softcap is None else "epilogue_softcap", z.device, z.dtype)
+    kind = "epilogue_cosine" if norms is not None else "epilogue" if softcap is None else "epilogue_softcap"
+    t = tiles.tile(kind, z.device, z.dtype)
     launch(
         _epilogue, min(rows, t.programs * multiprocessors(z.device)), z.device,
         z, e, target, bias, grad, *(norms or (None, None)), ids, logprob,
@@ -549,7 +550,7 @@ def _finished(
 ) -> None:
     """Writes logprob (N,), and with e (N, V) the factors (2, N) of W[y] and e W."""
     (n, d), v = hidden.shape, weight.shape[0]
-    t = tiles.tile("finish", hidden.device, hidden.dtype)
+    t, _ = _gemm_tile("finish", hidden, weight, softcap)
     launch(
         _finish, triton.cdiv(n, t.rows), hidden.device,
         hidden, weight, e, target, bias, *(norms or (None, None)), ids, z_y, softcap_grad, sums,

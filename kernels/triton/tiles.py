@@ -66,6 +66,8 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     # sums to log-probabilities; its product is for rows whose target is improbable beyond bf16's range
     ("finish", "any", 16, 0): Tile(64, 64, 32, 4, 2),
     ("finish", "any", 32, 0): Tile(64, 64, 16, 8, 2, registers=255),
+    ("finish_general", "any", 16, 0): Tile(64, 64, 32, 8, 2, registers=255),
+    ("finish_general", "any", 32, 0): Tile(64, 64, 16, 8, 2, registers=255),
     # logits to onehot − softmax, one program a row; by the dtype of the logits
     ("epilogue", "any", 16, 0): Tile(1, 8192, warps=16, registers=128),
     ("epilogue", "any", 32, 0): Tile(1, 8192, warps=8, programs=2, registers=128),
@@ -74,6 +76,9 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("epilogue_softcap", "any", 16, 0): Tile(1, 4096, warps=16, registers=128),
     ("epilogue_softcap", "any", 32, 0): Tile(1, 4096, warps=16, registers=128),
     ("epilogue_softcap", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
+    ("epilogue_cosine", "any", 16, 0): Tile(1, 4096, warps=8, programs=2, registers=128),
+    ("epilogue_cosine", "any", 32, 0): Tile(1, 4096, warps=8, programs=2, registers=128),
+    ("epilogue_cosine", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
     ("segment_sum", "any", 0, 0): Tile(1, 1024),
     # rows moved or scaled: cols is the step along D
     ("rows", "any", 0, 0): Tile(2, 1024, registers=255),
@@ -94,8 +99,10 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
             "emit": Tile(16, 64, 32, tma=True),
             "emit_general": Tile(16, 64, 16),
             "finish": Tile(16, 32, 16),
+            "finish_general": Tile(16, 32, 16),
             "epilogue": Tile(1, 128),
             "epilogue_softcap": Tile(1, 64),
+            "epilogue_cosine": Tile(1, 128),
         }.items()
     },
     ("segment_sum", "interpret", 0, 0): Tile(1, 16),
