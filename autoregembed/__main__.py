@@ -7,6 +7,7 @@ COMMANDS = {
     "train": "train CONFIG.yaml [--field value ...]",
     "encode": "embed the lines of a text file",
     "eval": "score a model by STS and retrieval",
+    "probe": "show what a stage-1 model has learned",
     "bench": "time the ops and the training step",
     "init": "copy a ready configuration",
     "completion": "print a completion script for bash, zsh, fish or tcsh",

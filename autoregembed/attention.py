@@ -48,9 +48,10 @@ def packed_forward() -> Iterator[None]:
 def run_packed(model: nn.Module, packed: Packed, **inputs: Tensor) -> Tensor:
     """Last hidden states (T, D) of a base model over one pack; `inputs` is `input_ids=` or `inputs_embeds=`."""
     # Without a mask Transformers looks for packs in the positions, and waits for the device to see whether it found
-    # one. `_mask` drops a mask; flash_attention_2 would look into it, and wait for that.
+    # one. `_mask` drops a mask; flash_attention_2 would look into it, and wait for that, and a model with an attention
+    # of its own needs what Transformers finds.
     config: Any = next(m.config for m in model.modules() if hasattr(m, "config"))  # the model may be wrapped
-    if config.get_text_config()._attn_implementation != FLASH:
+    if config.get_text_config()._attn_implementation in (SDPA, VARLEN):
         inputs["attention_mask"] = torch.ones_like(packed.ids[None], dtype=torch.bool)
     with packed_forward():
         return model(**inputs, **packed.kwargs()).last_hidden_state.squeeze(0)

@@ -39,7 +39,7 @@ UNIT_SECONDS = {"first": 45, "all": 120}
 # (N, D, V) of Llama-3-8B, Qwen2.5-0.5B, SmolLM2-135M; then a vocabulary and a D that no tile divides.
 HEAD = ((4096, 4096, 128256), (4096, 896, 151936), (8192, 576, 49152), (1000, 640, 50257), (777, 600, 50257))
 HEAD_QUICK = ((40, 64, 300),)
-METHODS = ("cublas", "tiled")  # of kernels/triton/linear_logprob.py
+METHODS = ("cublas", "shifted")  # of kernels/triton/linear_logprob.py
 HEAD_UNITS = ("floor", *(f"method={method}" for method in METHODS), "score", "chunk", "repeat")
 # Peers with the module that each needs. "liger" is its per-token mode, "sum" a mode with one gradient for all rows.
 PEERS = {

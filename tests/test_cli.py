@@ -231,7 +231,7 @@ def test_a_place_that_cannot_be_written_is_found_first(mode, tmp_path, sts_file,
     monkeypatch.setattr(cli, "_exported", lambda model: pytest.fail("computed first"))
     (tmp_path / "texts.txt").write_text("the cat\n")
     rest = (
-        [str(tmp_path / "texts.txt"), "/proc/out"]
+        [str(tmp_path / "texts.txt"), "/proc/out.npy"]
         if mode == "encode"
         else ["--sts", sts_file, "--json_file", "/proc/o"]
     )
@@ -342,7 +342,7 @@ def test_encode_refuses_and_writes_nothing(content, options, message, exported, 
 def test_a_folder_without_pooling_is_no_export(command, model_folder, tmp_path, sts_file, capsys):
     """sentence-transformers would take the mean over all tokens, without a word."""
     (tmp_path / "texts.txt").write_text("the cat\n")
-    rest = [str(tmp_path / "texts.txt"), str(tmp_path / "out")] if command == "encode" else ["--sts", sts_file]
+    rest = [str(tmp_path / "texts.txt"), str(tmp_path / "out.npy")] if command == "encode" else ["--sts", sts_file]
     assert main([command, model_folder, *rest]) == 2
     assert "which has no modules.json, expected an export" in capsys.readouterr().err
     assert main([command, "/nowhere/export", *rest]) == 2
@@ -371,7 +371,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(command, pla
 def test_embeddings_that_do_not_fit_onto_the_disk_are_not_computed(exported, tmp_path, monkeypatch, capsys):
     (tmp_path / "texts.txt").write_text("the cat\n" * 10)
     usage = shutil.disk_usage(tmp_path)
-    arguments = ["encode", exported[0], str(tmp_path / "texts.txt"), str(tmp_path / "out")]
+    arguments = ["encode", exported[0], str(tmp_path / "texts.txt"), str(tmp_path / "out.npy")]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 10 * 32 - 1))
     assert main(arguments) == 2
     assert "OSError: output: got" in (error := capsys.readouterr().err)
@@ -478,4 +478,4 @@ def test_the_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "autoregembed"]
     result = subprocess.run([*command, "nonsense"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2, result.stderr
-    assert "{train,encode,eval,doctor,bench,init,completion}" in result.stderr
+    assert "{train,encode,eval,doctor,bench,init,probe,completion}" in result.stderr

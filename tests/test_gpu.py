@@ -23,7 +23,7 @@ from autoregembed.kernels.triton.primitives import multiprocessors, split_count
 from autoregembed.testing import assert_accurate, tensor_core_depth
 
 GPU = DEVICE == "cuda"
-METHODS = ["cublas", "tiled"]
+METHODS = ["cublas", "shifted"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # (N, D, V)
 SHAPES = (
@@ -89,8 +89,9 @@ def check(hidden, weight, target, logprob, u=None, **options):
         assert_accurate(u[rows], eager_u, exact_u, max_logit=top, gradient_factor=factor, depth=depth)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "dtype"), [(m, t) for m in METHODS for t in DTYPES if (m, t) != ("shifted", torch.float16)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_head(shape, method, dtype):
     hidden, weight, target = problem(*shape, dtype)
@@ -136,7 +137,7 @@ def test_more_than_two_splits(n):
 def test_persistent_programs_take_several_tiles():
     n, d, v = SHAPES[0]
     hidden, weight, target = problem(n, d, v)
-    for name in ("score", "tiled_forward"):
+    for name in ("score", "emit"):
         tile = tiles.tile(name, hidden.device, hidden.dtype, d)
         units = -(-n // tile.rows) * -(-v // tile.cols)
         assert units > 2 * multiprocessors(hidden.device) * tile.programs

@@ -364,7 +364,7 @@ for _what, _name, _content in [
     ("gzip rubbish", "a.jsonl.gz", b"\x1f\x8b" + b"x" * 40),
     ("gzip of nothing", "a.jsonl.gz", gzip.compress(b"")),
     ("no gzip", "a.jsonl.gz", ROW),
-    ("unknown ending", "a.txt", ROW),
+    ("unknown ending", "a.dat", ROW),
     ("a pickle", "a.pkl", pickle.dumps([1])),
     ("a folder", "a.jsonl", Path.mkdir),
     ("a symbolic link to nothing", "a.jsonl", lambda p: p.symlink_to("nothing")),

@@ -324,7 +324,7 @@ def poison(monkeypatch, steps, where: str):
             if where == "gradient":
                 next(p for p in self.encoder.parameters() if p.grad is not None).grad.flatten()[-1] = torch.inf
             else:
-                found["loss"] = float("nan")
+                found["loss"] = torch.tensor(torch.nan)
         return found
 
     monkeypatch.setattr(train_module.Objective, "__call__", spoilt)
