@@ -25,7 +25,7 @@ class Code(NamedTuple):
     names: list[str]  # of each instruction, without predicates and suffixes
     successors: list[list[int]]  # of each instruction; a branch's target is the last
 
-    def count(self, span: set[int]) -> Counter[str]:
+    def tally(self, span: set[int]) -> Counter[str]:
         return Counter(self.names[i] for i in span)
 
     def loops(self) -> list[set[int]]:
@@ -79,8 +79,8 @@ def parse(text: str) -> Code:
     labels: dict[str, int] = {}
     found: list[tuple[str, bool, str]] = []  # name, whether under a predicate, label of a branch
     for line in text.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(found)
+        if mark := re.match(r"\s*(\.L\w+):", line):
+            labels[mark[1]] = len(found)
         elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)(.*?);", line):
             target = re.search(r"\((\.L\w+)\)", code[3]) if code[2] == "BRA" else None
             found.append((code[2], code[1] is not None or "P" in code[3].split("`")[0], target[1] if target else ""))
@@ -97,7 +97,7 @@ def parts(code: Code, logits: int) -> dict[str, set[int]]:
     loops, skips = code.loops(), code.skipped()
 
     def holds(span: set[int], *names: str) -> int:
-        return sum(code.count(span)[name] for name in names)
+        return sum(code.tally(span)[name] for name in names)
 
     outer = next((loop for loop in loops if holds(loop, "MUFU") >= logits), set())
     fused = next((s for s in skips if s <= outer and holds(s, "MUFU") >= logits and not holds(s, *MATRIX)), None)
@@ -126,11 +126,11 @@ def gemm_report(cubin: bytes, part: str, constants: dict[str, Any], warps: int) 
     return {
         "all": round(len(epilogue) / logits, 2),
         "usual": round(len(usual) / logits, 2),
-        "exponentials": round(code.count(usual)["MUFU"] / logits, 2),
-        "barriers": code.count(usual)["BAR"],
+        "exponentials": round(code.tally(usual)["MUFU"] / logits, 2),
+        "barriers": code.tally(usual)["BAR"],
         "product": len(spans["product"]),
         "issue_clocks": len(usual) * warps // INSTRUCTIONS_A_CLOCK,
-        "exponential_clocks": code.count(usual)["MUFU"] * 32 * warps // EXPONENTIALS_A_CLOCK,
+        "exponential_clocks": code.tally(usual)["MUFU"] * 32 * warps // EXPONENTIALS_A_CLOCK,
         "product_issue_clocks": round(len(spans["product"]) * steps * warps / INSTRUCTIONS_A_CLOCK),
         "tensor_clocks": round(2 * tile * 1024 / FLOPS_A_CLOCK[part]),
     }
@@ -143,12 +143,12 @@ def epilogue_report(cubin: bytes, constants: dict[str, Any], warps: int) -> dict
     loops = code.loops()
     innermost = [loop for loop in loops if not any(other < loop for other in loops)]
     arithmetic = ("FMUL", "FFMA", "FADD", "HMUL2", "DMUL", "DFMA")
-    passes = [loop for loop in innermost if sum(code.count(loop)[name] for name in arithmetic) >= logits]
+    passes = [loop for loop in innermost if sum(code.tally(loop)[name] for name in arithmetic) >= logits]
     counted = sum(map(len, passes))
     return {
         "all": round(counted / logits, 2),
         "usual": round(counted / logits, 2),
         "passes": len(passes),
-        "exponentials": round(sum(code.count(loop)["MUFU"] for loop in passes) / logits, 2),
-        "barriers": sum(code.count(loop)["BAR"] for loop in passes),
+        "exponentials": round(sum(code.tally(loop)["MUFU"] for loop in passes) / logits, 2),
+        "barriers": sum(code.tally(loop)["BAR"] for loop in passes),
     }
