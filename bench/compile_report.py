@@ -54,9 +54,8 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"gradient {dtype} D={d}", rows(d, v, dtype)
             if dtype != FP64:
                 yield f"score {dtype} D={d}", rows(d, v, dtype, gradient=False)
-            if dtype in (BF16, FP32):
-                other = "cublas" if dtype == BF16 else "shifted"
-                yield f"gradient {dtype} D={d} {other}", rows(d, v, dtype, method=other)
+            for method in ("shifted", "cublas") if dtype == BF16 else ("shifted",) if dtype == FP32 else ():
+                yield f"gradient {dtype} D={d} {method}", rows(d, v, dtype, method=method)
     for gradient, method in ((True, "cublas"), (True, "shifted"), (False, None)):
         yield (
             f"bias, softcap, ragged D, gradient={gradient} {method}",

@@ -79,8 +79,8 @@ def parse(text: str) -> Code:
     labels: dict[str, int] = {}
     found: list[tuple[str, bool, str]] = []  # name, whether under a predicate, label of a branch
     for line in text.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label[1]] = len(found)
+        if mark := re.match(r"\s*(\.L\w+):", line):
+            labels[mark[1]] = len(found)
         elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*)(.*?);", line):
             target = re.search(r"\((\.L\w+)\)", code[3]) if code[2] == "BRA" else None
             found.append((code[2], code[1] is not None or "P" in code[3].split("`")[0], target[1] if target else ""))

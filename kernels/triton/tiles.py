@@ -41,7 +41,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("score", "sm_80", 16, 0): Tile(128, 128, 32, 8, 3),
     ("score", "sm_86", 16, 0): Tile(128, 128, 32, 8, 3),
     ("score", "sm_90", 16, 0): Tile(128, 256, 64, 8, 4, tma=True),
-    ("score", "sm_100", 16, 0): Tile(128, 256, 64, 8, 4, tma=True),
+    ("score", "sm_100", 16, 0): Tile(128, 128, 64, 8, 4, tma=True),
     ("score", "gfx942", 16, 0): Tile(128, 128, 64, 8, 2),
     ("score", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     ("score_general", "any", 16, 0): Tile(64, 128, 32, 8, 2),
@@ -64,7 +64,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("emit_general", "any", 16, 0): Tile(64, 128, 32, 8, 2),
     ("emit_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     # sums to log-probabilities; its product is for rows whose target is improbable beyond bf16's range
-    ("finish", "any", 16, 0): Tile(64, 64, 32, 4, 2),
+    ("finish", "any", 16, 0): Tile(64, 64, 32, 4, 2, registers=255),
     ("finish", "any", 32, 0): Tile(64, 64, 16, 8, 2, registers=255),
     ("finish_general", "any", 16, 0): Tile(64, 64, 32, 8, 2, registers=255),
     ("finish_general", "any", 32, 0): Tile(64, 64, 16, 8, 2, registers=255),
