@@ -150,8 +150,8 @@ class Run:
         """First of all: a wrong file must not wait for the model."""
         config = self.config
         self.pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
-        with self.accelerator.main_process_first():
-            self.source = data.load_rows(config.train_data, config.train_split, config.streaming)
+        # By all at once: a wrong file is then raised by all, and the cache's own lock lets one of them write.
+        self.source = data.load_rows(config.train_data, config.train_split, config.streaming)
         data.check_first_row(self.source, config.stage, config.column_map)
         self.unpaired = config.stage == 2 and data.is_unpaired(self.source, config.column_map)
         if self.unpaired and config.alignment_weight + config.contrastive_weight > 0:
