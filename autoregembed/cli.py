@@ -50,7 +50,7 @@ def read_configs(arguments: list[str]) -> list[Any]:
         for config, stem in zip(configs, stems, strict=True):
             config.output_dir = str(Path(config.output_dir) / stem)
     for before, config in itertools.pairwise(configs):
-        config.model = str(Path(before.output_dir) / "model")
+        config.model, config.gguf_file = str(Path(before.output_dir) / "model"), None  # no GGUF folder any more
     return configs
 
 

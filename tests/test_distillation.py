@@ -238,6 +238,7 @@ def test_a_folder_of_texts_becomes_an_export_in_one_command(model_folder, sts_fi
 def test_stages_with_folders_of_their_own_keep_them(tmp_path):
     for n, more in ((1, ""), (2, "model: m\n")):
         (tmp_path / f"{n}.yaml").write_text(f"stage: {n}\noutput_dir: out-{n}\ntrain_data: d\n{more}")
-    first, second = cli.read_configs([str(tmp_path / "1.yaml"), "--model", "base", str(tmp_path / "2.yaml")])
-    assert (first.model, first.output_dir) == ("base", "out-1")
-    assert (second.model, second.output_dir) == ("out-1/model", "out-2")
+    files, flags = [str(tmp_path / f"{n}.yaml") for n in (1, 2)], ["--model", "base", "--gguf_file", "q4.gguf"]
+    first, second = cli.read_configs([files[0], *flags, files[1]])
+    assert (first.model, first.gguf_file, first.output_dir) == ("base", "q4.gguf", "out-1")
+    assert (second.model, second.gguf_file, second.output_dir) == ("out-1/model", None, "out-2")
