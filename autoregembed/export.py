@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # Encoder.save_pretrained calls export
     from autoregembed.encoder import Encoder
 
 
-# Attributes of config.json that Transformers and sentence-transformers keep and do not read. vLLM and SGLang take the
-# second for a quantization and stop at one that they do not know, also after other libraries have saved the model.
+# Attributes of config.json that Transformers and sentence-transformers keep and do not read. vLLM takes the
+# second for a quantization and stops at one that it does not know, also after other libraries have saved the model.
 COMPRESS_TOKENS = "compress_token_ids"
 REFUSED = "compression_config"
 REFUSAL = {"quant_method": "mean-of-compress-tokens-needs-sentence-transformers"}

@@ -77,7 +77,9 @@ class _InfoNCE(torch.autograd.Function):
         ctx: Any, query: Tensor, passages: Tensor, target: Tensor, passage_ids: Tensor | None, temperature: float
     ) -> Tensor:
         needs = ctx.needs_input_grad
-        loss, *gradients = _info_nce.forward(query, passages, target, passage_ids, temperature, needs[0], needs[1])
+        work = torch.float64 if query.dtype == torch.float64 else torch.float32
+        fixed = torch.full((), temperature, dtype=work, device=query.device)
+        loss, *gradients, _ = _info_nce.forward(query, passages, target, passage_ids, fixed, needs[0], needs[1], False)
         ctx.save_for_backward(*gradients)
         return loss
 
