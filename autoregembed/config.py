@@ -275,9 +275,6 @@ class Config(Stage2Options):
         for name, value in vars(self).items():
             if any(isinstance(v, str) and "\0" in v for v in (value if isinstance(value, list) else [value])):
                 raise ConfigError(f"{name}: got a null byte in {value!r}, expected text without one")
-        for name in ("model", "output_dir", "decoder", "ref_logps_file"):
-            if getattr(self, name) is not None:
-                setattr(self, name, os.path.expanduser(getattr(self, name)))
         # One name or several with commas; any other string is PEFT's, a regular expression of whole names.
         if isinstance(self.lora_targets, str) and re.fullmatch(r"[\w.]+(, *[\w.]+)*", self.lora_targets):
             self.lora_targets = [x.strip() for x in self.lora_targets.split(",")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +17,7 @@ from autoregembed.decoder import Decoder
 from autoregembed.files import require_writable_folder, weights_fingerprint
 from autoregembed.packing import make_microbatches
 from autoregembed.prompt import tokenizer_fingerprint
-from autoregembed.score_files import load_scores, save_scores
-from autoregembed.tables import require_cache
+from autoregembed.score_files import cached_path, load_scores, save_scores
 
 
 class RefLogps(NamedTuple):
@@ -105,8 +102,7 @@ def cached_ref_logps(
 def _path(config: Config, fingerprint: dict[str, str]) -> Path:
     if config.ref_logps_file:
         return Path(config.ref_logps_file)
-    short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
-    return require_cache() / "autoregembed" / f"ref-logps-{short}.safetensors"
+    return cached_path("ref-logps", fingerprint)
 
 
 def save_ref_logps(path: Path, positive: Tensor, negatives: Tensor, fingerprint: dict[str, str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,10 +12,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autoregembed.files import CheckpointError, atomic_file, tensor_fingerprint
+from autoregembed.tables import require_cache
 
 
 class ScoresMismatch(CheckpointError):
     """Scores on disk belong to other data, another model or another tokenizer."""
+
+
+def cached_path(kind: str, fingerprint: Mapping[str, str]) -> Path:
+    """Where scores of a fingerprint are kept: in the cache of `datasets`."""
+    short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
+    return require_cache() / "autoregembed" / f"{kind}-{short}.safetensors"
 
 
 def save_scores(path: Path, scores: Mapping[str, Tensor], fingerprint: Mapping[str, str]) -> None:

@@ -3,8 +3,6 @@ stage, computed once and cached."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
 
@@ -19,8 +17,7 @@ from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.files import require_writable_folder
 from autoregembed.packing import Ids
-from autoregembed.score_files import load_scores, save_scores
-from autoregembed.tables import require_cache
+from autoregembed.score_files import cached_path, load_scores, save_scores
 
 _SAVE_EVERY = 300.0  # seconds between two savings of a long computation
 
@@ -67,8 +64,7 @@ def cached_teacher_scores(
     """
     all_blocks = sampling.blocks(len(rows), config.batch_size, config.seed)
     fingerprint = {**fingerprint, "blocks": f"{config.batch_size} rows, seed {config.seed}"}
-    short = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
-    path = require_cache() / "autoregembed" / f"teacher-scores-{short}.safetensors"
+    path = cached_path("teacher-scores", fingerprint)
     known = distributed.broadcast_from_rank0(
         lambda: load_scores(path, fingerprint, ("scores",), "teacher_scores")["scores"] if path.is_file() else None
     )

@@ -36,6 +36,7 @@ from rich.console import Console
 
 from autoregembed import Decoder, Encoder, data
 from autoregembed.config import Config
+from autoregembed.diagnostics import spaces
 from autoregembed.evaluate import load_sts, spearman, sts, token_mean
 from autoregembed.files import atomic_folder, write_json
 from autoregembed.models import load_causal_lm
@@ -261,12 +262,8 @@ def similarities(encoder: Encoder, pairs) -> dict[str, float]:
     texts = list(dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]]))
     place = {text: i for i, text in enumerate(texts)}
     a, b = ([place[t] for t in pairs[c]] for c in ("sentence1", "sentence2"))
-    plain = encoder.encode(texts).double()
-    centred = plain - plain.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
-    whitened = centred @ vectors[:, values > 1e-9] * values[values > 1e-9].rsqrt()
-    spaces = {"plain": plain, "centred": centred, "whitened": whitened}
-    return {name: spearman(F.cosine_similarity(x[a], x[b]), pairs["score"]) for name, x in spaces.items()}
+    found = spaces(encoder.encode(texts))
+    return {name: spearman(F.cosine_similarity(x[a], x[b]), pairs["score"]) for name, x in found.items()}
 
 
 def trained(config: Config) -> tuple[Encoder, Decoder]:
