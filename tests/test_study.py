@@ -73,7 +73,7 @@ def test_the_page_shows_what_the_committed_results_say():
     spec.loader.exec_module(study)
     root = SCRIPT.parents[2]
     found = json.loads((root / "bench" / "results" / "study-cpu.json").read_text())
-    page = (root / "docs" / "study.md").read_text(encoding="utf-8")
+    page = (root / "docs" / "explanation" / "study.md").read_text(encoding="utf-8")
     assert study.table(found) in page
     assert study.ablations(found) in page
     assert study.learning(found, study.released_ratios(root / "bench" / "results" / "bench-cpu.json")) in page
