@@ -1,7 +1,7 @@
 """The losses of both stages over rows of token ids, and loss and gradient of one optimizer step.
 
-`stage2_loss` is the one place where alignment, InfoNCE and distillation are put together; the loop and the trainers of
-`integrations/` call it.
+`stage1_loss` and `stage2_loss` are the one place where a stage is put together; the loop and the trainers of
+`integrations/` call them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from autoregembed.ops import (
     AlignmentPairs,
     alignment_loss,
     conditional_alignment,
+    conditional_compression,
     info_nce,
     score_distillation,
 )
@@ -67,6 +68,34 @@ def num_loss_terms(row: dict, negatives: str) -> int:
         return len(row["target_ids"]) + 1
     pairs = len(row["target_ids"]) - 1
     return pairs if negatives == "independent" else min(pairs, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+def stage1_loss(
+    decoder: Decoder, z: Tensor, targets: Sequence[Ids], *, num_tokens: int | Tensor, token_budget: int | None = None
+) -> Tensor:
+    """−Σ log p(target | z) / num_tokens, (); in one op where one pass holds all targets.
+
+    Args:
+        decoder: the frozen decoder.
+        z: (B, K, D).
+        targets: B targets as token ids, without eos.
+        num_tokens: of the whole step, with eos, at least 1: a number, or () int64 on z's device.
+        token_budget: as in `Decoder.logprob`.
+
+    Source: arXiv 2502.11401, §3.2.
+    """
+
+    def fused(
+        hidden: Tensor, weight: Tensor, labels: Tensor, *, packed: Packed, cu_seqlens: Tensor, **head: Any
+    ) -> Any:
+        return conditional_compression(hidden, weight, labels, num_tokens=num_tokens, **head)
+
+    out = decoder.run(z, targets, None, token_budget, fused if decoder.logprob_reduction == "sum" else None)
+    return -out.sum() / num_tokens if out.ndim else out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,8 +381,10 @@ class Objective:
         z = self.encoder(*texts_of(rows, config.hard_negatives), config.token_budget)
         if config.stage == 1:
             assert self.decoder is not None
-            logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows], token_budget=config.token_budget)
-            return -logprob.sum() / totals["loss"], {}
+            targets, world = [r["target_ids"] for r in rows], distributed.world_size()
+            count = round(totals["loss"] * world)
+            loss = stage1_loss(self.decoder, z, targets, num_tokens=count, token_budget=config.token_budget)
+            return loss * world, {}
         ref_logps = None
         if self.ref_logps is not None:
             index = torch.tensor([r["row"] for r in rows])
