@@ -31,7 +31,7 @@ WAITS = [
     ("autoregembed/objective.py", "        query, others = embeddings.tensor_split", "embeddings.nonzero()"),
     ("autoregembed/ops/linear_logprob.py", "    if ctx.with_gradient:", "grad.sum().item()"),
     ("autoregembed/ops/alignment_loss.py", '    return load_kernel("triton"', "int(query_positive.sum())"),
-    ("autoregembed/ops/info_nce.py", "    wanted = ", "query.sum().item()"),
+    ("autoregembed/ops/info_nce.py", "    kernel = load_kernel(impl", "query.sum().item()"),
     ("autoregembed/ops/splice.py", '    return load_kernel("triton", "splice").backward', "grad[grad > 0]"),
     ("autoregembed/ops/pool_last_k.py", '    return load_kernel("triton", "pool_last_k").forward', "hidden.cpu()"),
     ("autoregembed/ops/segment_sum.py", "    return _segment_sum(x", "cu_seqlens.max().item()"),
@@ -55,6 +55,7 @@ WAITS = [
     ("kernels/triton/tiles.py", "    part = architecture", "torch.ones(1, device=device).item()"),
     ("kernels/triton/linear_logprob.py", "    n, d = u.shape", "grad.sum().item()"),
     ("kernels/triton/info_nce.py", "    query, passages, target = dense(query)", "target.max().item()"),
+    ("kernels/triton/cosines.py", "    parts = _parts(p, n)", "z_y.sum().item()"),
     ("kernels/triton/splice.py", "    embedding = embedding if", "ids.max().item()"),
     ("kernels/triton/primitives.py", "    values, order = index.sort", "index.max().item()"),
 ]  # fmt: skip
