@@ -12,13 +12,16 @@ cannot know.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 from autoregembed import data
@@ -32,8 +35,17 @@ from autoregembed.objective import num_loss_terms, stage1_loss, stage2_loss, tex
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import pack
 from autoregembed.reference_scores import compute_ref_logps
+from autoregembed.sampling import permutation
+from autoregembed.teacher_scores import block_scores, scores_of_rows
 
-__all__ = ["AutoRegEmbedTrainer", "Collator", "CompressionLossFunction", "compression_inputs", "precompute_ref_logps"]
+__all__ = [
+    "AutoRegEmbedTrainer",
+    "Collator",
+    "CompressionLossFunction",
+    "compression_inputs",
+    "precompute_ref_logps",
+    "precompute_teacher_scores",
+]
 
 IGNORE_INDEX = -100  # what Trainer does not count
 
@@ -114,6 +126,63 @@ def precompute_ref_logps(rows: Dataset, encoder: Encoder, decoder: Decoder, toke
     return rows.add_column("ref_logps", [row[: len(t)] for row, t in zip(scores, rows["target_ids"], strict=True)])
 
 
+def precompute_teacher_scores(
+    rows: Dataset, encoder: Encoder, decoder: Decoder, batch_size: int, *, seed: int = 0, console: Console | None = None
+) -> Dataset:
+    """Blocks of `batch_size` rows for score distillation, with their scores under the model as it is.
+
+    The scores (`teacher_scores`, with `block` and `place`) are kept in the cache of `datasets`, by what they depend on.
+    `AutoRegEmbedTrainer` keeps the rows of a block together; `batch_size` is its `per_device_train_batch_size`. Rows
+    that fill no block are left out.
+
+    Args:
+        rows: texts alone or pairs, or what `data.text_rows` or `data.alignment_rows` made of them.
+        seed: of the blocks.
+        console: says what is computed, and where it is kept.
+
+    Raises:
+        ValueError: fewer rows than a block has, or an encoder without tokenizer.
+    """
+    if "target_ids" not in rows.column_names:
+        rows = (data.text_rows if data.is_unpaired(rows) else data.alignment_rows)(rows, encoder.prompt)
+    if encoder.tokenizer is None:
+        raise ValueError("encoder: got one without its tokenizer, which the scores depend on, expected one with it")
+    training = encoder.training
+    blocks, scores = block_scores(
+        encoder.eval(), decoder, encoder.tokenizer, rows, batch_size, seed=seed, console=console
+    )
+    encoder.train(training)
+    added = {
+        "teacher_scores": scores.flatten(0, 1).tolist(),
+        "block": [b for b, block in enumerate(blocks) for _ in block],
+        "place": [i for block in blocks for i in range(len(block))],
+    }
+    kept = rows.select([i for block in blocks for i in block])
+    for name, values in added.items():
+        kept = kept.add_column(name, values)
+    return kept
+
+
+class BlockSampler(Sampler):
+    """Rows of `precompute_teacher_scores`, block by block; an epoch draws all blocks in a new order."""
+
+    def __init__(self, blocks: list[int], seed: int):
+        self.blocks: dict[int, list[int]] = {}
+        for row, block in enumerate(blocks):
+            self.blocks.setdefault(block, []).append(row)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        together = list(self.blocks.values())
+        return iter([row for i in permutation(len(together), self.seed, self.epoch) for row in together[i]])
+
+    def __len__(self) -> int:
+        return sum(map(len, self.blocks.values()))
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows on their way through the data loader, which would otherwise walk over every single id."""
@@ -144,13 +213,15 @@ class Collator:
         return {"labels": torch.where(index < terms[:, None], 0, IGNORE_INDEX), "rows": Rows(rows)}
 
 
-def _tokenized(rows: Dataset | IterableDataset, encoder: Encoder) -> Dataset | IterableDataset:
+def _tokenized(rows: Dataset | IterableDataset, encoder: Encoder, distilled: bool) -> Dataset | IterableDataset:
     """Ids of texts; rows that have them already, and what is no data set of `datasets`, stay as they are."""
     if not isinstance(rows, Dataset | IterableDataset):
         return rows
     names = rows.column_names or list(next(iter(rows)))
     if "target_ids" in names:
         return rows
+    if distilled and data.is_unpaired(rows):
+        return data.text_rows(rows, encoder.prompt)
     stage1 = {"context", "output"} <= set(names) or data.is_unpaired(rows)
     return (data.compression_rows if stage1 else data.alignment_rows)(rows, encoder.prompt)
 
@@ -188,7 +259,8 @@ class AutoRegEmbedTrainer(Trainer):
         decoder: the frozen decoder; by default the model that the encoder was made from, where the loss reads one.
         args: as for `Trainer`.
         options: weights and variants of the loss of stage 2; by default 0.2 · alignment without a reference + InfoNCE.
-            With `ref_margin` other than "none" the rows need a column `ref_logps` (`precompute_ref_logps`).
+            With `ref_margin` other than "none" the rows need a column `ref_logps` (`precompute_ref_logps`), with
+            `distillation_weight` > 0 what `precompute_teacher_scores` adds.
         trainer: further arguments of `Trainer`.
 
     Raises:
@@ -214,21 +286,23 @@ class AutoRegEmbedTrainer(Trainer):
         if encoder.compress_rows is not None:
             raise ValueError("encoder: got own_compress_rows=True, expected False: Trainer would not save them")
         self.encoder, self.options = encoder, options
+        distilled = options.distillation_weight > 0
         for name in ("train_dataset", "eval_dataset"):
             if isinstance(trainer.get(name), dict):
-                trainer[name] = {key: _tokenized(rows, encoder) for key, rows in trainer[name].items()}
+                trainer[name] = {key: _tokenized(rows, encoder, distilled) for key, rows in trainer[name].items()}
             elif trainer.get(name) is not None:
-                trainer[name] = _tokenized(trainer[name], encoder)
+                trainer[name] = _tokenized(trainer[name], encoder, distilled)
         stage, pairs = _kind(trainer.get("train_dataset"))
         if decoder is None and (stage == 1 or options.alignment_weight):
             decoder = _decoder_of(encoder)
         batch_negatives = stage == 2 and pairs and options.alignment_weight > 0
-        in_batch = stage != 1 and options.contrastive_weight > 0
+        weights = {n: getattr(options, n) for n in ("contrastive_weight", "distillation_weight")}
+        in_batch = [name for name, weight in weights.items() if weight > 0 and stage != 1]
         if (in_batch or batch_negatives) and args is not None and args.gradient_accumulation_steps > 1:
-            cause = "contrastive_weight > 0" if in_batch else "rows without negatives"
+            cause = f"{in_batch[0]} > 0" if in_batch else "rows without negatives"
             raise ValueError(
                 f"gradient_accumulation_steps: got {args.gradient_accumulation_steps}, expected 1 with {cause}: "
-                "in-batch negatives would come from one microbatch only"
+                "the other texts of the batch would be those of one microbatch only"
             )
         self.decoder = decoder
         trainer.setdefault("data_collator", Collator(options, batch_negatives))
@@ -241,7 +315,13 @@ class AutoRegEmbedTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["text_ids", "suffix_ids", "target_ids", "query_ids", "positive_ids", "negative_ids",
-                                   "passage_suffix_ids", "ref_logps"]  # fmt: skip
+                                   "passage_suffix_ids", "ref_logps", "teacher_scores", "block", "place"]  # fmt: skip
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.options.distillation_weight and "block" in (getattr(rows, "column_names", None) or ()):
+            return BlockSampler(rows["block"], self.args.data_seed or self.args.seed)
+        return super()._get_train_sampler(train_dataset)
 
     def compute_loss(
         self,
@@ -260,21 +340,36 @@ class AutoRegEmbedTrainer(Trainer):
             num_items_in_batch = (inputs["labels"] != IGNORE_INDEX).sum()
         elif self.args.average_tokens_across_devices:
             world = self.accelerator.num_processes  # DDP averages gradients, and the count is that of all processes
-        terms, contrastive = self._loss_terms(z, rows, _on(num_items_in_batch, z.device))
+        terms, others = self._loss_terms(z, rows, _on(num_items_in_batch, z.device))
         loss = world * terms
-        if contrastive is not None:
-            loss = loss + contrastive
+        if others is not None:
+            loss = loss + others
         return (loss, {"z": z}) if return_outputs else loss
 
     def _loss_terms(self, z: Tensor, rows: list[dict], count: Tensor | int) -> tuple[Tensor, Tensor | None]:
-        """The sum over the terms that the labels count, divided by `count`, and InfoNCE, which is no such sum."""
+        """The sum over the terms that the labels count, divided by `count`, and the losses that are no such sum."""
         if "text_ids" in rows[0]:
             assert self.decoder is not None
             return stage1_loss(self.decoder, z, [row["target_ids"] for row in rows], num_tokens=count), None
-        out = stage2_loss(self.options, self.decoder, z, rows, ref_logps=self._ref_logps(rows))
+        out = stage2_loss(
+            self.options, self.decoder, z, rows, ref_logps=self._ref_logps(rows), teacher_scores=self._scores(rows)
+        )
+        parts = [part for part in (out.contrastive, out.distillation) if part is not None]
+        others = torch.stack(parts).sum() if parts else None
         if out.alignment is None:
-            return z.sum() * 0, out.contrastive
-        return out.alignment * (sum(num_loss_terms(r, self.options.negatives) for r in rows) / count), out.contrastive
+            return z.sum() * 0, others
+        return out.alignment * (sum(num_loss_terms(r, self.options.negatives) for r in rows) / count), others
+
+    def _scores(self, rows: list[dict]) -> Tensor | None:
+        if not self.options.distillation_weight:
+            return None
+        if any("teacher_scores" not in row for row in rows):
+            raise ValueError(
+                "teacher_scores: got rows without them, expected rows of `precompute_teacher_scores`, since "
+                f"distillation_weight={self.options.distillation_weight}"
+            )
+        scores = torch.tensor([row["teacher_scores"] for row in rows])
+        return scores_of_rows([row["block"] for row in rows], [row["place"] for row in rows], scores)
 
     def _ref_logps(self, rows: list[dict]) -> tuple[Tensor, Tensor] | None:
         if not self.options.uses_ref_logps:
