@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from autoregembed.packing import Lengths, Packed
+from autoregembed.prefixes import SharedPrefixes, select, spread
 
 # No "sdpa" in these names: Transformers would refuse it to models with a softcap, which torch's kernel does not have.
 SDPA, VARLEN, FLASH = "autoregembed_packed", "autoregembed_varlen", "flash_attention_2"
@@ -38,19 +39,27 @@ def attention_backends(device: torch.device, dtype: torch.dtype) -> dict[str, st
     return {"flash_attention_2": flash, "varlen": varlen, "sdpa": "ok"}
 
 
-def run_packed(model: nn.Module, packed: Packed, **inputs: Tensor) -> Tensor:
-    """Last hidden states (T, D) of a base model over one pack; `inputs` is `input_ids=` or `inputs_embeds=`.
+def run_packed(model: nn.Module, packed: Packed, shared: SharedPrefixes | None = None, **inputs: Tensor) -> Tensor:
+    """Last hidden states of a base model over one pack; `inputs` is `input_ids=` or `inputs_embeds=`.
 
+    (T, D) for the T tokens of the pack, or (U, D) for the U of them that are run where sequences share prefixes.
     Models build no attention mask inside: attention is causal within the bounds of `cu_seqlens`.
     """
+    options: dict[str, Any] = packed.kwargs()
+    position_ids = packed.position_ids
+    if shared is not None:
+        position_ids = position_ids.index_select(0, shared.kept)
+        options |= {
+            "position_ids": position_ids[None], "cu_seq_lens_q": shared.cu_seqlens, "max_length_q": shared.max_length,
+            "shared_prefixes": shared,
+        }  # fmt: skip
     # Without a mask Transformers looks for packs in the positions, and waits for the device to see whether it found
     # one. `_mask` drops a mask; flash_attention_2 would look into it, and wait for that, and a model with an attention
     # of its own needs what Transformers finds.
-    options: dict[str, Any] = packed.kwargs()
     config: Any = next(m.config for m in model.modules() if hasattr(m, "config"))  # the model may be wrapped
     implementation = config.get_text_config()._attn_implementation
     if implementation in (SDPA, VARLEN):
-        options["attention_mask"] = torch.ones_like(packed.ids[None], dtype=torch.bool)
+        options["attention_mask"] = torch.ones_like(position_ids[None], dtype=torch.bool)
     if implementation == SDPA:
         options[LENGTHS] = packed.lengths
     token = _packed_forward.set(packed)
@@ -179,6 +188,11 @@ def _eager(
     return F.dropout(p, dropout) @ v
 
 
+def _spread_heads(x: Tensor, shared: SharedPrefixes) -> Tensor:
+    """Keys, values or queries of the tokens that are run (1, H, U, d) to those of the whole pack (1, H, T, d)."""
+    return spread(x.squeeze(0).transpose(0, 1), shared).transpose(0, 1)[None]
+
+
 def _sdpa(
     module: nn.Module,
     query: Tensor,  # (1, H, T, d) of a pack; (B, H, T, d) otherwise, as key and value with their own number of heads
@@ -192,6 +206,12 @@ def _sdpa(
     """Causal attention within each sequence of a pack: one SDPA call for every run of equal lengths, no padding."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    shared = kwargs.pop("shared_prefixes", None)
+    if shared is not None:  # the queries of a prefix as well: so every sequence is whole
+        q, k, v = (_spread_heads(x, shared) for x in (query, key, value))
+        kwargs |= {"cu_seq_lens_q": kwargs["cu_seq_lens_k"], "max_length_q": kwargs["max_length_k"]}
+        y, _ = _sdpa(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return select(y.squeeze(0), shared)[None], None
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     terms = {name: kwargs[name] for name in ("softcap", "s_aux") if kwargs.get(name) is not None}
     if cu_seqlens is None and _packed_forward.get() is not None:
@@ -263,6 +283,9 @@ def _varlen(
         options = {"is_causal": True}
     else:
         raise NotImplementedError("sliding_window: torch.nn.attention.varlen of this torch has none")
+    shared = kwargs.get("shared_prefixes")
+    if shared is not None:  # a sequence has more keys than queries: its last query sees the last key
+        key, value = (_spread_heads(x, shared) for x in (key, value))
     groups = query.shape[1] // key.shape[1]
     if "enable_gqa" in parameters:
         options["enable_gqa"] = groups > 1
@@ -270,11 +293,29 @@ def _varlen(
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     # Under autocast rotary embeddings leave q and k in fp32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
-    length = kwargs["max_length_q"]
-    y: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scaling, **options)
+    bounds, lengths = (cu_seqlens, kwargs["cu_seq_lens_k"]), (kwargs["max_length_q"], kwargs["max_length_k"])
+    y: Any = varlen_attn(q, k, v, *bounds, *lengths, scale=scaling, **options)
     return y.unsqueeze(0), None
 
 
-for _name, _function in ((SDPA, _sdpa), (VARLEN, _varlen)):
+def _flash(
+    module: nn.Module,
+    query: Tensor,  # as in `_sdpa`
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' flash_attention_2, which takes a sequence with more keys than queries as it is."""
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    shared = kwargs.pop("shared_prefixes", None)
+    if shared is not None:
+        key, value = (_spread_heads(x, shared) for x in (key, value))
+    return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+for _name, _function in ((SDPA, _sdpa), (VARLEN, _varlen), (FLASH, _flash)):
     AttentionInterface.register(_name, _function)
+for _name in (SDPA, VARLEN):
     AttentionMaskInterface.register(_name, _mask)

@@ -31,6 +31,7 @@ from autoregembed.ops import (
     score_distillation,
 )
 from autoregembed.packing import Ids, Packed, index_on, make_microbatches
+from autoregembed.passes import sum_of_passes
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
@@ -153,7 +154,67 @@ def _alignment(
     ref_logps: tuple[Tensor, Tensor] | None,
     token_budget: int | None,
 ) -> AlignmentOutput:
-    """`alignment_loss` of `alignment_scores`; in one op where one pass holds all pairs."""
+    """`alignment_loss` of `alignment_scores`; in one op where one pass holds all pairs.
+
+    It is a mean over rows, whose pairs need no other row's. So passes hold whole rows where the budget can: each goes
+    backward at once with its own loss, and what is kept does not grow with the number of negatives.
+    """
+    b = len(rows)
+    parts, budgets = _whole_rows(decoder, z, rows, token_budget)
+    if len(parts) == 1:
+        return _alignment_in_one(options, decoder, z, rows, ref_logps, budgets[0])
+    totals = [max(sum(x), 1) for x in zip(*(_alignment_terms(options, r) for r in rows), strict=True)]
+
+    def run(z_part: Tensor, i: int) -> list[Tensor]:
+        chosen = [rows[j] for j in parts[i]]
+        scores = None
+        if ref_logps is not None:
+            scores = ref_logps[0][parts[i]], ref_logps[1][parts[i]]
+        out = _alignment_in_one(options, decoder, z_part, chosen, scores, budgets[i])
+        counts = [sum(x) for x in zip(*(_alignment_terms(options, r) for r in chosen), strict=True)]
+        return [x * n for x, n in zip(out, counts, strict=True)]
+
+    sums = sum_of_passes(z, run, [[*part, *(b + j for j in part)] for part in parts])
+    return AlignmentOutput(*(x / n for x, n in zip(sums, totals, strict=True)))
+
+
+def _alignment_terms(options: Stage2Options, row: dict) -> tuple[int, int, int, int]:
+    """How many terms of loss, s1, s2 and accuracy a row has."""
+    pairs = len(row["target_ids"]) - 1
+    return num_loss_terms(row, options.negatives), 1, pairs, pairs
+
+
+def _whole_rows(
+    decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None
+) -> tuple[list[list[int]], list[int | None]]:
+    """The rows of each pass, and the budget by which their pairs are parted: None where they fit."""
+    whole = [[*range(len(rows))]], [token_budget]
+    if token_budget is None:
+        return whole
+    tokens = [
+        decoder.num_pass_tokens(z.shape[1], [*r["target_ids"], r["target_ids"][0]], [0] * len(r["target_ids"]) + [1])
+        for r in rows
+    ]
+    parts = make_microbatches(tokens, token_budget)
+    if decoder.sharded:
+        # All processes make as many passes of their rows, or part the pairs of all rows.
+        counts = torch.tensor([len(parts), -len(rows), max(tokens)], device=z.device)
+        most, fewest, longest = distributed.all_reduce(counts, "MAX").tolist()
+        if most > -fewest or longest > token_budget:
+            return whole
+        parts = distributed.equalize_microbatches(parts, z.device)
+    return parts, [None if sum(tokens[i] for i in part) <= token_budget else token_budget for part in parts]
+
+
+def _alignment_in_one(
+    options: Stage2Options,
+    decoder: Decoder,
+    z: Tensor,
+    rows: list[dict],
+    ref_logps: tuple[Tensor, Tensor] | None,
+    token_budget: int | None,
+) -> AlignmentOutput:
+    """`_alignment` of rows that are not parted further; z (≥ 2B, K, D)."""
     targets, z_index, pairs = _alignment_pairs(rows, z.device)
     references: tuple[Tensor | None, Tensor | None] = (None, None)
     if ref_logps is not None:
