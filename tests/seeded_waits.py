@@ -22,7 +22,7 @@ WAITS = [
     ("autoregembed/encoder.py", "    return F.normalize(z.mean(1)", "float(z.sum())"),
     ("autoregembed/decoder.py", "        if self.logprob_reduction", "scores.tolist()"),
     ("autoregembed/decoder.py", "        work = torch.promote_types(z.dtype", "bool(z.isnan().any())"),
-    ("autoregembed/passes.py", "            index = index_on(z.device, microbatch)", "z[microbatch]"),
+    ("autoregembed/passes.py", "            index = index_on(z.device, microbatch)", "z.sum().item()"),
     ("autoregembed/attention.py", "    window = kwargs.get", "cu_seqlens.tolist()"),
     ("autoregembed/attention.py", "    runs = (kwargs", "kwargs.pop(LENGTHS)"),
     ("autoregembed/attention.py", "    options = {} if layer_type is None", "position_ids.max().item()"),
