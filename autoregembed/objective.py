@@ -1,7 +1,7 @@
 """The losses of both stages over rows of token ids, and loss and gradient of one optimizer step.
 
-`stage2_loss` is the one place where alignment, InfoNCE and distillation are put together; the loop and the trainers of
-`integrations/` call it.
+`stage1_loss` and `stage2_loss` are the one place where a stage is put together; the loop and the trainers of
+`integrations/` call them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from autoregembed.ops import (
     AlignmentPairs,
     alignment_loss,
     conditional_alignment,
+    conditional_compression,
     info_nce,
     score_distillation,
 )
@@ -71,6 +72,34 @@ def num_loss_terms(row: dict, negatives: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+def stage1_loss(
+    decoder: Decoder, z: Tensor, targets: Sequence[Ids], *, num_tokens: int | Tensor, token_budget: int | None = None
+) -> Tensor:
+    """−Σ log p(target | z) / num_tokens, (); in one op where one pass holds all targets.
+
+    Args:
+        decoder: the frozen decoder.
+        z: (B, K, D).
+        targets: B targets as token ids, without eos.
+        num_tokens: of the whole step, with eos, at least 1: a number, or () int64 on z's device.
+        token_budget: as in `Decoder.logprob`.
+
+    Source: arXiv 2502.11401, §3.2.
+    """
+
+    def fused(
+        hidden: Tensor, weight: Tensor, labels: Tensor, *, packed: Packed, cu_seqlens: Tensor, **head: Any
+    ) -> Any:
+        return conditional_compression(hidden, weight, labels, num_tokens=num_tokens, **head)
+
+    out = decoder.run(z, targets, None, token_budget, fused if decoder.logprob_reduction == "sum" else None)
+    return -out.sum() / num_tokens if out.ndim else out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Stage 2
 
 
@@ -98,6 +127,17 @@ def _parts(scores: Tensor, rows: list[dict]) -> PairScores:
     places = index_on(scores.device, mask.flatten().nonzero().squeeze(1))
     c = scores.new_zeros(mask.numel()).index_copy(0, places, scores[2 * b :]).view(mask.shape)
     return PairScores(scores[:b], scores[b : 2 * b], c, mask.to(scores.device, non_blocking=True))
+
+
+def with_batch_negatives(rows: list[dict]) -> list[dict]:
+    """Rows in which one without a negative has the positive of the next row with another one, where there is any."""
+    out = []
+    for i, row in enumerate(rows):
+        (positive, *negatives) = row["target_ids"]
+        others = (r["target_ids"][0] for r in (*rows[i + 1 :], *rows[:i]))
+        found = negatives or [next((ids for ids in others if ids != positive), None)]
+        out.append({**row, "target_ids": [positive, *(ids for ids in found if ids is not None)]})
+    return out
 
 
 def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None) -> PairScores:
@@ -402,8 +442,10 @@ class Objective:
         z = self.encoder(*texts_of(rows, config.hard_negatives), config.token_budget)
         if config.stage == 1:
             assert self.decoder is not None
-            logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows], token_budget=config.token_budget)
-            return -logprob.sum() / totals["loss"], {}
+            targets, world = [r["target_ids"] for r in rows], distributed.world_size()
+            count = round(totals["loss"] * world)
+            loss = stage1_loss(self.decoder, z, targets, num_tokens=count, token_budget=config.token_budget)
+            return loss * world, {}
         ref_logps = None
         if self.ref_logps is not None:
             index = torch.tensor([r["row"] for r in rows])

@@ -271,9 +271,9 @@ class Run:
                 )
             if config.needs_teacher_scores:
                 assert decoder is not None
-                teacher_scores = cached_teacher_scores(
-                    config, self.encoder, decoder, self.rows, fingerprint, read, self.console
-                )
+                given = {"seed": config.seed, "num_blocks": read, "console": self.console}
+                size = config.batch_size
+                teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, size, fingerprint, **given)
         if config.stage == 2 and not config.alignment_weight:
             self.decoder = None  # all that it had to say is in the scores
         self.encoder.train()
