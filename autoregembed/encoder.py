@@ -13,19 +13,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed import distributed
+from autoregembed.adapters import adapter_rows, adapter_token_ids, add_lora, load_adapter
 from autoregembed.attention import run_packed
 from autoregembed.export import export
 from autoregembed.files import CheckpointError
 from autoregembed.model_card import Card
 from autoregembed.models import (
-    adapter_token_ids,
     add_compress_tokens,
-    add_lora,
     base_model,
     claim,
+    compress_embeddings,
     final_norm,
     fit_length,
-    load_adapter,
     load_causal_lm,
     max_positions,
     original_of,
@@ -35,6 +34,7 @@ from autoregembed.models import (
     require_unadapted_head,
     scale_output,
     split_gguf,
+    write_compress_rows,
 )
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, order_of, pack
@@ -65,7 +65,8 @@ class Encoder(nn.Module):
         prompts: what stands before the texts of a side, {"query": …, "document": …}, as in sentence-transformers.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         own_compress_rows: keep the K compress embeddings in a parameter of its own, `compress_rows` (K, D), so that
-            they can have their own learning rate and be trained where the embedding matrix is frozen.
+            they can have their own learning rate and be trained where the embedding matrix is frozen. They start as
+            the rows of the matrix, or as the tensor (K, D) given here, whose ids may lie behind the matrix.
             `fold_compress_rows()` writes them into the matrix.
 
     Raises:
@@ -85,7 +86,7 @@ class Encoder(nn.Module):
         max_length: int | None = None,
         prompts: Mapping[str, str] | None = None,
         attention: str = "auto",
-        own_compress_rows: bool = False,
+        own_compress_rows: bool | Tensor = False,
     ):
         super().__init__()
         if tokenizer is not None:
@@ -106,8 +107,12 @@ class Encoder(nn.Module):
         self.recipe: dict[str, Any] = {}  # what a saved folder says of its training besides
         embedding = model.get_input_embeddings()
         vocabulary = embedding.weight.shape[0]
+        self.original_base = True  # the weights under its adapters are those of the original model
+        self.shared: Any = None  # with a Decoder (`Decoder.sharing`)
         self.sharded = False  # by whoever shards the model: then all processes make the same number of passes
-        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary)
+        own = own_compress_rows is not False
+        inside = not isinstance(own_compress_rows, Tensor)
+        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary if inside else 1 << 31)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
             raise ValueError(f"compress_token_ids: got {self.compress_token_ids}, expected distinct ids")
         if self.suffix_ids:
@@ -118,8 +123,9 @@ class Encoder(nn.Module):
         require_gradients(model)
         claim(model, self)
         self.compress_rows = None
-        if own_compress_rows:
-            self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())
+        if own:
+            rows = embedding.weight.detach()[self.compress_token_ids] if inside else own_compress_rows
+            self.compress_rows = nn.Parameter(rows.detach().to(embedding.weight.device, copy=True))
         self.use_attention(attention)
 
     @classmethod
@@ -215,10 +221,13 @@ class Encoder(nn.Module):
                 f"num_compress_tokens: got {num_compress_tokens}, expected {known}, the number that the "
                 f"{'model' if ids else 'adapter'} was trained with"
             )
+        rows: bool | Tensor = own_compress_rows
         if not ids:
-            ids = add_compress_tokens(
-                model, tokenizer, num_compress_tokens if num_compress_tokens is not None else known or 5
-            )
+            k = num_compress_tokens if num_compress_tokens is not None else known or 5
+            if own_compress_rows:  # the model stays as it is
+                ids, rows = compress_embeddings(model, tokenizer, k)
+            else:
+                ids = add_compress_tokens(model, tokenizer, k)
         if adapted and sorted(adapted) != sorted(ids):
             raise CheckpointError(
                 f"adapter: got one that trains the embeddings of {adapted}, expected those of the model's compress "
@@ -229,7 +238,9 @@ class Encoder(nn.Module):
             head.requires_grad_(False)  # the encoder never reads it
         wrapped: Any = model
         if adapter is not None:
-            wrapped = load_adapter(model, adapter)
+            wrapped = load_adapter(model, adapter, compress_tokens=not own_compress_rows)
+            if adapted and own_compress_rows:
+                rows = adapter_rows(adapter)[[adapted.index(i) for i in ids]]
         elif lora_rank:
             wrapped = add_lora(
                 model, None if own_compress_rows else ids, rank=lora_rank, alpha=lora_alpha, targets=lora_targets,
@@ -248,9 +259,10 @@ class Encoder(nn.Module):
             max_length=recipe.get("max_length") if max_length is None else max_length,
             prompts=recipe.get("prompts"),
             attention=attention,
-            own_compress_rows=own_compress_rows,
+            own_compress_rows=rows,
         )
         encoder.recipe = recipe
+        encoder.original_base = own_compress_rows and not recipe.get("compress_token_ids")
         return encoder
 
     def save_pretrained(
@@ -383,11 +395,12 @@ class Encoder(nn.Module):
             self.train(training)
         return distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
 
-    @torch.no_grad()
     def fold_compress_rows(self) -> None:
-        """Writes `compress_rows` into the model's embedding matrix; a no-op without them."""
+        """Writes `compress_rows` into the model's embedding matrix, which grows where it has to; a no-op without."""
+        if self.shared is not None:
+            raise ValueError("model: got one that a Decoder shares, expected a copy (save_pretrained makes one)")
         if self.compress_rows is not None:
-            self.model.get_input_embeddings().weight[self.compress_token_ids] = self.compress_rows
+            write_compress_rows(self.model, self.compress_token_ids, self.compress_rows)
 
     @torch.no_grad()
     def init_output_rms(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
@@ -402,7 +415,10 @@ class Encoder(nn.Module):
         """
         z = self(ids, suffix_ids).double()
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        scale_output(final_norm(self.model), gain)
+        norm = final_norm(self.model)
+        if self.shared is not None:
+            self.shared.require_own(norm, "a final norm")
+        scale_output(norm, gain)
 
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
         """The token ids that the model reads for each text."""
@@ -475,7 +491,7 @@ class Encoder(nn.Module):
             hidden = run_packed(base_model(self.model), packed, input_ids=ids[None])
         else:
             embedding = self.model.get_input_embeddings()
-            x = embedding(ids)
+            x = embedding(ids.clamp(max=embedding.weight.shape[0] - 1))  # a compress token may have no row in it
             # Gemma's embedding module multiplies what it reads from its matrix.
             own = (self.compress_rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
             rows = packed.cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
