@@ -33,6 +33,11 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
     model, tokenizer, recipe = load_causal_lm(
         config.model, gguf_file=config.gguf_file, trust_remote_code=config.trust_remote_code
     )
+    if recipe.get("centering"):
+        raise ConfigError(
+            f"model: got {config.model!r}, an export with a centring, which training would make wrong; expected the "
+            "model/ of its run, or an export without"
+        )
     original = original_of(config.model, config.gguf_file)
     if config.decoder:
         original = original_of(config.decoder, config.gguf_file)

@@ -121,6 +121,7 @@ _RECIPE_TYPES: dict[str, Any] = {
     "z_norm": str,
     "decoder_add_bos": bool,
     "lm_head": bool,
+    "centering": dict,
 }
 
 
