@@ -94,6 +94,8 @@ def _decoder(config: Config, original: dict[str, Any], model: Any, tokenizer: An
         "add_bos": config.decoder_add_bos,
         "logprob_reduction": config.logprob_reduction if config.stage == 2 else "sum",
         "attention": "sdpa",
+        "share_prefixes": config.share_prefixes,
+        "gradient_checkpointing": config.decoder_gradient_checkpointing,
     }
     if config.decoder_add_bos and tokenizer.bos_token_id is None:
         raise ConfigError(f"decoder_add_bos: got True, expected False: the tokenizer of {config.model!r} has no bos")

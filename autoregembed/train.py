@@ -73,7 +73,7 @@ FREE_FIELDS = {
     "model", "decoder", "gguf_file", "trust_remote_code", "train_data", "train_split", "output_dir", "ref_logps_file",
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
-    "log_with", "num_proc", "export_dtype", "model_name", "license",
+    "log_with", "num_proc", "export_dtype", "model_name", "license", "decoder_gradient_checkpointing", "share_prefixes",
 }  # fmt: skip
 
 RESULT_FOLDERS = ("model", "export", "adapter", "best", "checkpoints")

@@ -119,13 +119,13 @@ class LikelihoodDistillationLoss(DecoderLoss):
             )
         texts = [self._texts(column) for column in columns]
         if labels is None or labels.ndim != 2 or len(labels) != len(texts[0]):
-            found = None if labels is None else tuple(labels.shape)
+            shape = None if labels is None else tuple(labels.shape)
             raise ValueError(
-                f"labels: got {found}, expected the scores of {len(texts[0])} rows that precompute_teacher_scores adds "
+                f"labels: got {shape}, expected the scores of {len(texts[0])} rows that precompute_teacher_scores adds "
                 "to a data set as column 'label'"
             )
-        found = labels.tolist()
-        scores = scores_of_rows([int(row[0]) for row in found], [int(row[1]) for row in found], labels[:, 2:])
+        blocks, places = labels[:, :2].long().T.tolist()
+        scores = scores_of_rows(blocks, places, labels[:, 2:])
         embeddings = [self._read(column)[1] for column in columns]
         keys = list(zip(texts[0], texts[-1], strict=True))
         return distillation_loss(self.options, embeddings[0], embeddings[-1], scores, keys)

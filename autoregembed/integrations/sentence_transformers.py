@@ -32,8 +32,7 @@ from autoregembed.encoder import Encoder
 from autoregembed.integrations.defaults import RECOMMENDED
 from autoregembed.integrations.distillation import BlockBatchSampler, LikelihoodDistillationLoss
 from autoregembed.integrations.exported import DecoderLoss, Template, freeze_pooling
-from autoregembed.objective import contrastive_loss, stage2_loss, with_batch_negatives
-from autoregembed.ops import compression_loss
+from autoregembed.objective import contrastive_loss, stage1_loss, stage2_loss, with_batch_negatives
 
 __all__ = [
     "AutoRegEmbedLoss",
@@ -113,7 +112,7 @@ class InformationCompressionLoss(DecoderLoss):
             raise ValueError(f"sentence_features: got {len(columns)} columns, expected 2: context, output")
         targets = self._targets(columns[1])
         z, _ = self._read(columns[0])
-        return compression_loss(self.decoder.logprob(z, targets), self.decoder.num_tokens(targets))
+        return stage1_loss(self.decoder, z, targets, num_tokens=self.decoder.num_tokens(targets))
 
     def get_config_dict(self) -> dict[str, Any]:
         return self._decoder_config()

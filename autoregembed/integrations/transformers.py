@@ -31,7 +31,7 @@ from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.integrations.defaults import RECOMMENDED, default_decoder
 from autoregembed.models import read_recipe
-from autoregembed.objective import num_loss_terms, stage2_loss, texts_of, with_batch_negatives
+from autoregembed.objective import num_loss_terms, stage1_loss, stage2_loss, texts_of, with_batch_negatives
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import pack
 from autoregembed.reference_scores import compute_ref_logps
@@ -101,8 +101,16 @@ class CompressionLossFunction:
             raise ValueError('labels: got None, expected target ids; set label_names=["labels"]')
         self.decoder.to(hidden.device)
         targets = [[i for i in row if i != IGNORE_INDEX][:-1] for row in labels.tolist()]
-        logprob = self.decoder.logprob(hidden[:, -self.num_compress_tokens :], targets)
-        return -logprob.sum() / (self.decoder.num_tokens(targets) if num_items_in_batch is None else num_items_in_batch)
+        count = self.decoder.num_tokens(targets) if num_items_in_batch is None else num_items_in_batch
+        z = hidden[:, -self.num_compress_tokens :]
+        return stage1_loss(self.decoder, z, targets, num_tokens=_on(count, z.device))
+
+
+def _on(count: Tensor | int, device: torch.device) -> Tensor | int:
+    """A number of terms, at least 1; the Trainer's lies on any device, as a float, and nobody waits for it."""
+    if not isinstance(count, Tensor):
+        return max(count, 1)
+    return count.to(device, non_blocking=True).round().long().clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,22 +340,25 @@ class AutoRegEmbedTrainer(Trainer):
             num_items_in_batch = (inputs["labels"] != IGNORE_INDEX).sum()
         elif self.args.average_tokens_across_devices:
             world = self.accelerator.num_processes  # DDP averages gradients, and the count is that of all processes
-        terms, others = self._loss_terms(z, rows)
-        loss = world * (terms / max(num_items_in_batch, 1)) + others
+        terms, others = self._loss_terms(z, rows, _on(num_items_in_batch, z.device))
+        loss = world * terms
+        if others is not None:
+            loss = loss + others
         return (loss, {"z": z}) if return_outputs else loss
 
-    def _loss_terms(self, z: Tensor, rows: list[dict]) -> tuple[Tensor, Tensor | float]:
-        """The sum over the terms that the labels count, and the losses that are no such sum."""
+    def _loss_terms(self, z: Tensor, rows: list[dict], count: Tensor | int) -> tuple[Tensor, Tensor | None]:
+        """The sum over the terms that the labels count, divided by `count`, and the losses that are no such sum."""
         if "text_ids" in rows[0]:
             assert self.decoder is not None
-            return -self.decoder.logprob(z, [row["target_ids"] for row in rows]).sum(), 0.0
+            return stage1_loss(self.decoder, z, [row["target_ids"] for row in rows], num_tokens=count), None
         out = stage2_loss(
             self.options, self.decoder, z, rows, ref_logps=self._ref_logps(rows), teacher_scores=self._scores(rows)
         )
-        others = sum(part for part in (out.contrastive, out.distillation) if part is not None)
+        parts = [part for part in (out.contrastive, out.distillation) if part is not None]
+        others = torch.stack(parts).sum() if parts else None
         if out.alignment is None:
             return z.sum() * 0, others
-        return out.alignment * sum(num_loss_terms(row, self.options.negatives) for row in rows), others
+        return out.alignment * (sum(num_loss_terms(r, self.options.negatives) for r in rows) / count), others
 
     def _scores(self, rows: list[dict]) -> Tensor | None:
         if not self.options.distillation_weight:
