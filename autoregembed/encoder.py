@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from autoregembed import distributed
 from autoregembed.adapters import adapter_rows, adapter_token_ids, add_lora, load_adapter
 from autoregembed.attention import run_packed
+from autoregembed.centering import Centering, read_centering
 from autoregembed.export import export
 from autoregembed.files import CheckpointError
 from autoregembed.model_card import Card
@@ -105,6 +106,7 @@ class Encoder(nn.Module):
         self.prompts = dict(prompts or {})
         self.max_length = fit_length("max_length", max_length, max_positions(model))
         self.recipe: dict[str, Any] = {}  # what a saved folder says of its training besides
+        self.centering: Centering | None = None  # of what `encode` gives; z knows nothing of it
         embedding = model.get_input_embeddings()
         vocabulary = embedding.weight.shape[0]
         self.original_base = True  # the weights under its adapters are those of the original model
@@ -172,12 +174,14 @@ class Encoder(nn.Module):
         model, tokenizer, recipe = load_causal_lm(
             source, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        return cls.from_model(
+        encoder = cls.from_model(
             model if device is None else model.to(device), tokenizer, recipe=recipe or original_of(source, gguf_file),
             num_compress_tokens=num_compress_tokens, instruction=instruction, max_length=max_length,
             lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter,
             attention=attention, own_compress_rows=own_compress_rows,
         )  # fmt: skip
+        encoder.centering = read_centering(source, recipe)
+        return encoder
 
     @classmethod
     def from_model(
@@ -279,8 +283,18 @@ class Encoder(nn.Module):
         Raises:
             ValueError: this encoder has no tokenizer. And the other errors of `export.export`.
         """
-        folder = Path(path).expanduser()
-        return export(self, folder, max_length=max_length, dtype=dtype, overwrite=overwrite, card=card)
+        folder, given = Path(path).expanduser(), {"max_length": max_length, "dtype": dtype, "card": card}
+        return export(self, folder, **given, overwrite=overwrite, centering=self.centering)
+
+    def center(self, texts: Sequence[str], *, whiten: bool = False, **options: Any) -> Centering:
+        """From here on `encode` and saved folders centre embeddings on unlabelled texts, and whiten them if wanted.
+
+        Raises:
+            ValueError: fewer than two texts, or no more than D to whiten with. And the errors of `encode`.
+        """
+        self.centering = None
+        self.centering = Centering.fit(self.encode(texts, **options), whiten=whiten)
+        return self.centering
 
     def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.
@@ -356,7 +370,7 @@ class Encoder(nn.Module):
         shared: bool = False,
         prompt_name: str | None = None,
     ) -> Tensor:
-        """normalize(mean_k z) of each text, without dropout and without gradient.
+        """normalize(mean_k z) of each text, centred where `centering` is set, without dropout and without gradient.
 
         Args:
             texts: n strings, tokenized as in training.
@@ -393,7 +407,8 @@ class Encoder(nn.Module):
                     out[microbatch] = text_embedding(z.float()).cpu()
         finally:
             self.train(training)
-        return distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
+        out = distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
+        return out if self.centering is None else self.centering(out)
 
     def fold_compress_rows(self) -> None:
         """Writes `compress_rows` into the model's embedding matrix, which grows where it has to; a no-op without."""

@@ -123,6 +123,7 @@ _RECIPE_TYPES: dict[str, Any] = {
     "decoder_add_bos": bool,
     "lm_head": bool,
     "adapter": dict,
+    "centering": dict,
 }
 
 
