@@ -211,6 +211,16 @@ def write_compress_rows(model: Any, ids: list[int], rows: Tensor) -> None:  # ro
     weight[ids] = rows.to(weight)
 
 
+def embed_compress_rows(model: Any, ids: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:
+    """Input embeddings (T, D) of a pack (T,) whose texts end in K compress tokens with rows (K, D) of their own."""
+    embedding, k = model.get_input_embeddings(), len(rows)
+    x = embedding(ids.clamp(max=embedding.weight.shape[0] - 1))  # a compress token may have no row in it
+    # Gemma's embedding module multiplies what it reads from its matrix.
+    own = (rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
+    places = cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
+    return x.index_copy(0, places.flatten(), own.repeat(len(places), 1))
+
+
 def module_name(model: nn.Module, module: nn.Module) -> str:
     """The name of a submodule, as PEFT's configurations take it."""
     return next(name for name, found in model.named_modules() if found is module)
