@@ -1,4 +1,4 @@
-"""The `autoregembed` command: train, encode, eval, doctor, bench, init, completion."""
+"""The `autoregembed` command: train, encode, eval, export, probe, doctor, bench, init, completion."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from rich.console import Console
 
 from autoregembed.doctor import report
+from autoregembed.export_command import export_model
+from autoregembed.text_files import read_texts
 from autoregembed.train_flags import train_parser
 
 console = Console(stderr=False)
@@ -163,40 +165,6 @@ def _exported(model: str) -> Any:
         return SentenceTransformer(model, model_kwargs={"use_safetensors": True})  # never a pickle
 
 
-def _texts(source: str, column: str | None) -> list[str]:
-    """The texts of a file of lines, of stdin ("-") or of a file of rows, none of them empty."""
-    from autoregembed.cells import as_text, document_text, require_keys
-    from autoregembed.tables import file_kind, read_rows
-
-    placed: Iterable[tuple[str, str]]
-    if file_kind(source) not in (None, ".txt"):  # of a text file every line counts
-        rows = list(read_rows([source]))
-        for place, row in rows:
-            require_keys(row, [column or "text"], place)
-        if column is None:
-            placed = [(place, document_text(row, place)) for place, row in rows]
-        else:
-            placed = [(place, as_text(row[column], column, place)) for place, row in rows]
-    else:
-        if column is not None:
-            raise ValueError(f"column: got {column!r} with {source!r}, expected None for a file that has no columns")
-        if Path(source).suffix.lower() == ".gz":
-            raise ValueError(f"texts: got {source!r}, expected text that is not compressed, or a file of rows")
-        try:
-            with sys.stdin if source == "-" else open(source, encoding="utf-8") as file:
-                content = file.read().removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"texts: got {source!r}, which cannot be read as UTF-8: {error}") from error
-        lines = content.split("\n")
-        placed = [(f"line {i}", line) for i, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1)]
-    for place, text in placed:
-        if not text.strip():
-            raise ValueError(f"texts: got an empty text in {place}, expected at least one token")
-    if not placed:
-        raise ValueError(f"texts: got no line in {source!r}, expected at least one")
-    return [text for _, text in placed]
-
-
 def _require_prompt(exported: Any, prompt_name: str | None) -> None:
     """Which side the texts are of is never guessed: without its prompt a text is read as it never was in training."""
     known = sorted(name for name, prompt in (exported.prompts or {}).items() if prompt)
@@ -222,7 +190,7 @@ def _encode(model: str, texts: str, output: str, column: str | None = None, prom
 
     from autoregembed.files import atomic_file, require_writable_file
 
-    lines = _texts(texts, column)
+    lines = read_texts(texts, column)
     target = Path(output)
     if target.suffix not in (".safetensors", ".npy") and not target.is_dir():
         raise ValueError(f"output: got {output!r}, expected a name that ends in .safetensors or .npy")
@@ -459,7 +427,7 @@ def _parser() -> ArgumentParser:
 def _functions() -> dict[str, Callable]:
     return {
         "encode": _encode, "eval": _evaluate, "doctor": _doctor, "bench": _bench, "init": _init,
-        "probe": _probe,
+        "probe": _probe, "export": export_model,
         "completion": _completion,
     }  # fmt: skip
 
@@ -471,7 +439,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] in (["train"], ["eval"], ["encode"], ["probe"]):
+        if arguments[:1] in (["train"], ["eval"], ["encode"], ["probe"], ["export"]):
             _mute_other_bars()
         if arguments[:1] == ["train"]:
             if "-h" in arguments or "--help" in arguments:
@@ -479,7 +447,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return 0
             return _train(arguments[1:])
         functions = _functions()
-        if arguments[:1] in (["encode"], ["eval"], ["init"], ["completion"], ["probe"]):
+        if arguments[:1] in (["encode"], ["eval"], ["init"], ["completion"], ["probe"], ["export"]):
             arguments = [arguments[0], *_named(functions[arguments[0]], arguments[1:])]
         parsed = _parser().parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}

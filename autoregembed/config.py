@@ -178,6 +178,11 @@ class Config(Stage2Options):
         lora_rank: > 0 trains LoRA adapters and the compress tokens in place of all parameters.
         lora_alpha: scale of the adapters.
         lora_targets: module names, or all-linear.
+        share_base: with LoRA, one copy of the frozen weights serves the encoder, with its adapters, and the decoder,
+            without them; a next stage goes on with the adapters. auto: where the decoder is the model under the
+            adapters. true: the run is refused where it is not.
+        base_dtype: of the weights under LoRA adapters: fp32, bf16, fp16, or auto: that of `precision` where they are
+            shared, otherwise fp32.
         z_norm: none, or match_rms: scale z to the RMS of the decoder's input embeddings.
         decoder_add_bos: the decoder reads bos before z. The released code has none there, and the decoder's attention
             sink then falls on one of the vectors of z, a different one for each text.
@@ -191,6 +196,9 @@ class Config(Stage2Options):
             loss scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
         gradient_checkpointing: recompute the encoder's activations in backward.
+        decoder_gradient_checkpointing: recompute the decoder's activations in backward.
+        share_prefixes: targets of one z run the decoder's bos and the K rows of z once. Default: where the model can
+            and it saves time; true: always, or the model is refused; false: each target has its own.
         compile: torch.compile the layers of encoder and decoder.
         seed: seeds everything.
         deterministic: use torch's deterministic algorithms, so that two runs on the same machine agree in every bit.
@@ -246,6 +254,8 @@ class Config(Stage2Options):
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_targets: list[str] | str = "all-linear"
+    share_base: bool | Literal["auto"] = "auto"
+    base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     z_norm: Literal["none", "match_rms"] = "none"
     decoder_add_bos: bool = False
     init_output_rms: bool = False
@@ -254,6 +264,8 @@ class Config(Stage2Options):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     gradient_checkpointing: bool = False
+    decoder_gradient_checkpointing: bool = False
+    share_prefixes: bool | None = None
     compile: bool = False
     seed: int = 0
     deterministic: bool = False
@@ -284,6 +296,8 @@ class Config(Stage2Options):
             for name in ("query_instruction", "passage_instruction"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected None in stage 1")
+        if not self.lora_rank and self.base_dtype != "auto":
+            raise ConfigError(f"base_dtype: got {self.base_dtype!r}, expected 'auto' without lora_rank")
         if self.seed >= 2**31:
             raise ConfigError(f"seed: got {self.seed}, expected less than {2**31}")
         self._require_at_least(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed.attention import run_packed
-from autoregembed.derivatives import first_order_only
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.files import CheckpointError
+from autoregembed.heads import require_linear_head, require_plain_embedding
 from autoregembed.models import (
     base_model,
     claim,
-    describe_dtypes,
     fit_length,
     is_plain,
     load_causal_lm,
@@ -32,46 +34,19 @@ from autoregembed.models import (
 )
 from autoregembed.ops.linear_logprob import linear_logprob
 from autoregembed.ops.splice import splice
-from autoregembed.packing import Ids, Packed, check_ids, index_on, make_microbatches, order_of, pack
-from autoregembed.probe import use_packed_attention, verify_length
+from autoregembed.packing import Ids, Packed, check_ids, index_on, pack
+from autoregembed.passes import PairwiseScores, checkpoint_layers, in_order
+from autoregembed.prefixes import choose_passes, pass_tokens, select, share_prefixes
+from autoregembed.probe import allow_shared_prefixes, use_packed_attention, verify_length
 from autoregembed.prompt import batch_token_ids
+from autoregembed.sharding import gather_shared, shard_frozen
+from autoregembed.sharing import SharedBase
+
+if TYPE_CHECKING:
+    from autoregembed.encoder import Encoder
 
 Z_NORMS = ("none", "match_rms")
 LOGPROB_REDUCTIONS = ("sum", "mean")
-
-
-class _PairwiseScores(torch.autograd.Function):
-    """Scores of S pairs, one micro-batch after another, with d score / d z of every pair in place of a graph.
-
-    The decoder is frozen, a pair's score depends on that pair's copy of z alone, and the upstream gradient is one
-    number a pair. So the gradient is formed up to that number before any loss is known, and nothing runs twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], microbatches: list[list[int]]
-    ) -> Tensor:
-        u = torch.empty_like(z)  # (S, K, D)
-        scores = []
-        for microbatch in microbatches:
-            index = index_on(z.device, microbatch)
-            rows = z[index].detach().requires_grad_()
-            with torch.enable_grad():
-                found = score(rows, microbatch)
-                (u[index],) = torch.autograd.grad(found.sum(), rows)
-            scores.append(found.detach())
-        ctx.save_for_backward(u)
-        return _in_order(scores, microbatches)
-
-    @staticmethod
-    @first_order_only("Decoder.logprob", "token_budget=None with impl='reference' has derivatives of any order")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (u,) = ctx.saved_tensors
-        return (grad[:, None, None] * u).to(u.dtype), None, None
-
-
-def _in_order(scores: list[Tensor], microbatches: list[list[int]]) -> Tensor:
-    return torch.cat(scores)[order_of(microbatches, scores[0].device)]
 
 
 class Decoder(nn.Module):
@@ -81,7 +56,7 @@ class Decoder(nn.Module):
     `from_pretrained` makes one that is ready; the constructor takes its parts.
 
     Args:
-        model: a Hugging Face causal LM, not the encoder's own.
+        model: a Hugging Face causal LM, not the encoder's own (`sharing` is for that).
         eos_token_id: ends every target; by default the model config's (the first, where it lists several).
         bos_token_id: read before z. None: z comes first (the released code).
         tokenizer: a fast tokenizer, for `tokenize`.
@@ -90,12 +65,15 @@ class Decoder(nn.Module):
         logprob_reduction: over a target's tokens and eos: "sum" (the paper) or "mean", which does not grow with length.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         impl: the backend of `linear_logprob`.
+        share_prefixes: targets of one z run bos and its K rows once; scores and gradients are the same to rounding.
+            None: where the model can and it saves time; True: wherever two targets of a pass have one z.
+        gradient_checkpointing: recompute the activations of each layer in backward.
 
     Raises:
-        ValueError: no eos, NaN weights, an unknown option, the model of an Encoder, adapters that PEFT has put into the
-            model in place or that add virtual tokens, input embeddings that are not rows of their matrix, a head with
-            an adapter or quantised weights, or one whose logits are not softcap(scale · (hidden Wᵀ + bias)), which is
-            found by comparison with the model's own.
+        ValueError: no eos, NaN weights, an option that is unknown or that the model cannot follow, the model of an
+            Encoder, adapters that PEFT has put into the model in place or that add virtual tokens, input embeddings
+            that are not rows of their matrix, a head with an adapter or quantised weights, or one whose logits are not
+            softcap(scale · (hidden Wᵀ + bias)), which is found by comparison with the model's own.
     """
 
     def __init__(
@@ -109,8 +87,11 @@ class Decoder(nn.Module):
         logprob_reduction: str = "sum",
         attention: str = "auto",
         impl: str = "auto",
+        share_prefixes: bool | None = None,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        self.shared: SharedBase | None = None
         if z_norm not in Z_NORMS:
             raise ValueError(f"z_norm: got {z_norm!r}, expected {Z_NORMS}")
         if logprob_reduction not in LOGPROB_REDUCTIONS:
@@ -125,6 +106,7 @@ class Decoder(nn.Module):
         self.logprob_reduction = logprob_reduction
         self.sharded = False
         self.impl = impl
+        self.share_prefixes = share_prefixes
         config = model.config.get_text_config()
         if eos_token_id is None:
             eos_token_id = config.eos_token_id
@@ -135,6 +117,8 @@ class Decoder(nn.Module):
         self.eos_token_id = int(eos_token_id)
         require_finite(model)
         require_gradients(model)
+        if gradient_checkpointing:
+            checkpoint_layers(model)
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(
@@ -154,9 +138,9 @@ class Decoder(nn.Module):
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         # Gemma's embedding module multiplies what it reads from its matrix.
         self.embedding_scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
-        self._verify_embedding()
+        require_plain_embedding(model, self.embedding_scale)
         self.use_attention(attention)
-        self._verify_head()
+        require_linear_head(model, self.eos_token_id, self.softcap, self.scale)
         self.register_buffer("input_rms", None, persistent=False)
         if z_norm == "match_rms":
             self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
@@ -173,6 +157,8 @@ class Decoder(nn.Module):
         device: torch.device | str | None = None,
         attention: str = "auto",
         impl: str = "auto",
+        share_prefixes: bool | None = None,
+        gradient_checkpointing: bool = False,
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
     ) -> Decoder:
@@ -183,7 +169,7 @@ class Decoder(nn.Module):
                 (`model/` or `export/`): those folders name the original model, which is loaded in their place.
             z_norm: as in the constructor; by default what the trained encoder was trained with, else "none".
             add_bos: the decoder reads bos before z; by default as the trained encoder was trained, else False.
-            logprob_reduction, attention, impl: as in the constructor.
+            logprob_reduction, attention, impl, share_prefixes, gradient_checkpointing: as in the constructor.
             dtype: of the weights.
             device: of the weights; by default the CPU.
             gguf_file: the name of a GGUF file in the folder of the model that is loaded.
@@ -210,7 +196,8 @@ class Decoder(nn.Module):
             model if device is None else model.to(device), tokenizer,
             z_norm=recipe.get("z_norm") or "none" if z_norm is None else z_norm,
             add_bos=bool(recipe.get("decoder_add_bos")) if add_bos is None else add_bos,
-            logprob_reduction=logprob_reduction, attention=attention, impl=impl,
+            logprob_reduction=logprob_reduction, attention=attention, impl=impl, share_prefixes=share_prefixes,
+            gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
 
     @classmethod
@@ -229,6 +216,30 @@ class Decoder(nn.Module):
         if add_bos and bos is None:
             raise ValueError("add_bos: got True, expected False: the tokenizer has no bos token")
         return cls(model, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos, tokenizer=tokenizer, **options)
+
+    @classmethod
+    def sharing(cls, encoder: Encoder, *, add_bos: bool = False, **options: Any) -> Decoder:
+        """The model under an encoder's adapters, without them: the same weights in memory serve both.
+
+        Make it before the encoder is wrapped (DDP) or sharded. Moving or casting the weights of one moves both.
+
+        Args:
+            encoder: with adapters (`lora_rank`, `adapter`, or a PeftModel) on the original model, whose compress tokens
+                are `own_compress_rows`.
+            add_bos: the decoder reads bos before z.
+            options: as in the constructor.
+
+        Raises:
+            ValueError: no adapters, other trained parameters, adapters that are merged, or a base that is not the
+                original model. And the errors of `from_model`.
+        """
+        shared = SharedBase(encoder)
+        if encoder.tokenizer is not None:
+            decoder = cls.from_model(shared.model, encoder.tokenizer, add_bos=add_bos, **options)
+        else:
+            decoder = cls(shared.model, bos_token_id=encoder.bos_token_id if add_bos else None, **options)
+        decoder.shared = encoder.shared = shared
+        return decoder
 
     def tokenize(
         self, texts: Sequence[str], *, max_target_length: int | None = None, num_compress_tokens: int = 5
@@ -257,6 +268,9 @@ class Decoder(nn.Module):
         """No dropout and no gradient of a parameter, also where somebody has asked the model itself for them."""
         if self.model.training:
             self.model.eval()
+        if self.shared is not None:
+            self.shared.require_unmerged()
+            self.shared.require_frozen()
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -265,10 +279,11 @@ class Decoder(nn.Module):
         """Sets `attention` anew, for a model that has moved to another device or dtype.
 
         Raises:
-            ValueError: a backend that cannot run there.
+            ValueError: a backend that cannot run there, or prefixes that the model cannot share though it is told to.
         """
         self._verified_length = len(self.prefix) + 5 + self.fit_max_target_length(5)
         self.attention = use_packed_attention(self.model, backend, embeds=True, length=self._verified_length)
+        self.shares_prefixes = allow_shared_prefixes(self.model, self._verified_length, self.share_prefixes)
 
     @torch.no_grad()
     def input_rms_per_dimension(self) -> Tensor:
@@ -281,75 +296,17 @@ class Decoder(nn.Module):
     def shard(self, device: torch.device) -> None:
         """Shards the frozen weights over the processes of the run, on `device`; a pass gathers them layer by layer.
 
+        Weights that an encoder shares must be sharded there before.
+
         The ops read embedding matrix and head, not their modules: `logprob` gathers one after the other and frees it.
         """
         self.sharded = True
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import Shard, distribute_tensor
-
-        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        model, base = self.model, base_model(self.model)
-        readers = (model.get_input_embeddings(), model.get_output_embeddings())
-        tables = {module.weight for module in readers}  # one, where they are tied
-        layers = set(getattr(model, "_no_split_modules", None) or ())
-        for module in [m for m in base.modules() if type(m).__name__ in layers]:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
-        shards = {
-            w: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(0)], src_data_rank=None), False) for w in tables
-        }
-        for module in readers:
-            module.weight = shards[module.weight]
+        if self.shared is None:
+            shard_frozen(self.model, device)
+        else:
+            gather_shared(self.model, self.shared.places, device)
         if self.input_rms is not None:
             self.input_rms = self.input_rms.to(device)
-
-    @torch.no_grad()
-    def _verify_embedding(self) -> None:
-        # `logprob` reads the matrix, so what a module adds to it (LoRA) or makes of it (dequantisation) would be lost.
-        embedding = self.model.get_input_embeddings()
-        weight = embedding.weight
-        for ids in torch.arange(weight.shape[0], device=weight.device).split(8192):
-            found = embedding(ids)
-            wanted = weight[ids]
-            if wanted.is_floating_point():
-                wanted = wanted * torch.tensor(self.embedding_scale, dtype=weight.dtype, device=weight.device)
-            if wanted.shape != found.shape or not torch.equal(found, wanted):
-                raise ValueError(
-                    f"model: got input embeddings of type {type(embedding).__name__} that are not rows of its "
-                    "weight, expected a plain nn.Embedding: merge adapters into it (merge_and_unload)"
-                )
-
-    @torch.no_grad()
-    def _verify_head(self) -> None:
-        head = self.model.get_output_embeddings()
-        ids = torch.tensor([[self.eos_token_id, 0]], device=head.weight.device)
-        try:
-            wanted = self.model(input_ids=ids).logits[0].double()
-        except RuntimeError as error:
-            raise ValueError(
-                f"model: got {type(self.model).__name__}, whose head cannot be run ({error})"
-                f"{describe_dtypes(self.model)}; expected a head and a base model that fit each other"
-            ) from error
-        hidden = base_model(self.model)(input_ids=ids).last_hidden_state[0]
-        if hidden.shape[-1] != head.weight.shape[1] or wanted.shape[-1] != len(head.weight):
-            raise ValueError(
-                f"model: got hidden states of {hidden.shape[-1]} dimensions and {wanted.shape[-1]} logits for an "
-                f"lm_head of shape {tuple(head.weight.shape)}, expected those of lm_head: take another model as the "
-                "decoder"
-            )
-        found = self.scale * head(hidden).double()
-        if self.softcap is not None:
-            found = self.softcap * torch.tanh(found / self.softcap)
-        # Some models cap and scale their logits in float32 whatever their dtype.
-        eps = max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps)
-        tolerance = 32 * eps * (1 + wanted.abs().max())
-        if not (found - wanted).abs().max() <= tolerance:
-            raise ValueError(
-                f"model: got logits that are not softcap(scale · (hidden Wᵀ + bias)) with softcap={self.softcap}, "
-                f"scale={self.scale} (difference {float((found - wanted).abs().max()):.3g}), expected such ones: this "
-                "head is not supported, take another model as the decoder"
-            )
 
     def rescale(self, z: Tensor) -> Tensor:
         """z (B, K, D) as the decoder reads it, by `z_norm`."""
@@ -372,6 +329,11 @@ class Decoder(nn.Module):
     def num_tokens(self, targets: Sequence[Ids]) -> int:
         """Supervised rows N: target tokens and one eos each."""
         return sum(map(len, targets)) + len(targets)
+
+    def num_pass_tokens(self, k: int, targets: Sequence[Ids], owners: list[int]) -> int:
+        """Tokens of one pass over pairs, with bos and K vectors; `owners` are the pairs' rows of z."""
+        around = len(self.prefix) + k
+        return pass_tokens([around + len(target) for target in targets], owners, around, self.shares_prefixes)
 
     def _pack(self, k: int, targets: Sequence[Ids], device: torch.device) -> tuple[Packed, Tensor, Tensor, Tensor]:
         """The packed input of S pairs: bos if any, K rows for z, all target tokens; eos is a label, never an input.
@@ -398,9 +360,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """log p(target | z) in nats, summed over target tokens and eos (or their mean, by `logprob_reduction`).
 
-        With a `token_budget` that the pairs exceed, only one pass' activations are ever alive, and (S, K, D) gradients
-        until the backward: each pass is followed at once by its own backward, whatever the loss does with the scores
-        later. That costs no FLOP more than one pass over all pairs.
+        With a `token_budget` that the pairs exceed, only one pass' activations are ever alive, whatever the loss does
+        with the scores later. Each pass is followed at once by its own backward, for (S, K, D) gradients until the
+        backward and no FLOP more. Where the pairs of one z share a third of all tokens, the forward keeps no graph, and
+        the backward runs each pass again: that costs less there.
 
         Args:
             z: (B, K, D) compressed embeddings.
@@ -454,38 +417,52 @@ class Decoder(nn.Module):
                 f"targets: got one of {longest} positions with z, expected {limit} (the model's); truncate the target"
             )
         self._verified_length = verify_length(
-            self.model, longest, self._verified_length, embeds=True, sharded=self.sharded
-        )
-        z_index = index_on(z.device, z_index)
-        microbatches = make_microbatches([around + len(target) for target in targets], token_budget)
+            self.model, longest, self._verified_length, embeds=True, shares_prefixes=self.shares_prefixes,
+            sharded=self.sharded,
+        )  # fmt: skip
+        owners, lengths = z_index.tolist(), [around + len(target) for target in targets]
+        again, share = torch.is_grad_enabled() and z.requires_grad, self.shares_prefixes
+        # Sharded weights are gathered anew for each pass, so all processes must go one way, whatever their pairs.
+        together = self.sharded and again and token_budget is not None
+        share = bool(share) if together else share
+        passes, shared = choose_passes(lengths, owners, around, token_budget, share, with_gradient=again)
         if self.sharded and token_budget is not None:
-            microbatches = equalize_microbatches(microbatches, z.device)
-        if len(microbatches) == 1:
-            return self._score(z, targets, z_index, fused)
+            passes = equalize_microbatches(passes, z.device)
+        if len(passes) == 1:
+            return self._score(z, targets, owners, shared, fused)
 
-        def score(rows: Tensor, microbatch: list[int]) -> Tensor:
-            chosen = torch.arange(len(rows), device=rows.device)
-            return self._score(rows, [targets[i] for i in microbatch], chosen)
+        def score(rows: Tensor, part: list[int]) -> Tensor:
+            return self._score(rows, [targets[i] for i in part], [*range(len(part))], False)
 
-        if torch.is_grad_enabled() and z.requires_grad:
-            return _PairwiseScores.apply(z[z_index], score, microbatches)
-        parts = [score(z[z_index[index_on(z.device, part)]], part) for part in microbatches]
-        return _in_order(parts, microbatches)
+        if again and not (share if together else shared):
+            return PairwiseScores.apply(z[index_on(z.device, z_index)], score, passes)
+        run = partial(checkpoint, self._score, use_reentrant=False) if again else self._score
+        parts = []
+        for part in passes:
+            rows, places = np.unique([owners[i] for i in part], return_inverse=True)
+            parts.append(run(z[index_on(z.device, rows.tolist())], [targets[i] for i in part], places.tolist(), shared))
+        return in_order(parts, passes)
 
-    def _score(self, z: Tensor, targets: Sequence[Ids], z_index: Tensor, fused: Any = None) -> Any:
+    def _score(self, z: Tensor, targets: Sequence[Ids], owners: list[int], share: bool, fused: Any = None) -> Any:
         """`run` in one pass, without checks."""
         packed, rows, labels, cu_seqlens = self._pack(z.shape[1], targets, z.device)
         embedding = self.model.get_input_embeddings().weight
         table = to_full_tensor(embedding)
         inputs = splice(
-            self.rescale(z), table, packed.ids, packed.cu_seqlens, z_index[packed.sort_index],
+            self.rescale(z), table, packed.ids, packed.cu_seqlens, index_on(z.device, owners)[packed.sort_index],
             offset=len(self.prefix),
             embedding_scale=float(torch.tensor(self.embedding_scale, dtype=table.dtype)),
         )  # fmt: skip
         head = self.model.get_output_embeddings()
         weight = table if head.weight is embedding else head.weight
         del table
-        hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
+        shared = None
+        if share:
+            around = len(self.prefix) + z.shape[1]
+            shared = share_prefixes([around + len(target) for target in targets], owners, around, z.device)
+        if shared is not None:
+            inputs, rows = select(inputs, shared), shared.source[rows]
+        hidden = run_packed(base_model(self.model), packed, shared, inputs_embeds=inputs[None])[rows]  # (N, D)
         options: dict[str, Any] = {"bias": head.bias, "softcap": self.softcap, "scale": self.scale, "impl": self.impl}
         if fused is not None:
             return fused(hidden, weight, labels, packed=packed, cu_seqlens=cu_seqlens, **options)

@@ -13,19 +13,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed import distributed
+from autoregembed.adapters import adapter_rows, adapter_token_ids, add_lora, load_adapter
 from autoregembed.attention import run_packed
+from autoregembed.centering import Centering, read_centering
 from autoregembed.export import export
 from autoregembed.files import CheckpointError
 from autoregembed.model_card import Card
 from autoregembed.models import (
-    adapter_token_ids,
     add_compress_tokens,
-    add_lora,
     base_model,
     claim,
+    compress_embeddings,
     final_norm,
     fit_length,
-    load_adapter,
     load_causal_lm,
     max_positions,
     original_of,
@@ -35,6 +35,7 @@ from autoregembed.models import (
     require_unadapted_head,
     scale_output,
     split_gguf,
+    write_compress_rows,
 )
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, order_of, pack
@@ -65,7 +66,8 @@ class Encoder(nn.Module):
         prompts: what stands before the texts of a side, {"query": …, "document": …}, as in sentence-transformers.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         own_compress_rows: keep the K compress embeddings in a parameter of its own, `compress_rows` (K, D), so that
-            they can have their own learning rate and be trained where the embedding matrix is frozen.
+            they can have their own learning rate and be trained where the embedding matrix is frozen. They start as
+            the rows of the matrix, or as the tensor (K, D) given here, whose ids may lie behind the matrix.
             `fold_compress_rows()` writes them into the matrix.
 
     Raises:
@@ -85,7 +87,7 @@ class Encoder(nn.Module):
         max_length: int | None = None,
         prompts: Mapping[str, str] | None = None,
         attention: str = "auto",
-        own_compress_rows: bool = False,
+        own_compress_rows: bool | Tensor = False,
     ):
         super().__init__()
         if tokenizer is not None:
@@ -104,10 +106,15 @@ class Encoder(nn.Module):
         self.prompts = dict(prompts or {})
         self.max_length = fit_length("max_length", max_length, max_positions(model))
         self.recipe: dict[str, Any] = {}  # what a saved folder says of its training besides
+        self.centering: Centering | None = None  # of what `encode` gives; z knows nothing of it
         embedding = model.get_input_embeddings()
         vocabulary = embedding.weight.shape[0]
+        self.original_base = True  # the weights under its adapters are those of the original model
+        self.shared: Any = None  # with a Decoder (`Decoder.sharing`)
         self.sharded = False  # by whoever shards the model: then all processes make the same number of passes
-        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary)
+        own = own_compress_rows is not False
+        inside = not isinstance(own_compress_rows, Tensor)
+        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary if inside else 1 << 31)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
             raise ValueError(f"compress_token_ids: got {self.compress_token_ids}, expected distinct ids")
         if self.suffix_ids:
@@ -118,8 +125,9 @@ class Encoder(nn.Module):
         require_gradients(model)
         claim(model, self)
         self.compress_rows = None
-        if own_compress_rows:
-            self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())
+        if own:
+            rows = embedding.weight.detach()[self.compress_token_ids] if inside else own_compress_rows
+            self.compress_rows = nn.Parameter(rows.detach().to(embedding.weight.device, copy=True))
         self.use_attention(attention)
 
     @classmethod
@@ -166,12 +174,14 @@ class Encoder(nn.Module):
         model, tokenizer, recipe = load_causal_lm(
             source, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        return cls.from_model(
+        encoder = cls.from_model(
             model if device is None else model.to(device), tokenizer, recipe=recipe or original_of(source, gguf_file),
             num_compress_tokens=num_compress_tokens, instruction=instruction, max_length=max_length,
             lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter,
             attention=attention, own_compress_rows=own_compress_rows,
         )  # fmt: skip
+        encoder.centering = read_centering(source, recipe)
+        return encoder
 
     @classmethod
     def from_model(
@@ -215,10 +225,13 @@ class Encoder(nn.Module):
                 f"num_compress_tokens: got {num_compress_tokens}, expected {known}, the number that the "
                 f"{'model' if ids else 'adapter'} was trained with"
             )
+        rows: bool | Tensor = own_compress_rows
         if not ids:
-            ids = add_compress_tokens(
-                model, tokenizer, num_compress_tokens if num_compress_tokens is not None else known or 5
-            )
+            k = num_compress_tokens if num_compress_tokens is not None else known or 5
+            if own_compress_rows:  # the model stays as it is
+                ids, rows = compress_embeddings(model, tokenizer, k)
+            else:
+                ids = add_compress_tokens(model, tokenizer, k)
         if adapted and sorted(adapted) != sorted(ids):
             raise CheckpointError(
                 f"adapter: got one that trains the embeddings of {adapted}, expected those of the model's compress "
@@ -229,7 +242,9 @@ class Encoder(nn.Module):
             head.requires_grad_(False)  # the encoder never reads it
         wrapped: Any = model
         if adapter is not None:
-            wrapped = load_adapter(model, adapter)
+            wrapped = load_adapter(model, adapter, compress_tokens=not own_compress_rows)
+            if adapted and own_compress_rows:
+                rows = adapter_rows(adapter)[[adapted.index(i) for i in ids]]
         elif lora_rank:
             wrapped = add_lora(
                 model, None if own_compress_rows else ids, rank=lora_rank, alpha=lora_alpha, targets=lora_targets,
@@ -248,9 +263,10 @@ class Encoder(nn.Module):
             max_length=recipe.get("max_length") if max_length is None else max_length,
             prompts=recipe.get("prompts"),
             attention=attention,
-            own_compress_rows=own_compress_rows,
+            own_compress_rows=rows,
         )
         encoder.recipe = recipe
+        encoder.original_base = own_compress_rows and not recipe.get("compress_token_ids")
         return encoder
 
     def save_pretrained(
@@ -267,8 +283,18 @@ class Encoder(nn.Module):
         Raises:
             ValueError: this encoder has no tokenizer. And the other errors of `export.export`.
         """
-        folder = Path(path).expanduser()
-        return export(self, folder, max_length=max_length, dtype=dtype, overwrite=overwrite, card=card)
+        folder, given = Path(path).expanduser(), {"max_length": max_length, "dtype": dtype, "card": card}
+        return export(self, folder, **given, overwrite=overwrite, centering=self.centering)
+
+    def center(self, texts: Sequence[str], *, whiten: bool = False, **options: Any) -> Centering:
+        """From here on `encode` and saved folders centre embeddings on unlabelled texts, and whiten them if wanted.
+
+        Raises:
+            ValueError: fewer than two texts, or no more than D to whiten with. And the errors of `encode`.
+        """
+        self.centering = None
+        self.centering = Centering.fit(self.encode(texts, **options), whiten=whiten)
+        return self.centering
 
     def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.
@@ -344,7 +370,7 @@ class Encoder(nn.Module):
         shared: bool = False,
         prompt_name: str | None = None,
     ) -> Tensor:
-        """normalize(mean_k z) of each text, without dropout and without gradient.
+        """normalize(mean_k z) of each text, centred where `centering` is set, without dropout and without gradient.
 
         Args:
             texts: n strings, tokenized as in training.
@@ -381,13 +407,15 @@ class Encoder(nn.Module):
                     out[microbatch] = text_embedding(z.float()).cpu()
         finally:
             self.train(training)
-        return distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
+        out = distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
+        return out if self.centering is None else self.centering(out)
 
-    @torch.no_grad()
     def fold_compress_rows(self) -> None:
-        """Writes `compress_rows` into the model's embedding matrix; a no-op without them."""
+        """Writes `compress_rows` into the model's embedding matrix, which grows where it has to; a no-op without."""
+        if self.shared is not None:
+            raise ValueError("model: got one that a Decoder shares, expected a copy (save_pretrained makes one)")
         if self.compress_rows is not None:
-            self.model.get_input_embeddings().weight[self.compress_token_ids] = self.compress_rows
+            write_compress_rows(self.model, self.compress_token_ids, self.compress_rows)
 
     @torch.no_grad()
     def init_output_rms(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
@@ -402,7 +430,10 @@ class Encoder(nn.Module):
         """
         z = self(ids, suffix_ids).double()
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        scale_output(final_norm(self.model), gain)
+        norm = final_norm(self.model)
+        if self.shared is not None:
+            self.shared.require_own(norm, "a final norm")
+        scale_output(norm, gain)
 
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
         """The token ids that the model reads for each text."""
@@ -475,7 +506,7 @@ class Encoder(nn.Module):
             hidden = run_packed(base_model(self.model), packed, input_ids=ids[None])
         else:
             embedding = self.model.get_input_embeddings()
-            x = embedding(ids)
+            x = embedding(ids.clamp(max=embedding.weight.shape[0] - 1))  # a compress token may have no row in it
             # Gemma's embedding module multiplies what it reads from its matrix.
             own = (self.compress_rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
             rows = packed.cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)

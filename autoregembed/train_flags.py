@@ -18,7 +18,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "model", "decoder", "gguf_file", "trust_remote_code", "num_compress_tokens", "z_norm", "decoder_add_bos",
-        "init_output_rms", "freeze", "lora_rank", "lora_alpha", "lora_targets", "attention",
+        "init_output_rms", "freeze", "lora_rank", "lora_alpha", "lora_targets", "share_base",
+        "base_dtype", "attention",
     ),
     "objective": (
         "stage", "alignment_weight", "contrastive_weight", "contrastive_temperature", "beta", "temperature",
@@ -29,7 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "optimizer": (
         "max_steps", "num_train_epochs", "batch_size", "token_budget", "learning_rate", "compress_learning_rate",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm", "precision",
-        "gradient_checkpointing", "compile",
+        "gradient_checkpointing", "decoder_gradient_checkpointing", "share_prefixes", "compile",
     ),
     "run": (
         "output_dir", "eval_steps", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint", "log_with",

@@ -16,6 +16,7 @@ SNAPSHOT = Path(__file__).with_name("public_api.txt")
 ELSEWHERE = {
     "autoregembed.config": ("Config", "Stage2Options"),
     "autoregembed.ops": ("ImplUnavailable", "available_impls", "default_impl"),
+    "autoregembed.integrations.distillation": None,
     "autoregembed.integrations.sentence_transformers": None,
     "autoregembed.integrations.transformers": None,
     "autoregembed.integrations.mteb": None,

@@ -57,6 +57,11 @@ STEPS = {
         "train_data": "repeated",
     },
     "contrast alone": {"stage": 2, "alignment_weight": 0.0, "contrastive_weight": 1.0},
+    "a shared base": {"stage": 1, "lora_rank": 2, "share_base": True},
+    "a shared base in parts": {
+        "stage": 2, "lora_rank": 2, "share_base": True, "token_budget": 160, "contrastive_weight": 0.7,
+        "gradient_checkpointing": True,
+    },
 }  # fmt: skip
 
 

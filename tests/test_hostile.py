@@ -210,7 +210,13 @@ OPTIONS = {
         "reference_positive": [None],
         "reference_negatives": [None],
     },
-    ops.info_nce: {"temperature": NUMBERS, "impl": ["cuda", 3]},
+    ops.info_nce: {
+        "temperature": NUMBERS,
+        "directions": ["query_to_doc", (), ("doc_to_query",), ("query_to_doc", "up"), ("query_to_doc", 3), 3, None],
+        "partition_mode": ["both", 3, None],
+        "margin": [float("nan"), float("inf"), "x"],
+        "impl": ["cuda", 3],
+    },
     ops.pool_last_k: {"impl": ["cuda", 3, "cpp"]},
     ops.splice: {"impl": ["cuda", 3, "cpp"], "embedding_scale": NUMBERS[2:]},
 }
