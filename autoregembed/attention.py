@@ -42,24 +42,20 @@ def attention_backends(device: torch.device, dtype: torch.dtype) -> dict[str, st
 def run_packed(model: nn.Module, packed: Packed, shared: SharedPrefixes | None = None, **inputs: Tensor) -> Tensor:
     """Last hidden states of a base model over one pack; `inputs` is `input_ids=` or `inputs_embeds=`.
 
-    (T, D) for the T tokens of the pack, or (U, D) for the U of them that are run where sequences share prefixes.
-    Models build no attention mask inside: attention is causal within the bounds of `cu_seqlens`.
+    (T, D) for the T tokens of the pack, or (U, D) for the U of them that are run where sequences share prefixes. Models
+    build no attention mask inside: attention is causal within the bounds of `cu_seqlens`.
     """
-    options: dict[str, Any] = packed.kwargs()
-    position_ids = packed.position_ids
-    if shared is not None:
-        position_ids = position_ids.index_select(0, shared.kept)
-        options |= {
-            "position_ids": position_ids[None], "cu_seq_lens_q": shared.cu_seqlens, "max_length_q": shared.max_length,
-            "shared_prefixes": shared,
-        }  # fmt: skip
     # Without a mask Transformers looks for packs in the positions, and waits for the device to see whether it found
     # one. `_mask` drops a mask; flash_attention_2 would look into it, and wait for that, and a model with an attention
     # of its own needs what Transformers finds.
+    options: dict[str, Any] = packed.kwargs()
     config: Any = next(m.config for m in model.modules() if hasattr(m, "config"))  # the model may be wrapped
+    if shared is not None:  # the longest sequence bounds what is run of any
+        own = {"position_ids": options["position_ids"].index_select(1, shared.kept), "cu_seq_lens_q": shared.cu_seqlens}
+        options |= {**own, "shared_prefixes": shared}
     implementation = config.get_text_config()._attn_implementation
     if implementation in (SDPA, VARLEN):
-        options["attention_mask"] = torch.ones_like(position_ids[None], dtype=torch.bool)
+        options["attention_mask"] = torch.ones_like(options["position_ids"], dtype=torch.bool)
     if implementation == SDPA:
         options[LENGTHS] = packed.lengths
     token = _packed_forward.set(packed)
@@ -209,7 +205,7 @@ def _sdpa(
     shared = kwargs.pop("shared_prefixes", None)
     if shared is not None:  # the queries of a prefix as well: so every sequence is whole
         q, k, v = (_spread_heads(x, shared) for x in (query, key, value))
-        kwargs |= {"cu_seq_lens_q": kwargs["cu_seq_lens_k"], "max_length_q": kwargs["max_length_k"]}
+        kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"]
         y, _ = _sdpa(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return select(y.squeeze(0), shared)[None], None
     cu_seqlens = kwargs.get("cu_seq_lens_q")

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
+from autoregembed.adapters import embedding_name
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
+from autoregembed.lora_base import is_on_original, lora_settings, start_of
 from autoregembed.models import (
     RECIPE_VERSION,
+    base_model,
     final_norm,
     fit_length,
     load_causal_lm,
@@ -23,6 +26,7 @@ from autoregembed.models import (
     original_of,
     read_recipe,
 )
+from autoregembed.sharing import cast_parameters
 
 
 def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder, Decoder | None, Any, dict]:
@@ -30,8 +34,10 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
 
     The models are on the CPU with SDPA attention; `config.attention` applies after they move to their device.
     """
-    model, tokenizer, recipe = load_causal_lm(
-        config.model, gguf_file=config.gguf_file, trust_remote_code=config.trust_remote_code
+    recipe = read_recipe(config.model)
+    start = start_of(config, recipe)
+    model, tokenizer, _ = load_causal_lm(
+        start.source, gguf_file=start.gguf_file, dtype=start.dtype, trust_remote_code=config.trust_remote_code
     )
     if recipe.get("centering"):
         raise ConfigError(
@@ -39,36 +45,44 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
             "model/ of its run, or an export without"
         )
     original = original_of(config.model, config.gguf_file)
-    if config.decoder:
+    if config.decoder and start.adapter is None:
         original = original_of(config.decoder, config.gguf_file)
     elif recipe.get("decoder"):
         original = {name: recipe.get(name) for name in original}
         if config.needs_decoder and with_decoder:
             original_in(recipe, config.model)
-    # The decoder comes first: compress tokens are added to the model in place.
     decoder = None
-    if config.needs_decoder and with_decoder:
+    if config.needs_decoder and with_decoder and not start.shared:
         own = not recipe and config.decoder in (None, config.model)
-        decoder = _decoder(config, original, copy.deepcopy(model) if own else None, tokenizer)
+        decoder = _decoder(config, original, copy.deepcopy(model).float() if own else None, tokenizer)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    # An adapter on the original model brings its compress tokens along.
+    known = recipe if start.adapter is None else {k: v for k, v in recipe.items() if k != "compress_token_ids"}
     encoder = Encoder.from_model(
-        model, tokenizer, recipe=recipe, num_compress_tokens=config.num_compress_tokens, attention="sdpa",
+        model, tokenizer, recipe=known, num_compress_tokens=config.num_compress_tokens, attention="sdpa",
         instruction=config.instruction, max_length=fit_length("max_length", config.max_length, max_positions(model)),
-        lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets,
+        lora_rank=0 if start.adapter else config.lora_rank, lora_alpha=config.lora_alpha,
+        lora_targets=config.lora_targets, adapter=start.adapter,
         # The whole name: PEFT compares ends, and "norm" is the end of every layer's norms.
         lora_modules_to_save=[module_name(model, final_norm(model))] if config.init_output_rms else None,
-        own_compress_rows=not config.lora_rank,
+        own_compress_rows=True,
     )  # fmt: skip
+    if config.lora_rank:
+        embedding_name(encoder.model)
     given = {"query": config.query_instruction, "document": config.passage_instruction}
     encoder.prompts |= {name: text for name, text in given.items() if text is not None}
     for name, parameter in encoder.model.named_parameters():
         if any(re.search(pattern, name) for pattern in config.freeze) and "trainable_tokens" not in name:
             parameter.requires_grad_(False)
+    if config.needs_decoder and with_decoder and start.shared:
+        options = _decoder_options(config, tokenizer)
+        decoder = Decoder.sharing(encoder, **options)
+    if start.dtype != torch.float32:
+        cast_parameters(encoder, torch.float32, trained=True)
     if config.compile:
         for lm in (encoder.model, decoder.model if decoder is not None else None):
-            for layer in getattr(getattr(lm, "model", None), "layers", []):
-                layer.compile(dynamic=True)
+            compile_layers(lm)
     encoder.recipe = {
         "version": RECIPE_VERSION,
         "compress_token_ids": encoder.compress_token_ids,
@@ -80,16 +94,31 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         "decoder_add_bos": config.decoder_add_bos,
         "output_rms_initialized": recipe.get("output_rms_initialized", False),
         "stage": config.stage,
+        "adapter": lora_settings(config) if is_on_original(config, start, recipe) else None,
         **({} if recipe.get("lm_head", True) else {"lm_head": False}),  # an export has none to go on with
         **original,
     }
     return encoder, decoder, tokenizer, encoder.recipe
 
 
-def _decoder(config: Config, original: dict[str, Any], model: Any, tokenizer: Any) -> Decoder:
-    """The frozen decoder; `model` is None where it is not the encoder's own start."""
-    source, gguf_file = original["decoder"], original["decoder_gguf_file"]
-    options: dict[str, Any] = {
+def compile_layers(model: Any) -> None:
+    """Compiles the layers of a causal LM, PEFT-wrapped or not, one by one.
+
+    Raises:
+        ConfigError: the model does not say what its layers are.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [m for m in base_model(model).modules() if type(m).__name__ in names]
+    if not layers:
+        raise ConfigError(f"compile: got True, expected False for {type(model).__name__}, which names no layers")
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def _decoder_options(config: Config, tokenizer: Any) -> dict[str, Any]:
+    if config.decoder_add_bos and tokenizer.bos_token_id is None:
+        raise ConfigError(f"decoder_add_bos: got True, expected False: the tokenizer of {config.model!r} has no bos")
+    return {
         "z_norm": config.z_norm,
         "add_bos": config.decoder_add_bos,
         "logprob_reduction": config.logprob_reduction if config.stage == 2 else "sum",
@@ -97,8 +126,12 @@ def _decoder(config: Config, original: dict[str, Any], model: Any, tokenizer: An
         "share_prefixes": config.share_prefixes,
         "gradient_checkpointing": config.decoder_gradient_checkpointing,
     }
-    if config.decoder_add_bos and tokenizer.bos_token_id is None:
-        raise ConfigError(f"decoder_add_bos: got True, expected False: the tokenizer of {config.model!r} has no bos")
+
+
+def _decoder(config: Config, original: dict[str, Any], model: Any, tokenizer: Any) -> Decoder:
+    """The frozen decoder; `model` is None where it is not the encoder's own start."""
+    source, gguf_file = original["decoder"], original["decoder_gguf_file"]
+    options = _decoder_options(config, tokenizer)
     if model is not None:
         return Decoder.from_model(model, tokenizer, **options)
     if config.decoder is None and Path(source).is_absolute() and not Path(source).exists():

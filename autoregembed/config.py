@@ -178,6 +178,11 @@ class Config(Stage2Options):
         lora_rank: > 0 trains LoRA adapters and the compress tokens in place of all parameters.
         lora_alpha: scale of the adapters.
         lora_targets: module names, or all-linear.
+        share_base: with LoRA, one copy of the frozen weights serves the encoder, with its adapters, and the decoder,
+            without them; a next stage goes on with the adapters. auto: where the decoder is the model under the
+            adapters. true: the run is refused where it is not.
+        base_dtype: of the weights under LoRA adapters: fp32, bf16, fp16, or auto: that of `precision` where they are
+            shared, otherwise fp32.
         z_norm: none, or match_rms: scale z to the RMS of the decoder's input embeddings.
         decoder_add_bos: the decoder reads bos before z. The released code has none there, and the decoder's attention
             sink then falls on one of the vectors of z, a different one for each text.
@@ -249,6 +254,8 @@ class Config(Stage2Options):
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_targets: list[str] | str = "all-linear"
+    share_base: bool | Literal["auto"] = "auto"
+    base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     z_norm: Literal["none", "match_rms"] = "none"
     decoder_add_bos: bool = False
     init_output_rms: bool = False
@@ -289,6 +296,8 @@ class Config(Stage2Options):
             for name in ("query_instruction", "passage_instruction"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected None in stage 1")
+        if not self.lora_rank and self.base_dtype != "auto":
+            raise ConfigError(f"base_dtype: got {self.base_dtype!r}, expected 'auto' without lora_rank")
         if self.seed >= 2**31:
             raise ConfigError(f"seed: got {self.seed}, expected less than {2**31}")
         self._require_at_least(

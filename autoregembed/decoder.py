@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from autoregembed.attention import run_packed
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.files import CheckpointError
+from autoregembed.heads import require_linear_head, require_plain_embedding
 from autoregembed.models import (
     base_model,
     claim,
-    describe_dtypes,
     fit_length,
     is_plain,
     load_causal_lm,
@@ -39,6 +39,11 @@ from autoregembed.passes import PairwiseScores, checkpoint_layers, in_order
 from autoregembed.prefixes import choose_passes, pass_tokens, select, share_prefixes
 from autoregembed.probe import allow_shared_prefixes, use_packed_attention, verify_length
 from autoregembed.prompt import batch_token_ids
+from autoregembed.sharding import gather_shared, shard_frozen
+from autoregembed.sharing import SharedBase
+
+if TYPE_CHECKING:
+    from autoregembed.encoder import Encoder
 
 Z_NORMS = ("none", "match_rms")
 LOGPROB_REDUCTIONS = ("sum", "mean")
@@ -51,7 +56,7 @@ class Decoder(nn.Module):
     `from_pretrained` makes one that is ready; the constructor takes its parts.
 
     Args:
-        model: a Hugging Face causal LM, not the encoder's own.
+        model: a Hugging Face causal LM, not the encoder's own (`sharing` is for that).
         eos_token_id: ends every target; by default the model config's (the first, where it lists several).
         bos_token_id: read before z. None: z comes first (the released code).
         tokenizer: a fast tokenizer, for `tokenize`.
@@ -86,6 +91,7 @@ class Decoder(nn.Module):
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        self.shared: SharedBase | None = None
         if z_norm not in Z_NORMS:
             raise ValueError(f"z_norm: got {z_norm!r}, expected {Z_NORMS}")
         if logprob_reduction not in LOGPROB_REDUCTIONS:
@@ -132,9 +138,9 @@ class Decoder(nn.Module):
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         # Gemma's embedding module multiplies what it reads from its matrix.
         self.embedding_scale = float(getattr(model.get_input_embeddings(), "embed_scale", 1.0))
-        self._verify_embedding()
+        require_plain_embedding(model, self.embedding_scale)
         self.use_attention(attention)
-        self._verify_head()
+        require_linear_head(model, self.eos_token_id, self.softcap, self.scale)
         self.register_buffer("input_rms", None, persistent=False)
         if z_norm == "match_rms":
             self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
@@ -211,6 +217,30 @@ class Decoder(nn.Module):
             raise ValueError("add_bos: got True, expected False: the tokenizer has no bos token")
         return cls(model, eos_token_id=tokenizer.eos_token_id, bos_token_id=bos, tokenizer=tokenizer, **options)
 
+    @classmethod
+    def sharing(cls, encoder: Encoder, *, add_bos: bool = False, **options: Any) -> Decoder:
+        """The model under an encoder's adapters, without them: the same weights in memory serve both.
+
+        Make it before the encoder is wrapped (DDP) or sharded. Moving or casting the weights of one moves both.
+
+        Args:
+            encoder: with adapters (`lora_rank`, `adapter`, or a PeftModel) on the original model, whose compress tokens
+                are `own_compress_rows`.
+            add_bos: the decoder reads bos before z.
+            options: as in the constructor.
+
+        Raises:
+            ValueError: no adapters, other trained parameters, adapters that are merged, or a base that is not the
+                original model. And the errors of `from_model`.
+        """
+        shared = SharedBase(encoder)
+        if encoder.tokenizer is not None:
+            decoder = cls.from_model(shared.model, encoder.tokenizer, add_bos=add_bos, **options)
+        else:
+            decoder = cls(shared.model, bos_token_id=encoder.bos_token_id if add_bos else None, **options)
+        decoder.shared = encoder.shared = shared
+        return decoder
+
     def tokenize(
         self, texts: Sequence[str], *, max_target_length: int | None = None, num_compress_tokens: int = 5
     ) -> list[list[int]]:
@@ -238,6 +268,9 @@ class Decoder(nn.Module):
         """No dropout and no gradient of a parameter, also where somebody has asked the model itself for them."""
         if self.model.training:
             self.model.eval()
+        if self.shared is not None:
+            self.shared.require_unmerged()
+            self.shared.require_frozen()
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -263,75 +296,17 @@ class Decoder(nn.Module):
     def shard(self, device: torch.device) -> None:
         """Shards the frozen weights over the processes of the run, on `device`; a pass gathers them layer by layer.
 
+        Weights that an encoder shares must be sharded there before.
+
         The ops read embedding matrix and head, not their modules: `logprob` gathers one after the other and frees it.
         """
         self.sharded = True
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.tensor import Shard, distribute_tensor
-
-        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-        model, base = self.model, base_model(self.model)
-        readers = (model.get_input_embeddings(), model.get_output_embeddings())
-        tables = {module.weight for module in readers}  # one, where they are tied
-        layers = set(getattr(model, "_no_split_modules", None) or ())
-        for module in [m for m in base.modules() if type(m).__name__ in layers]:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        fully_shard(base, mesh=mesh, reshard_after_forward=True, ignored_params=tables)
-        shards = {
-            w: nn.Parameter(distribute_tensor(w.detach(), mesh, [Shard(0)], src_data_rank=None), False) for w in tables
-        }
-        for module in readers:
-            module.weight = shards[module.weight]
+        if self.shared is None:
+            shard_frozen(self.model, device)
+        else:
+            gather_shared(self.model, self.shared.places, device)
         if self.input_rms is not None:
             self.input_rms = self.input_rms.to(device)
-
-    @torch.no_grad()
-    def _verify_embedding(self) -> None:
-        # `logprob` reads the matrix, so what a module adds to it (LoRA) or makes of it (dequantisation) would be lost.
-        embedding = self.model.get_input_embeddings()
-        weight = embedding.weight
-        for ids in torch.arange(weight.shape[0], device=weight.device).split(8192):
-            found = embedding(ids)
-            wanted = weight[ids]
-            if wanted.is_floating_point():
-                wanted = wanted * torch.tensor(self.embedding_scale, dtype=weight.dtype, device=weight.device)
-            if wanted.shape != found.shape or not torch.equal(found, wanted):
-                raise ValueError(
-                    f"model: got input embeddings of type {type(embedding).__name__} that are not rows of its "
-                    "weight, expected a plain nn.Embedding: merge adapters into it (merge_and_unload)"
-                )
-
-    @torch.no_grad()
-    def _verify_head(self) -> None:
-        head = self.model.get_output_embeddings()
-        ids = torch.tensor([[self.eos_token_id, 0]], device=head.weight.device)
-        try:
-            wanted = self.model(input_ids=ids).logits[0].double()
-        except RuntimeError as error:
-            raise ValueError(
-                f"model: got {type(self.model).__name__}, whose head cannot be run ({error})"
-                f"{describe_dtypes(self.model)}; expected a head and a base model that fit each other"
-            ) from error
-        hidden = base_model(self.model)(input_ids=ids).last_hidden_state[0]
-        if hidden.shape[-1] != head.weight.shape[1] or wanted.shape[-1] != len(head.weight):
-            raise ValueError(
-                f"model: got hidden states of {hidden.shape[-1]} dimensions and {wanted.shape[-1]} logits for an "
-                f"lm_head of shape {tuple(head.weight.shape)}, expected those of lm_head: take another model as the "
-                "decoder"
-            )
-        found = self.scale * head(hidden).double()
-        if self.softcap is not None:
-            found = self.softcap * torch.tanh(found / self.softcap)
-        # Some models cap and scale their logits in float32 whatever their dtype.
-        eps = max(torch.finfo(hidden.dtype).eps, torch.finfo(torch.float32).eps)
-        tolerance = 32 * eps * (1 + wanted.abs().max())
-        if not (found - wanted).abs().max() <= tolerance:
-            raise ValueError(
-                f"model: got logits that are not softcap(scale · (hidden Wᵀ + bias)) with softcap={self.softcap}, "
-                f"scale={self.scale} (difference {float((found - wanted).abs().max()):.3g}), expected such ones: this "
-                "head is not supported, take another model as the decoder"
-            )
 
     def rescale(self, z: Tensor) -> Tensor:
         """z (B, K, D) as the decoder reads it, by `z_norm`."""

@@ -13,20 +13,20 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed import distributed
+from autoregembed.adapters import adapter_rows, adapter_token_ids, add_lora, load_adapter, num_trained_tokens
 from autoregembed.attention import run_packed
 from autoregembed.centering import Centering, read_centering
 from autoregembed.export import export
 from autoregembed.files import CheckpointError
 from autoregembed.model_card import Card
 from autoregembed.models import (
-    adapter_token_ids,
     add_compress_tokens,
-    add_lora,
     base_model,
     claim,
+    compress_embeddings,
+    embed_compress_rows,
     final_norm,
     fit_length,
-    load_adapter,
     load_causal_lm,
     max_positions,
     original_of,
@@ -36,6 +36,7 @@ from autoregembed.models import (
     require_unadapted_head,
     scale_output,
     split_gguf,
+    write_compress_rows,
 )
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, order_of, pack
@@ -66,7 +67,8 @@ class Encoder(nn.Module):
         prompts: what stands before the texts of a side, {"query": …, "document": …}, as in sentence-transformers.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         own_compress_rows: keep the K compress embeddings in a parameter of its own, `compress_rows` (K, D), so that
-            they can have their own learning rate and be trained where the embedding matrix is frozen.
+            they can have their own learning rate and be trained where the embedding matrix is frozen. They start as
+            the rows of the matrix, or as the tensor (K, D) given here, whose ids may lie behind the matrix.
             `fold_compress_rows()` writes them into the matrix.
 
     Raises:
@@ -86,7 +88,7 @@ class Encoder(nn.Module):
         max_length: int | None = None,
         prompts: Mapping[str, str] | None = None,
         attention: str = "auto",
-        own_compress_rows: bool = False,
+        own_compress_rows: bool | Tensor = False,
     ):
         super().__init__()
         if tokenizer is not None:
@@ -107,9 +109,11 @@ class Encoder(nn.Module):
         self.recipe: dict[str, Any] = {}  # what a saved folder says of its training besides
         self.centering: Centering | None = None  # of what `encode` gives; z knows nothing of it
         embedding = model.get_input_embeddings()
-        vocabulary = embedding.weight.shape[0]
+        self.original_base = True  # the weights under its adapters are those of the original model
+        self.shared: Any = None  # with a Decoder (`Decoder.sharing`)
         self.sharded = False  # by whoever shards the model: then all processes make the same number of passes
-        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary)
+        vocabulary, inside = len(embedding.weight), not isinstance(own_compress_rows, Tensor)
+        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary if inside else 1 << 31)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
             raise ValueError(f"compress_token_ids: got {self.compress_token_ids}, expected distinct ids")
         if self.suffix_ids:
@@ -120,8 +124,10 @@ class Encoder(nn.Module):
         require_gradients(model)
         claim(model, self)
         self.compress_rows = None
-        if own_compress_rows:
-            self.compress_rows = nn.Parameter(embedding.weight.detach()[self.compress_token_ids].clone())
+        if own_compress_rows is not False:
+            given = own_compress_rows
+            rows = given if isinstance(given, Tensor) else embedding.weight[self.compress_token_ids]
+            self.compress_rows = nn.Parameter(rows.detach().to(embedding.weight.device, copy=True))
         self.use_attention(attention)
 
     @classmethod
@@ -208,21 +214,14 @@ class Encoder(nn.Module):
         recipe = dict(recipe or {})
         ids = list(recipe.get("compress_token_ids") or ())
         adapted = [] if adapter is None else adapter_token_ids(adapter)
-        known = len(ids or adapted)  # K
-        if adapter is not None and not known and not own_compress_rows:
-            raise CheckpointError(
-                f"adapter: got {str(adapter)!r}, which has no compress tokens, for a model without any; expected the "
-                "model that it was trained on, or own_compress_rows=True"
-            )
-        if known and num_compress_tokens not in (None, known):
-            raise CheckpointError(
-                f"num_compress_tokens: got {num_compress_tokens}, expected {known}, the number that the "
-                f"{'model' if ids else 'adapter'} was trained with"
-            )
+        known = num_trained_tokens(ids, adapted, adapter, num_compress_tokens, own_compress_rows)
+        rows: bool | Tensor = own_compress_rows
         if not ids:
-            ids = add_compress_tokens(
-                model, tokenizer, num_compress_tokens if num_compress_tokens is not None else known or 5
-            )
+            known = 5 if known is None else known
+            if own_compress_rows:  # the model stays as it is
+                ids, rows = compress_embeddings(model, tokenizer, known)
+            else:
+                ids = add_compress_tokens(model, tokenizer, known)
         if adapted and sorted(adapted) != sorted(ids):
             raise CheckpointError(
                 f"adapter: got one that trains the embeddings of {adapted}, expected those of the model's compress "
@@ -233,7 +232,9 @@ class Encoder(nn.Module):
             head.requires_grad_(False)  # the encoder never reads it
         wrapped: Any = model
         if adapter is not None:
-            wrapped = load_adapter(model, adapter)
+            wrapped = load_adapter(model, adapter, compress_tokens=not own_compress_rows)
+            if adapted and own_compress_rows:
+                rows = adapter_rows(adapter)[[adapted.index(i) for i in ids]]
         elif lora_rank:
             wrapped = add_lora(
                 model, None if own_compress_rows else ids, rank=lora_rank, alpha=lora_alpha, targets=lora_targets,
@@ -252,9 +253,10 @@ class Encoder(nn.Module):
             max_length=recipe.get("max_length") if max_length is None else max_length,
             prompts=recipe.get("prompts"),
             attention=attention,
-            own_compress_rows=own_compress_rows,
+            own_compress_rows=rows,
         )
         encoder.recipe = recipe
+        encoder.original_base = own_compress_rows and not recipe.get("compress_token_ids")
         return encoder
 
     def save_pretrained(
@@ -271,8 +273,10 @@ class Encoder(nn.Module):
         Raises:
             ValueError: this encoder has no tokenizer. And the other errors of `export.export`.
         """
-        folder, given = Path(path).expanduser(), {"max_length": max_length, "dtype": dtype, "card": card}
-        return export(self, folder, **given, overwrite=overwrite, centering=self.centering)
+        folder = Path(path).expanduser()
+        return export(
+            self, folder, max_length=max_length, dtype=dtype, overwrite=overwrite, card=card, centering=self.centering
+        )
 
     def center(self, texts: Sequence[str], *, whiten: bool = False, **options: Any) -> Centering:
         """From here on `encode` and saved folders centre embeddings on unlabelled texts, and whiten them if wanted.
@@ -382,9 +386,8 @@ class Encoder(nn.Module):
         if not ids:
             raise ValueError("texts: got none, expected at least one")
         suffix = self._suffix(instruction)
-        weight = self.model.get_input_embeddings().weight
+        weight, training = self.model.get_input_embeddings().weight, self.training
         out = torch.zeros(len(ids), weight.shape[1])
-        training = self.training
         self.eval()
         try:
             microbatches = make_microbatches([len(s) for s in self.sequences(ids, [suffix] * len(ids))], token_budget)
@@ -398,11 +401,12 @@ class Encoder(nn.Module):
         out = distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
         return out if self.centering is None else self.centering(out)
 
-    @torch.no_grad()
     def fold_compress_rows(self) -> None:
-        """Writes `compress_rows` into the model's embedding matrix; a no-op without them."""
+        """Writes `compress_rows` into the model's embedding matrix, which grows where it has to; a no-op without."""
+        if self.shared is not None:
+            raise ValueError("model: got one that a Decoder shares, expected a copy (save_pretrained makes one)")
         if self.compress_rows is not None:
-            self.model.get_input_embeddings().weight[self.compress_token_ids] = self.compress_rows
+            write_compress_rows(self.model, self.compress_token_ids, self.compress_rows)
 
     @torch.no_grad()
     def init_output_rms(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
@@ -417,6 +421,8 @@ class Encoder(nn.Module):
         """
         z = self(ids, suffix_ids).double()
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+        if self.shared is not None:
+            self.shared.require_own(final_norm(self.model), "a final norm")
         scale_output(final_norm(self.model), gain)
 
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
@@ -489,11 +495,6 @@ class Encoder(nn.Module):
         if self.compress_rows is None:
             hidden = run_packed(base_model(self.model), packed, input_ids=ids[None])
         else:
-            embedding = self.model.get_input_embeddings()
-            x = embedding(ids)
-            # Gemma's embedding module multiplies what it reads from its matrix.
-            own = (self.compress_rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
-            rows = packed.cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
-            x = x.index_copy(0, rows.flatten(), own.repeat(len(rows), 1))
+            x = embed_compress_rows(self.model, ids, packed.cu_seqlens, self.compress_rows)
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
         return pool_last_k(hidden, packed.cu_seqlens, k, packed.unsort_index)

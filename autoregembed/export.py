@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from autoregembed.attention import rope_limit
@@ -42,20 +43,28 @@ EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def merged(encoder: Encoder) -> Any:
-    """A copy of the encoder's model with adapters merged and compress rows in its embedding matrix.
+    """A copy of the encoder's model on the CPU, with adapters merged and compress rows in its embedding matrix.
 
     Raises:
         ValueError: weights in 8 or 4 bits.
     """
+    adapted = hasattr(encoder.model, "merge_and_unload")
     for name, parameter in encoder.model.named_parameters():
         if not is_plain(parameter) or not parameter.is_floating_point():
             raise ValueError(
                 f"model: got quantised weights in {name}, expected plain ones, as merging would round them: put "
                 "the adapter onto model.dequantize() (get_peft_model_state_dict, set_peft_model_state_dict)"
             )
-    copied = copy.deepcopy(encoder, {id(encoder.tokenizer): encoder.tokenizer})
+    # On the CPU, and in fp32 where the base is in 16 bits: merging would round what the adapters have learnt.
+    memo: dict[int, Any] = {id(encoder.tokenizer): encoder.tokenizer}
+    for parameter in encoder.parameters():
+        whole = torch.promote_types(parameter.dtype, torch.float32) if adapted else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("cpu", whole, copy=True), parameter.requires_grad)
+    copied = copy.deepcopy(encoder, memo).cpu()
+    if adapted:
+        copied.model = copied.model.merge_and_unload()
     copied.fold_compress_rows()
-    model = copied.model.merge_and_unload() if hasattr(copied.model, "merge_and_unload") else copied.model
+    model = copied.model
     for name in (COMPRESS_TOKENS, REFUSED):  # of an earlier export
         vars(model.config).pop(name, None)
     return model
@@ -102,6 +111,7 @@ def _recipe(encoder: Encoder, max_length: int, centering: Centering | None) -> d
         "bos_token_id": encoder.bos_token_id,
         "max_length": max_length,
         "lm_head": False,
+        "adapter": None,  # it is in model/ alone
         **({} if centering is None else {"centering": centering.record}),
     }
 

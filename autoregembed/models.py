@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,6 +122,7 @@ _RECIPE_TYPES: dict[str, Any] = {
     "z_norm": str,
     "decoder_add_bos": bool,
     "lm_head": bool,
+    "adapter": dict,
     "centering": dict,
 }
 
@@ -172,28 +174,51 @@ def original_of(source: str, gguf_file: str | None) -> dict[str, str | None]:
     }
 
 
-def add_compress_tokens(model: Any, tokenizer: Any, k: int) -> list[int]:
-    """Adds K compress tokens behind the vocabulary; returns their ids.
+def compress_embeddings(model: Any, tokenizer: Any, k: int) -> tuple[list[int], Tensor]:
+    """Ids for K compress tokens, behind the vocabulary, and the embeddings (K, D) that they start from.
 
-    They are rows of the embedding matrix, not entries of the tokenizer, so no text can contain one. They start at the
-    embedding of a blank plus noise of a tenth of the matrix' standard deviation: a frequent token keeps the activations
-    in their usual range, a random vector does not.
+    The ids are rows of the embedding matrix, or would be, and not entries of the tokenizer, so no text can contain one.
+    The embeddings are that of a blank plus noise of a tenth of the matrix' standard deviation: a frequent token keeps
+    the activations in their usual range, a random vector does not. The model stays as it is.
+
+    Raises:
+        ValueError: K outside 1..positions - 1.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
     if not 1 <= k < limit:
         raise ValueError(f"num_compress_tokens: got {k}, expected 1..{limit - 1}")
-    used, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
-    ids = list(range(used, used + k))
-    if ids[-1] >= rows:
-        model.resize_token_embeddings(ids[-1] + 1, mean_resizing=False)
-    weight = model.get_input_embeddings().weight
-    with torch.no_grad():
-        known = weight[: min(used, rows)].float()  # without the random rows of tokens that the model never had
-        noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-        blank = tokenizer(" ", add_special_tokens=False)["input_ids"]
-        center = known[blank[0]] if blank else known.mean(0)
-        weight[ids] = (center + 0.1 * known.std(0) * noise).to(weight.dtype)
+    used, weight = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.detach()
+    known = weight[: min(used, len(weight))].float()  # without the random rows of tokens that the model never had
+    noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
+    blank = tokenizer(" ", add_special_tokens=False)["input_ids"]
+    center = known[blank[0]] if blank else known.mean(0)
+    return list(range(used, used + k)), (center + 0.1 * known.std(0) * noise).to(weight.dtype)
+
+
+def add_compress_tokens(model: Any, tokenizer: Any, k: int) -> list[int]:
+    """Writes `compress_embeddings` into the embedding matrix, which grows where it has to; returns their ids."""
+    ids, rows = compress_embeddings(model, tokenizer, k)
+    write_compress_rows(model, ids, rows)
     return ids
+
+
+@torch.no_grad()
+def write_compress_rows(model: Any, ids: list[int], rows: Tensor) -> None:  # rows (K, D)
+    """Writes rows into the embedding matrix, which grows where it has to."""
+    if max(ids) >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    weight = model.get_input_embeddings().weight
+    weight[ids] = rows.to(weight)
+
+
+def embed_compress_rows(model: Any, ids: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:
+    """Input embeddings (T, D) of a pack (T,) whose texts end in K compress tokens with rows (K, D) of their own."""
+    embedding, k = model.get_input_embeddings(), len(rows)
+    x = embedding(ids.clamp(max=embedding.weight.shape[0] - 1))  # a compress token may have no row in it
+    # Gemma's embedding module multiplies what it reads from its matrix.
+    own = (rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
+    places = cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
+    return x.index_copy(0, places.flatten(), own.repeat(len(places), 1))
 
 
 def module_name(model: nn.Module, module: nn.Module) -> str:
@@ -201,72 +226,16 @@ def module_name(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, found in model.named_modules() if found is module)
 
 
-def add_lora(
-    model: Any,
-    compress_token_ids: list[int] | None,
-    *,
-    rank: int,
-    alpha: float = 16.0,
-    targets: str | list[str] = "all-linear",
-    modules_to_save: list[str] | None = None,
-) -> Any:
-    """A PeftModel around `model` whose LoRA adapters train, and the rows of `compress_token_ids` with them.
-
-    Args:
-        compress_token_ids: None where the rows are trained elsewhere.
-        rank, alpha, targets, modules_to_save: `r`, `lora_alpha`, `target_modules` and `modules_to_save` of
-            `peft.LoraConfig`.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    embedding = module_name(model, model.get_input_embeddings())
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=targets,
-        trainable_token_indices=None if compress_token_ids is None else {embedding: compress_token_ids},
-        modules_to_save=modules_to_save,
-    )
-    return get_peft_model(model, config)
-
-
-def load_adapter(model: Any, folder: str | Path) -> Any:
-    """A PeftModel around `model` that goes on training the adapter in `folder`.
-
-    Raises:
-        CheckpointError: the adapter cannot be loaded, is a pickle, or does not fit the model.
-    """
-    from peft import PeftModel
-
-    _require_adapter(folder)
-    with wrap_load_errors(str(folder), "adapter"):
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-
-
-def adapter_token_ids(folder: str | Path) -> list[int]:
-    """The rows of the embedding matrix that the adapter in `folder` has trained.
-
-    Raises:
-        CheckpointError: `folder` holds no adapter.
-    """
-    from peft import PeftConfig
-
-    _require_adapter(folder)
-    with wrap_load_errors(str(folder), "adapter"):
-        rows = getattr(PeftConfig.from_pretrained(str(folder)), "trainable_token_indices", None) or []
-        return [i for ids in rows.values() for i in ids] if isinstance(rows, dict) else list(rows)
-
-
-def _require_adapter(folder: str | Path) -> None:
-    if not (Path(folder) / "adapter_model.safetensors").is_file():  # PEFT would read a pickle in its place
-        raise CheckpointError(f"adapter: got {str(folder)!r}, expected a folder with adapter_model.safetensors")
-
-
-def save_model(folder: Path, model: Any, tokenizer: Any, recipe: dict, *, overwrite: bool = True) -> Path:
-    """Writes a Hugging Face folder with the recipe beside it, whole or not at all."""
+def save_model(
+    folder: Path, model: Any, tokenizer: Any, recipe: dict, *, adapter: Path | None = None, overwrite: bool = True
+) -> Path:
+    """Writes a Hugging Face folder with the recipe beside it, and a copy of the folder `adapter` in it, whole or not
+    at all."""
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if adapter is not None:
+            shutil.copytree(adapter, temporary / "adapter")
         write_json(temporary / RECIPE, recipe)
     return folder
 

@@ -28,7 +28,6 @@ class SharedPrefixes(NamedTuple):
     places: Tensor  # (R, C) int64: all places of each
     exists: Tensor | None  # (R, C) bool, False where a token has fewer than R places; None: each has R
     cu_seqlens: Tensor  # (S+1,) int32: the bounds of what is run of every sequence
-    max_length: int  # of those
 
 
 def share_prefixes(
@@ -76,7 +75,6 @@ def share_prefixes(
         places=on(places),
         exists=None if exists.all() else on(np.repeat(exists, prefix, 1), torch.bool),
         cu_seqlens=on(np.concatenate([[0], run.cumsum()]), torch.int32),
-        max_length=int(run.max()),
     )
 
 

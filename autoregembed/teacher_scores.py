@@ -113,9 +113,8 @@ def cached_teacher_scores(
     if not wanted:
         console.print(f"teacher scores: {path}")
         return scores
-    around = len(decoder.prefix) + encoder.num_compress_tokens
-    lengths = [len(t[0]) for t in rows["target_ids"]]
-    tokens = b * sum(lengths[i] + around for j in wanted for i in all_blocks[j])
+    targets, k = [t[0] for t in rows["target_ids"]], encoder.num_compress_tokens
+    tokens = sum(b * decoder.num_pass_tokens(k, [targets[i] for i in all_blocks[j]], [0] * b) for j in wanted)
     console.print(f"teacher scores: {len(wanted)} blocks of {b} × {b} pairs, {tokens:,} decoder tokens, computed once")
     distributed.broadcast_from_rank0(
         lambda: require_writable_folder(path.parent, "HF_DATASETS_CACHE", files=[path.name])

@@ -41,14 +41,14 @@ from autoregembed.encoder import Encoder
 from autoregembed.evaluate import load_sts, sts
 from autoregembed.export import EXPORT_DTYPES, merged
 from autoregembed.files import (
-    atomic_folder,
     read_json,
     remove_stale_tmp,
     require_writable_folder,
     weights_fingerprint,
     write_json,
 )
-from autoregembed.model_card import adapter_card, run_card
+from autoregembed.lora_base import place, write_adapter
+from autoregembed.model_card import run_card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
 from autoregembed.progress import Display, describe
@@ -75,6 +75,7 @@ FREE_FIELDS = {
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
     "log_with", "num_proc", "export_dtype", "model_name", "license", "decoder_gradient_checkpointing", "share_prefixes",
+    "share_base",
 }  # fmt: skip
 
 RESULT_FOLDERS = ("model", "export", "adapter", "best", "checkpoints")
@@ -173,7 +174,8 @@ class Run:
 
     def require_space(self) -> None:
         """Before the training: what is certain to be written must fit onto the disk."""
-        sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in self.encoder.parameters()]
+        least = 4 if self.config.lora_rank else 1  # merged in fp32
+        sizes = [(p.numel() * max(p.element_size(), least), p.requires_grad) for p in self.encoder.parameters()]
         weights, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
         # Each replaces its predecessor once it is whole; a checkpoint holds the weights and AdamW's two moments.
         results = weights * (1 if (self.out / "model").exists() else 2)
@@ -211,10 +213,8 @@ class Run:
 
     def place_models(self) -> None:
         # What will be sharded need not fit on a device whole.
-        place = torch.device("cpu") if self.sharded else self.accelerator.device
-        if self.decoder is not None:
-            self.decoder.to(place, HALF_DTYPES.get(self.precision))
-        self.encoder.to(place)
+        device = torch.device("cpu") if self.sharded else self.accelerator.device
+        place(self.encoder, self.decoder, device, HALF_DTYPES.get(self.precision))
         attention = self.config.attention
         if self.sharded:
             if attention not in ("auto", "sdpa"):
@@ -477,12 +477,9 @@ class Run:
 
     def write_results(self, encoder: Encoder, summary: dict) -> None:
         config, out = self.config, self.out
-        if config.lora_rank:
-            with atomic_folder(out / "adapter", overwrite=True) as folder:
-                encoder.model.save_pretrained(folder, save_embedding_layers=False)  # the K rows are in it
-                text = adapter_card(config.model, config.instruction, encoder.num_compress_tokens, config.gguf_file)
-                (folder / "README.md").write_text(text, encoding="utf-8")
-        save_model(out / "model", merged(encoder), self.tokenizer, self.recipe)
+        adapter = write_adapter(config, encoder, out / "adapter") if config.lora_rank else None
+        inside = adapter if self.recipe["adapter"] else None  # on the original model: a next stage may share it
+        save_model(out / "model", merged(encoder), self.tokenizer, self.recipe, adapter=inside)
         self.export(encoder, "export")
         draw_training(out, self.state.eval_metrics, self.console)
         write_json(out / "summary.json", summary)

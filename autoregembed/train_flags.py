@@ -18,7 +18,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "model": (
         "model", "decoder", "gguf_file", "trust_remote_code", "num_compress_tokens", "z_norm", "decoder_add_bos",
-        "init_output_rms", "freeze", "lora_rank", "lora_alpha", "lora_targets", "attention",
+        "init_output_rms", "freeze", "lora_rank", "lora_alpha", "lora_targets", "share_base",
+        "base_dtype", "attention",
     ),
     "objective": (
         "stage", "alignment_weight", "contrastive_weight", "contrastive_temperature", "beta", "temperature",

@@ -2,7 +2,7 @@
 
     python tests/seeded_waits.py [substring of a file's name]
 
-Prints one line a file and exits with the number of survivors. Outcome: all 39 caught.
+Prints one line a file and exits with the number of survivors. Outcome: all 42 caught.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ WAITS = [
     ("autoregembed/encoder.py", "    return F.normalize(z.mean(1)", "float(z.sum())"),
     ("autoregembed/decoder.py", "        if self.logprob_reduction", "scores.tolist()"),
     ("autoregembed/decoder.py", "        work = torch.promote_types(z.dtype", "bool(z.isnan().any())"),
-    ("autoregembed/decoder.py", "            index = index_on(z.device, microbatch)", "z[microbatch]"),
+    ("autoregembed/passes.py", "            index = index_on(z.device, microbatch)", "z.sum().item()"),
+    ("autoregembed/passes.py", "            index = index_on(z.device, places)", "z[places]"),
+    ("autoregembed/prefixes.py", "    return SharedPrefixes(", "torch.arange(len(sizes)).to(device)"),
+    ("autoregembed/prefixes.py", "        own = grad.index_select", "grad.sum().item()"),
     ("autoregembed/attention.py", "    window = kwargs.get", "cu_seqlens.tolist()"),
     ("autoregembed/attention.py", "    runs = (kwargs", "kwargs.pop(LENGTHS)"),
     ("autoregembed/attention.py", "    options = {} if layer_type is None", "position_ids.max().item()"),

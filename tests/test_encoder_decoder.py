@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregembed import Decoder, Encoder, alignment_loss, info_nce
+from autoregembed.adapters import add_lora
 from autoregembed.bench import harness
 from autoregembed.encoder import text_embedding
-from autoregembed.models import add_lora, base_model
+from autoregembed.models import base_model
 from autoregembed.testing import tiny_model
 
 K = 3

@@ -225,7 +225,7 @@ def test_an_export_whose_embeddings_differ_is_not_written(k, tmp_path, monkeypat
 
     from autoregembed import export
 
-    monkeypatch.setattr(export, "_pooling", lambda model, ids: [stock.Pooling(32, "max"), stock.Normalize()])
+    monkeypatch.setattr(export, "_pooling", lambda *_: [stock.Pooling(32, "max"), stock.Normalize()])
     with pytest.raises(files.CheckpointError, match=r"^folder: got embeddings at a distance of"):
         encoder_of(k=k).save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

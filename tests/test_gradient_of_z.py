@@ -106,7 +106,7 @@ def test_the_gradient_of_z_is_as_near_as_rounding_u_leaves_it(case, impl, dtype)
 
 def test_a_head_that_drops_small_entries_is_caught_here_and_not_by_its_elements():
     case, found = case_of(common=1.0), {}
-    heads = {"exact": exact, "rounded": lambda *x: exact(*x).bfloat16(), "dropping": dropping(0.01)}
+    heads = {"exact": exact, "rounded": lambda *x: exact(*x).bfloat16(), "dropping": dropping(0.006)}
     for name, head in heads.items():
         u = []
         z = gradient(case, lambda *x, head=head, u=u: u.append(head(*x)) or u[0])
@@ -114,4 +114,5 @@ def test_a_head_that_drops_small_entries_is_caught_here_and_not_by_its_elements(
     u, z = found["exact"]
     assert distance(gradient(case, dropping(0)), z) < 1e-9
     assert_accurate(found["dropping"][0].bfloat16(), u.float(), u)
-    assert distance(found["dropping"][1], z) > 3 * distance(found["rounded"][1], z)
+    off = {name: distance(gradient, z) for name, (_, gradient) in found.items()}
+    assert off["dropping"] > 3 * off["rounded"], off

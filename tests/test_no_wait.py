@@ -98,6 +98,7 @@ CASES = {
     "stage 1 in parts": {"stage": 1, "token_budget": 20},
     "gradients cached": {"stage": 2, "contrastive_weight": 1.0, "token_budget": 20},
     "per token": {"stage": 2, "logprob_reduction": "mean"},
+    "in parts, no prefix shared": {"stage": 2, "token_budget": 20, "share_prefixes": False},
 }
 MODELS = {
     "varlen": {},
@@ -110,10 +111,12 @@ OTHERS = ("stage 1", "alignment", "gradients cached")  # for models other than t
 
 
 @pytest.mark.parametrize(("case", "model"), [(c, m) for m in MODELS for c in (CASES if m == "varlen" else OTHERS)])
-def test_a_step_waits_for_nothing(device, case, model):  # noqa: F811
+def test_a_step_waits_for_nothing(device, case, model, monkeypatch):  # noqa: F811
     config = Config(model="", train_data="", output_dir="", **CASES[case])
     encoder, decoder = models(model)
     decoder.logprob_reduction = config.logprob_reduction
+    if config.share_prefixes is not None:
+        monkeypatch.setattr(decoder, "shares_prefixes", config.share_prefixes)
     objective = objective_of(config, encoder, decoder)
     parameters = trained(encoder)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)

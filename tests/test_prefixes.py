@@ -120,7 +120,6 @@ def test_every_place_of_the_pack_is_read_from_the_token_that_stands_there(pairs,
         own = packed.ids[end - (bounds[i + 1] - bounds[i]) : end]
         assert torch.equal(run[bounds[i] : bounds[i + 1]], own)
     assert bounds[-1] == len(run)
-    assert shared.max_length == max(b - a for a, b in itertools.pairwise(bounds))
 
 
 @given(PAIRS, st.integers(1, 4))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from triton_cases import DEVICE, DTYPES, few, leaf, poisoned  # noqa: F401
 
@@ -8,7 +8,7 @@ from autoregembed import info_nce, ops, reference
 from autoregembed.kernels.torch import linear_logprob as torch_kernels
 from autoregembed.kernels.triton import info_nce as kernels
 from autoregembed.kernels.triton import primitives
-from autoregembed.testing import assert_accurate
+from autoregembed.testing import EPS32, assert_accurate
 
 
 def problem(b, p, d, dtype, seed=0, scale=1.0):
@@ -41,13 +41,15 @@ def check(q, p, target, ids, temperature=0.05, **options):
     for found in (loss.detach(), scored):
         assert found.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
         assert_accurate(found, eager[0], exact[0], max_logit=largest)
-    # Operands of the gradient GEMMs are rounded to 16 bits: eps of the largest summand, 1/(B τ |x|), of which a row has
-    # as many as there are halves.
+    # Operands of the gradient GEMMs are rounded to 16 bits: eps of the largest summand, 1/(B τ |x|), before what lies
+    # along x is taken away. A row has one from each half.
+    rounding = 0.0 if q.element_size() > 2 else torch.finfo(q.dtype).eps / (4 * EPS32)
     halves = 2 if len(options.get("directions", ())) > 1 else 1
     for found, f32, f64, x in zip(gradients, eager[1:], exact[1:], (q, p), strict=True):
         shortest = x.double().norm(dim=1).min().item()
         assert found.dtype == q.dtype
-        assert_accurate(found, f32, f64, max_logit=largest, gradient_factor=halves * largest / (len(q) * shortest))
+        factor = halves * largest / (len(q) * shortest)
+        assert_accurate(found, f32, f64, max_logit=largest + rounding, gradient_factor=factor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,7 +68,9 @@ def test_real_temperatures_and_lengths(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@few(6)
+@few(3)
+@example(9, 31, 12, {*ALL[1:]}, False, True, 0.1, 1)
+@example(5, 40, 12, {ALL[2]}, False, False, None, 2)
 @given(
     st.integers(1, 19), st.integers(1, 70), st.integers(1, 40), st.sets(st.sampled_from(ALL[1:])), st.booleans(),
     st.booleans(), st.sampled_from([None, 0.1, -0.2]), st.integers(0, 99),
@@ -78,7 +82,7 @@ def test_directions_and_margin(dtype, b, p, d, more, symmetric, duplicates, marg
 
 
 @pytest.mark.parametrize("p", [40, 1030])  # below and above 1024 columns the shift lies elsewhere
-@pytest.mark.parametrize("options", [{}, {"directions": ALL, "margin": 1.9}, SYMMETRIC], ids=str)
+@pytest.mark.parametrize("options", [{}, {"directions": ALL, "margin": 1.9}], ids=str)
 def test_improbable_positives(p, options):
     """Rows whose positive is far below the maximum leave the range of bf16 and are redone; their neighbours stay."""
     q, passages, target, _ = problem(7, p, 16, torch.float32)
@@ -86,9 +90,14 @@ def test_improbable_positives(p, options):
         other = passages[(target[row] + 1) % p]
         q[row] = other / other.norm()
         passages[target[row]] = angle * q[row] + (1 - abs(angle)) * 0.3 * passages[target[row]]
-    for dtype in (torch.bfloat16, torch.float32):
-        for temperature in (0.03, 0.012, 0.004):
-            check(q.to(dtype), passages.to(dtype), target, None, temperature, **options)
+    for temperature in (0.012, 0.004):
+        check(q.bfloat16(), passages.bfloat16(), target, None, temperature, **options)
+
+
+def test_a_margin_in_a_large_batch():
+    """From 1024 columns on the shift is not the positive itself: the margin counts from the positive all the same."""
+    q, passages, target, _ = problem(5, 1030, 16, torch.bfloat16)
+    check(q, passages, target, None, margin=0.1)
 
 
 def test_float16_and_float64_have_no_directions():
@@ -211,8 +220,10 @@ def test_upstream_gradient_and_second_backward():
         torch.testing.assert_close(y, 2.5 * x)
 
 
-@pytest.mark.parametrize("mode", [(ALL[0], False, None), (",".join(ALL), False, 0.1), (",".join(ALL[::2]), True, None)])
-@pytest.mark.parametrize("duplicates", [False, True])
+@pytest.mark.parametrize(
+    ("duplicates", "mode"),
+    [(False, (ALL[0], False, None)), (True, (",".join(ALL), False, 0.1)), (False, (",".join(ALL[::2]), True, None))],
+)
 def test_opcheck(duplicates, mode):
     q, passages, target, ids = problem(4, 9, 8, torch.float32)
     tau = torch.tensor(0.05, device=DEVICE, requires_grad=True)

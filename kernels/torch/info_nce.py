@@ -127,8 +127,9 @@ def forward(
             )  # fmt: skip
             loss += share * found[0]
             excess -= share * found[1]
-    if d_p is not None and "doc" in left:
-        d_p.index_put_((target,), left["doc"][1], accumulate=True)
+    d_positives = left["doc"][1] if "doc" in left else None
+    if d_p is not None and d_positives is not None:
+        d_p.index_put_((target,), d_positives, accumulate=True)
     d_query = query.new_empty(0, query.shape[1]) if d_q is None else project(q, q_length, d_q)
     d_passages = passages.new_empty(0, passages.shape[1]) if d_p is None else project(p, p_length, d_p)
     return loss, d_query, d_passages, excess / temperature.square()

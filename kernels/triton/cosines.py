@@ -312,7 +312,8 @@ def _chunk(
         ROWS=t.rows, COLS=t.cols, **t.options,
     )  # fmt: skip
     parts = _parts(p, n)
-    found = [gemm_tile("emit_cosine", rows[part], p.columns[to]) for part, to, _ in parts]
+    kind = "emit_cosine" if excess is None else "emit_cosine_moments"
+    found = [gemm_tile(kind, rows[part], p.columns[to]) for part, to, _ in parts]
     heights = [triton.cdiv(to.stop - to.start, t.cols) * m for (t, _), (_, to, m) in zip(found, parts, strict=True)]
     sums = torch.empty(sum(heights), n, dtype=torch.float32, device=device)
     moments = None if excess is None else torch.empty_like(sums)
