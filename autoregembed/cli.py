@@ -189,6 +189,7 @@ def _encode(model: str, texts: str, output: str, column: str | None = None, prom
     from safetensors.torch import save_file
 
     from autoregembed.files import atomic_file, require_writable_file
+    from autoregembed.progress import in_parts
 
     lines = read_texts(texts, column)
     target = Path(output)
@@ -199,7 +200,8 @@ def _encode(model: str, texts: str, output: str, column: str | None = None, prom
     _require_prompt(exported, prompt_name)
     require_writable_file(output, "output", size=4 * len(lines) * (exported.get_embedding_dimension() or 0))
     prompt = {"prompt": ""} if prompt_name == "none" else {"prompt_name": prompt_name}
-    embeddings = exported.encode(lines, **prompt, convert_to_tensor=True, show_progress_bar=False)
+    options = {**prompt, "convert_to_tensor": True, "show_progress_bar": False}
+    embeddings = in_parts(console, "texts", lambda part: exported.encode(part, **options), lines)
     with atomic_file(target) as temporary:
         if target.suffix == ".npy":
             with temporary.open("wb") as file:
@@ -231,6 +233,7 @@ def _evaluate(
     """
     from autoregembed import evaluate
     from autoregembed.files import json_text, require_writable_file, write_json
+    from autoregembed.progress import in_parts
 
     if json_file:
         require_writable_file(json_file, "json_file")
@@ -244,15 +247,16 @@ def _evaluate(
     parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
     exported = _exported(model)
     options = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
+    shown = Console(stderr=True)  # stdout is the result's alone
 
     def embed(texts: list[str]) -> Any:
-        return exported.encode(texts, **options).cpu()
+        return in_parts(shown, "texts", lambda part: exported.encode(part, **options), texts).cpu()
 
     def embed_queries(texts: list[str]) -> Any:
-        return exported.encode_query(texts, **options).cpu()
+        return in_parts(shown, "queries", lambda part: exported.encode_query(part, **options), texts).cpu()
 
     def embed_documents(texts: list[str]) -> Any:
-        return exported.encode_document(texts, **options).cpu()
+        return in_parts(shown, "documents", lambda part: exported.encode_document(part, **options), texts).cpu()
 
     result: dict = {"model": model}
     if pairs is not None:
