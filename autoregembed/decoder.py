@@ -14,6 +14,7 @@ from autoregembed.attention import run_packed
 from autoregembed.derivatives import first_order_only
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.files import CheckpointError
+from autoregembed.loading import reads_values
 from autoregembed.models import (
     base_model,
     claim,
@@ -304,7 +305,7 @@ class Decoder(nn.Module):
         if self.input_rms is not None:
             self.input_rms = self.input_rms.to(device)
 
-    @torch.no_grad()
+    @reads_values
     def _verify_embedding(self) -> None:
         # `logprob` reads the matrix, so what a module adds to it (LoRA) or makes of it (dequantisation) would be lost.
         embedding = self.model.get_input_embeddings()
@@ -320,7 +321,7 @@ class Decoder(nn.Module):
                     "weight, expected a plain nn.Embedding: merge adapters into it (merge_and_unload)"
                 )
 
-    @torch.no_grad()
+    @reads_values
     def _verify_head(self) -> None:
         head = self.model.get_output_embeddings()
         ids = torch.tensor([[self.eos_token_id, 0]], device=head.weight.device)
