@@ -404,7 +404,7 @@ def require_loaded(model: nn.Module) -> None:
             raise ValueError(
                 f"model: got no values of {name} in memory (the meta device, or offloaded to CPU or disk by "
                 "device_map), expected all weights on one device: load it without device_map, in fewer bits, or shard "
-                "it over processes (docs/distributed.md)"
+                "it over processes (docs/howto/distributed.md)"
             )
 
 

@@ -99,6 +99,17 @@ def _parts(scores: Tensor, rows: list[dict]) -> PairScores:
     return PairScores(scores[:b], scores[b : 2 * b], c, mask.to(scores.device, non_blocking=True))
 
 
+def with_batch_negatives(rows: list[dict]) -> list[dict]:
+    """Rows in which one without a negative has the positive of the next row with another one, where there is any."""
+    out = []
+    for i, row in enumerate(rows):
+        (positive, *negatives) = row["target_ids"]
+        others = (r["target_ids"][0] for r in (*rows[i + 1 :], *rows[:i]))
+        found = negatives or [next((ids for ids in others if ids != positive), None)]
+        out.append({**row, "target_ids": [positive, *(ids for ids in found if ids is not None)]})
+    return out
+
+
 def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None) -> PairScores:
     """Scores of all pairs in one decoder call; z (≥ 2B, K, D) holds the queries, then the positives."""
     targets, z_index, _ = _alignment_pairs(rows, z.device)

@@ -1,6 +1,6 @@
 """Memory and communication of a stage-2 step under FSDP2: computed from shapes, not measured.
 
-python bench/scaling.py            # the tables of docs/distributed.md
+python bench/scaling.py            # the tables of docs/howto/distributed.md
 """
 
 from __future__ import annotations

@@ -74,12 +74,12 @@ def test_the_public_signatures_are_the_recorded_ones():
 
 def test_every_public_name_is_documented():
     """By a docstring, and named on the API page of the site."""
-    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
     for name in autoregembed.__all__:
         if name.startswith("_"):
             continue
         assert getattr(autoregembed, name).__doc__, name
-        assert re.search(rf"(^::: .*\.|`){name}(`|$)", page, re.MULTILINE), f"docs/api.md does not name {name}"
+        assert re.search(rf"(^::: .*\.|`){name}(`|$)", page, re.MULTILINE), f"{name} is not on it"
 
 
 if __name__ == "__main__":

@@ -133,9 +133,9 @@ def test_train_trains_and_bad_input_exits_with_2(model_folder, compression_file,
     assert summary["steps"] == 1
     assert "{" not in printed, "the summary is a file"
     assert summary["export"] in printed
-    page = (Path(__file__).parents[1] / "docs" / "files.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert all(f"`{name}`" in page for name in {*summary, *steps[0]}), "docs/files.md"
+    assert all(f"`{name}`" in page for name in {*summary, *steps[0]}), "docs/reference/files.md"
     assert Path(summary["model"], "model.safetensors").is_file()
     for arguments, message in (
         (["train", file, "--max_steps", "0"], "ConfigError: max_steps: got 0"),

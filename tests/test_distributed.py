@@ -217,7 +217,7 @@ def test_launchers_end_where_one_process_does(model_folder, files, trained_alone
 def test_the_page_on_scaling_shows_what_its_command_prints_for_real_parameter_counts():
     from autoregembed.bench import scaling
 
-    page = (Path(scaling.__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    page = (Path(scaling.__file__).parents[1] / "docs" / "howto" / "distributed.md").read_text(encoding="utf-8")
     assert scaling.tables(64, 1, {"7B": 4096, "70B": 1024}, [8, 16, 64, 128, 512]) in page
     tiny = scaling.Shape(2, 32, 64, 4, 2, 8, 320)
     assert tiny.total == sum(p.numel() for p in tiny_model("llama", tie_word_embeddings=False).parameters())

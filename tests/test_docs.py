@@ -34,7 +34,8 @@ from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+REFERENCE = ROOT / "docs" / "reference"
 INCLUDE = re.compile(r'--8<-- "([^":]+)(?::\d+)?"')
 
 
@@ -45,7 +46,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def named(page: Path) -> str:
-    return page.name
+    return page.relative_to(ROOT).as_posix()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def test_the_step_on_any_causal_lm(page, model_folder):
     assert all(p.grad is None for p in scope["decoder"].parameters())
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name == "docs"], ids=named)
+@pytest.mark.parametrize("page", [p for p in PAGES if ROOT / "docs" in p.parents], ids=named)
 def test_the_blocks_of_a_page_run_one_after_the_other(page, model_folder, tmp_path):
     """Included files are the examples, which have tests of their own."""
     text = page.read_text(encoding="utf-8")
@@ -177,14 +178,19 @@ def test_commands_parse(page, tmp_path, monkeypatch, capsys):
 
 
 def test_the_sites_pages_are_all_in_its_navigation():
-    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    assert {page for entry in nav for page in entry.values()} == {p.name for p in (ROOT / "docs").glob("*.md")}
+    def listed(entries):
+        for entry in entries:
+            for page in entry.values():
+                yield from listed(page) if isinstance(page, list) else [page]
+
+    pages = list(listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(pages) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))
 
 
 def test_the_names_of_the_api_page_exist():
     import importlib
 
-    names = re.findall(r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    names = re.findall(r"^::: ([\w.]+)\.(\w+)$", (REFERENCE / "api.md").read_text(), re.MULTILINE)
     assert len(names) > 10
     for module, name in names:
         assert getattr(importlib.import_module(module), name).__doc__, name
@@ -263,7 +269,7 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
 
 
 def test_the_quoted_errors_are_those_that_the_code_raises(tmp_path, model_folder, compression_file):
-    quoted = re.findall(r"^### `(.*)`$", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    quoted = re.findall(r"^### `(.*)`$", (REFERENCE / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
     found = [raised(call) for call in triggers(tmp_path, model_folder, compression_file)]
     assert len(quoted) == len(found)
     for message, text in zip(found, quoted, strict=True):

@@ -1,10 +1,9 @@
 """Losses for `SentenceTransformerTrainer`, on models that `Encoder.save_pretrained` wrote.
 
     model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start", instruction="Represent the text.")
-    decoder = Decoder.from_pretrained("HuggingFaceTB/SmolLM2-135M", z_norm="match_rms")
-    loss = AutoRegEmbedLoss(model, decoder)
-    dataset = loss.precompute_ref_logps(dataset)  # columns anchor, positive, negative
-    SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=loss).train()
+    SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=AutoRegEmbedLoss(model)).train()
+
+The columns are anchor and positive, or anchor, positive and negatives.
 
 z are the model's token embeddings at the compress tokens, from the same forward pass as the sentence embedding. Targets
 are the token ids of a column without what the tokenizer writes around a text. A prompt that the training arguments put
@@ -34,8 +33,10 @@ from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.export import COMPRESS_TOKENS
+from autoregembed.integrations.defaults import RECOMMENDED, default_decoder
 from autoregembed.model_card import CITATION
-from autoregembed.objective import contrastive_loss, stage2_loss
+from autoregembed.models import read_recipe
+from autoregembed.objective import contrastive_loss, stage2_loss, with_batch_negatives
 from autoregembed.ops import compression_loss
 
 __all__ = [
@@ -171,12 +172,18 @@ def _require_unwrapped(model: nn.Module, loss: str) -> None:
 class _DecoderLoss(nn.Module):
     """What both stages share: z and targets out of sentence features, and a decoder that stays as it is."""
 
-    def __init__(self, model: SentenceTransformer, decoder: Decoder, max_target_length: int | None):
+    def __init__(self, model: SentenceTransformer, decoder: Decoder | None, max_target_length: int | None):
         super().__init__()
-        if not isinstance(decoder, Decoder):
+        if not isinstance(decoder, Decoder | None):
             raise TypeError(f"decoder: got {type(decoder).__name__}, expected autoregembed.Decoder")
         self.model = model
         self._template = _Template.of(model)
+        if decoder is None:
+            lm = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+            first = model.tokenizer("a")["input_ids"][0] if self._template.head else None
+            decoder = default_decoder(
+                read_recipe(lm.name_or_path), lm.name_or_path, bos_token_id=first, dtype=lm.dtype, device=lm.device
+            )
         _freeze_pooling(model)
         # In a tuple and so no submodule: nobody saves it, puts it into an optimiser or into training mode.
         self._decoder = (decoder,)
@@ -252,15 +259,19 @@ class InformationCompressionLoss(_DecoderLoss):
 
     Args:
         model: written by `Encoder.save_pretrained` or `from_causal_lm`.
-        decoder: the frozen causal LM that `model` was made of; it follows the loss' device.
+        decoder: the frozen causal LM that `model` was made of; it follows the loss' device. By default the one that the
+            folder of `model` names is loaded.
         max_target_length: tokens of a target that are scored, without eos; by default 512, or what the decoder has
             positions for. The model's tokenizer truncates a target as it does any text.
 
     Raises:
-        TypeError, ValueError: no `Decoder`, or a model without compress tokens.
+        TypeError, ValueError: no `Decoder`, a model without compress tokens, or one that names no original model where
+            `decoder` is None.
     """
 
-    def __init__(self, model: SentenceTransformer, decoder: Decoder, max_target_length: int | None = None):
+    def __init__(
+        self, model: SentenceTransformer, decoder: Decoder | None = None, max_target_length: int | None = None
+    ):
         super().__init__(model, decoder, max_target_length)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -278,13 +289,15 @@ class InformationCompressionLoss(_DecoderLoss):
 class AutoRegEmbedLoss(_DecoderLoss):
     """Stage 2 of AutoRegEmbed: conditional distribution alignment, and InfoNCE on the same forward pass if wanted.
 
-    Columns: anchor, positive, one or more negatives. The reference scores (log-probabilities in nats of the positive
-    and of each negative given the anchor, under the model before this stage) are a `label` column of M + 1 floats;
-    `precompute_ref_logps` computes it.
+    Columns: anchor, positive and any number of negatives. Without one, the batch has them: InfoNCE compares an anchor
+    with the positives of all others, and the alignment takes the positive of the next row. With `ref_margin` "add" or
+    "subtract" the reference scores (log-probabilities in nats of the positive and of each negative given the anchor,
+    under the model before this stage) are a `label` column of M + 1 floats; `precompute_ref_logps` computes it.
 
     Args:
         model, decoder, max_target_length: as in `InformationCompressionLoss`.
-        options: weights and variants of the loss. With `contrastive_weight` > 0 `forward` returns both parts by name.
+        options: weights and variants of the loss; by default 0.2 · alignment without a reference + InfoNCE. With
+            `contrastive_weight` > 0 `forward` returns both parts by name.
         gather_across_devices: InfoNCE takes negatives from all processes.
 
     Raises:
@@ -294,26 +307,35 @@ class AutoRegEmbedLoss(_DecoderLoss):
     def __init__(
         self,
         model: SentenceTransformer,
-        decoder: Decoder,
+        decoder: Decoder | None = None,
         options: Stage2Options | None = None,
         *,
         gather_across_devices: bool = False,
         max_target_length: int | None = None,
     ):
         super().__init__(model, decoder, max_target_length)
-        self.options = options or Stage2Options()
+        self.options = options or RECOMMENDED
+        if self.options.distillation_weight:
+            raise ValueError(
+                f"distillation_weight: got {self.options.distillation_weight}, expected 0 in AutoRegEmbedLoss; "
+                "LikelihoodDistillationLoss is a loss of its own"
+            )
         self.gather_across_devices = gather_across_devices
 
     def forward(
         self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
     ) -> Tensor | dict[str, Tensor]:
         columns = list(sentence_features)
-        if len(columns) < 3:
+        least = 3 if self.options.uses_ref_logps else 2
+        if len(columns) < least:
             raise ValueError(
-                f"sentence_features: got {len(columns)} columns, expected anchor, positive and at least one negative"
+                f"sentence_features: got {len(columns)} columns, expected at least {least}: anchor, positive"
+                + (f" and a negative, since ref_margin={self.options.ref_margin!r}" if least == 3 else "")
             )
         ref_logps = self._ref_logps(labels, len(columns) - 1, columns[0]["input_ids"])
         rows = self._rows(columns)
+        if len(columns) == 2 and self.options.alignment_weight:
+            rows = with_batch_negatives(rows)
         (z_query, query), (z_positive, positive) = map(self._read, columns[:2])
         embeddings, passages = [query, positive], [columns[1]]
         if self.options.hard_negatives and self.options.contrastive_weight:
@@ -355,8 +377,13 @@ class AutoRegEmbedLoss(_DecoderLoss):
             batch_size: rows that are scored together.
 
         Raises:
-            ValueError: fewer than three columns.
+            ValueError: fewer than three columns, or options that read no reference scores.
         """
+        if not self.options.uses_ref_logps:
+            raise ValueError(
+                f"ref_margin: got {self.options.ref_margin!r} with alignment_weight {self.options.alignment_weight}, "
+                "expected 'add' or 'subtract' and a weight above 0: other options read no reference scores"
+            )
         names = [n for n in dataset.column_names if n not in ("label", "dataset_name")]
         if len(names) < 3:
             raise ValueError(f"dataset: got columns {names}, expected anchor, positive and at least one negative")

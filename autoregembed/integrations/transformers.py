@@ -1,11 +1,9 @@
 """Both stages under Hugging Face's `Trainer`.
 
     encoder = Encoder.from_model(AutoModel.from_pretrained(NAME), tokenizer)  # no head: the encoder never reads one
-    decoder = Decoder.from_pretrained(NAME)
-    rows = data.alignment_rows(data.load_rows("triplets.jsonl"), encoder.prompt)
-    rows = precompute_ref_logps(rows, encoder, decoder)
-    AutoRegEmbedTrainer(encoder, decoder, args, train_dataset=rows, processing_class=tokenizer).train()
+    AutoRegEmbedTrainer(encoder, args=args, train_dataset=dataset).train()
 
+The columns are those of `data.alignment_rows` (query or anchor, positive, negatives), or of `data.compression_rows`.
 `AutoRegEmbedTrainer` packs its batches and does both stages, by the columns of the data. `CompressionLossFunction` is
 stage 1 as a `compute_loss_func` of the stock `Trainer`. Stage 2 is no such function: the Trainer hands it the number of
 labels, while the loss is a mean over (positive, negative) pairs, whose number in the other micro-batches of a step it
@@ -18,16 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
+from autoregembed import data
 from autoregembed.attention import run_packed
 from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.objective import num_loss_terms, stage2_loss, texts_of
+from autoregembed.integrations.defaults import RECOMMENDED, default_decoder
+from autoregembed.models import read_recipe
+from autoregembed.objective import num_loss_terms, stage2_loss, texts_of, with_batch_negatives
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import pack
 from autoregembed.reference_scores import compute_ref_logps
@@ -117,45 +118,86 @@ class Collator:
 
     `labels` has one entry other than −100 for each term that the loss is a mean over (`objective.num_loss_terms`), so
     that the Trainer's own count is the right one.
+
+    Args:
+        options: those of the loss.
+        batch_negatives: a row without a negative gets the positive of the next row as one.
     """
 
-    def __init__(self, options: Stage2Options | None = None):
-        self.negatives = (options or Stage2Options()).negatives
+    def __init__(self, options: Stage2Options | None = None, batch_negatives: bool = False):
+        self.negatives = (options or RECOMMENDED).negatives
+        self.batch_negatives = batch_negatives
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        if self.batch_negatives:
+            rows = with_batch_negatives(rows)
         terms = torch.tensor([num_loss_terms(row, self.negatives) for row in rows])
         index = torch.arange(max(1, int(terms.max())))
         return {"labels": torch.where(index < terms[:, None], 0, IGNORE_INDEX), "rows": Rows(rows)}
 
 
+def _tokenized(rows: Dataset | IterableDataset, encoder: Encoder) -> Dataset | IterableDataset:
+    """Ids of texts; rows that have them already, and what is no data set of `datasets`, stay as they are."""
+    if not isinstance(rows, Dataset | IterableDataset):
+        return rows
+    names = rows.column_names or list(next(iter(rows)))
+    if "target_ids" in names:
+        return rows
+    stage1 = {"context", "output"} <= set(names) or data.is_unpaired(rows)
+    return (data.compression_rows if stage1 else data.alignment_rows)(rows, encoder.prompt)
+
+
+def _kind(rows: Any) -> tuple[int | None, bool]:
+    """The stage that rows are of (None without any), and whether none of them has a negative."""
+    if rows is None:
+        return None, False
+    first = next(iter(rows))
+    if "text_ids" in first:
+        return 1, False
+    found = rows["target_ids"] if isinstance(rows, Dataset) else [first["target_ids"]]
+    return 2, all(len(targets) < 2 for targets in found)
+
+
+def _decoder_of(encoder: Encoder) -> Decoder:
+    source = encoder.model.name_or_path
+    recipe = encoder.recipe or (read_recipe(source) or {"decoder": source} if source else {})
+    weight = encoder.model.get_input_embeddings().weight
+    return default_decoder(recipe, source, bos_token_id=encoder.bos_token_id, dtype=weight.dtype, device=weight.device)
+
+
 class AutoRegEmbedTrainer(Trainer):
-    """`Trainer` for stage 1 (rows of `data.compression_rows`) and stage 2 (rows of `data.alignment_rows`).
+    """`Trainer` for stage 1 and stage 2.
 
     The gradient does not depend on how a step is split into microbatches and processes. Checkpoints hold the encoder's
     model as Transformers or PEFT saves it, never the decoder.
 
+    Data sets hold texts (the columns of `data.compression_rows` for stage 1, of `data.alignment_rows` for stage 2), or
+    what these functions made of them. Where no row has a negative, the batch has them: InfoNCE compares a query with
+    the positives of all others, and the alignment takes the positive of the next row.
+
     Args:
         encoder: around a base model (`AutoModel`) or a PeftModel of one, without `own_compress_rows`.
-        decoder: the frozen decoder; None for stage 2 with `alignment_weight=0`.
+        decoder: the frozen decoder; by default the model that the encoder was made from, where the loss reads one.
         args: as for `Trainer`.
-        options: weights and variants of the loss of stage 2. With `ref_margin` other than "none" the rows need a column
-            `ref_logps` (`precompute_ref_logps`).
+        options: weights and variants of the loss of stage 2; by default 0.2 · alignment without a reference + InfoNCE.
+            With `ref_margin` other than "none" the rows need a column `ref_logps` (`precompute_ref_logps`).
         trainer: further arguments of `Trainer`.
 
     Raises:
-        ValueError: a model with a head, an encoder with compress rows of its own, or InfoNCE under gradient
-            accumulation, where its negatives would come from one microbatch of the step.
+        ValueError: a model with a head, an encoder with compress rows of its own, an encoder that names no original
+            model where `decoder` is None, or in-batch negatives under gradient accumulation, where they would come from
+            one microbatch of the step.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        decoder: Decoder | None,
+        decoder: Decoder | None = None,
         args: TrainingArguments | None = None,
         options: Stage2Options | None = None,
         **trainer: Any,
     ):
-        options = options or Stage2Options()
+        options = options or RECOMMENDED
         if encoder.model.get_output_embeddings() is not None:
             raise ValueError(
                 f"encoder: got a {type(encoder.model).__name__} with a head, expected a base model such as "
@@ -163,17 +205,25 @@ class AutoRegEmbedTrainer(Trainer):
             )
         if encoder.compress_rows is not None:
             raise ValueError("encoder: got own_compress_rows=True, expected False: Trainer would not save them")
-        if decoder is None and options.alignment_weight:
-            raise ValueError("decoder: got None, expected a Decoder, since alignment_weight > 0")
-        if options.contrastive_weight and args is not None and args.gradient_accumulation_steps > 1:
+        self.encoder, self.options = encoder, options
+        for name in ("train_dataset", "eval_dataset"):
+            if isinstance(trainer.get(name), dict):
+                trainer[name] = {key: _tokenized(rows, encoder) for key, rows in trainer[name].items()}
+            elif trainer.get(name) is not None:
+                trainer[name] = _tokenized(trainer[name], encoder)
+        stage, pairs = _kind(trainer.get("train_dataset"))
+        if decoder is None and (stage == 1 or options.alignment_weight):
+            decoder = _decoder_of(encoder)
+        batch_negatives = stage == 2 and pairs and options.alignment_weight > 0
+        in_batch = stage != 1 and options.contrastive_weight > 0
+        if (in_batch or batch_negatives) and args is not None and args.gradient_accumulation_steps > 1:
+            cause = "contrastive_weight > 0" if in_batch else "rows without negatives"
             raise ValueError(
-                f"gradient_accumulation_steps: got {args.gradient_accumulation_steps}, expected 1 with "
-                "contrastive_weight > 0: in-batch negatives would come from one microbatch only"
+                f"gradient_accumulation_steps: got {args.gradient_accumulation_steps}, expected 1 with {cause}: "
+                "in-batch negatives would come from one microbatch only"
             )
-        self.encoder = encoder
         self.decoder = decoder
-        self.options = options
-        trainer.setdefault("data_collator", Collator(options))
+        trainer.setdefault("data_collator", Collator(options, batch_negatives))
         # `compute_loss_func` tells Trainer to count the labels and not to scale for accumulation; compute_loss below
         # never calls it.
         super().__init__(encoder.model, args, compute_loss_func=self._loss_terms, **trainer)
