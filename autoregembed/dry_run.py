@@ -1,4 +1,4 @@
-"""The memory of a step, counted: the step itself runs on fake tensors, and every allocation is booked until it is freed.
+"""The memory of a step, counted: the step itself runs on fake tensors, every allocation is booked until it is freed.
 
 A fake tensor has a shape, a dtype and a device and no memory, so a model of any size is run in seconds. Only indices of
 tokens are real. What an op allocates inside and frees again is not seen; the head says it of itself (`head_workspace`).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import types
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 from accelerate import DistributedType
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -125,7 +124,7 @@ class Models:
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """Where a pass is run."""
-        with without_values(self.mode), torch.autocast("cpu", self.half, enabled=self.half is not None):
+        with without_values(torch.device("meta")), torch.autocast("cpu", self.half, enabled=self.half is not None):
             yield
 
     def tensors(self) -> Iterator[Tensor]:
@@ -143,29 +142,34 @@ def fake_models(
 ) -> Models:
     """What a run of `config` would build, from config.json and the tokenizer alone; with the first `layers` layers."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with without_values(mode, layers), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deepcopy asks a fake tensor where its memory is
+    with without_values(torch.device("meta"), layers):
         encoder, decoder, tokenizer, _ = build_models(replace(config, compile=False))
-        if decoder is not None and half is not None:
-            _cast(decoder, half)
-        for model in (encoder, decoder):
+        for model, dtype in ((encoder, None), (decoder, half)):
             if model is not None:
-                model.use_attention("sdpa")
                 model.model.set_attn_implementation(attention)
+                _fake(model, mode, dtype)
     if half is not None:  # as accelerate does it
         forward = torch.autocast("cpu", half)(type(encoder).forward)
         encoder.forward = types.MethodType(convert_outputs_to_fp32(forward), encoder)  # type: ignore[method-assign]
     return Models(encoder, decoder, tokenizer, mode, half, device)
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """model.to(dtype), which torch cannot do with fake tensors; tied weights stay tied."""
-    cast: dict[nn.Parameter, nn.Parameter] = {}
+def _fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> None:
+    """Puts fake tensors on a CPU, of `dtype`, in place of those on the meta device; tied weights stay tied.
+
+    A model is not built of fake tensors: copying and resizing them has corrupted memory (torch 2.13).
+    """
+    made: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter not in cast:
-                cast[parameter] = nn.Parameter(parameter.detach().to(dtype), False)
-            setattr(module, name, cast[parameter])
+            if id(parameter) not in made:
+                value = FakeTensor(mode, parameter.detach().to(dtype or parameter.dtype), torch.device("cpu"))
+                made[id(parameter)] = nn.Parameter(value, parameter.requires_grad), parameter
+            setattr(module, name, made[id(parameter)][0])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                cast = buffer if dtype is None or not buffer.is_floating_point() else buffer.to(dtype)
+                module._buffers[name] = FakeTensor(mode, cast, torch.device("cpu"))
 
 
 def step(config: Config, models: Models, rows: list[dict]) -> Peaks:

@@ -1,4 +1,4 @@
-"""Models whose weights come later, or never: built from config.json, on the meta device or with fake tensors."""
+"""Models whose weights come later, or never: built from config.json, on the meta device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def without_values(place: Any, layers: int | None = None) -> Iterator[None]:
     What checks values (finite weights, packs against single texts) passes; whoever fills the weights calls it then.
 
     Args:
-        place: torch.device("meta"), or a FakeTensorMode; entered anew for every model.
+        place: torch.device("meta"), say; entered anew for every model.
         layers: how many of a model's layers are built; None: all.
     """
     token = _place.set((place, layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import parse_flag_from_env
 from rich.console import Console
 
 from autoregembed import data, dry_run, sampling
@@ -22,6 +24,7 @@ from autoregembed.models import base_model
 from autoregembed.objective import encoder_lengths
 from autoregembed.packing import make_microbatches
 from autoregembed.runtime import HALF_DTYPES, choose_precision
+from autoregembed.train_flags import plan_parser
 
 GB = 1e9
 EXACT_LAYERS = 6  # of more, a few are run and the rest is extrapolated
@@ -39,7 +42,9 @@ class Machine:
     memory: float | None = None  # bytes of the device; None: unknown
 
     @classmethod
-    def here(cls, device: str | None = None, processes: int = 1, fsdp: bool = False, gb: float | None = None) -> Machine:
+    def here(
+        cls, device: str | None = None, processes: int = 1, fsdp: bool = False, gb: float | None = None
+    ) -> Machine:
         """This machine, where nothing else is said.
 
         Raises:
@@ -197,7 +202,8 @@ def plan(config: Config, machine: Machine) -> Plan:
     on_gpu = machine.device == "cuda" and half is not None and not machine.fsdp and config.attention != "sdpa"
     attention = VARLEN if on_gpu else SDPA
     counts = [w.layers] if w.layers <= EXACT_LAYERS else [2, 4]
-    steps, scored, batch, tokens = [], [], [], 0
+    steps, scored, tokens = [], [], 0
+    batch: list[dict] = []
     for layers in counts:
         models = dry_run.fake_models(config, half=half, device=machine.device, attention=attention, layers=layers)
         if not batch:
@@ -267,10 +273,24 @@ def ways(config: Config, fsdp: bool = False) -> dict[str, str]:
     return found
 
 
-def out_of_memory(config: Config, fsdp: bool) -> str:
-    """What to do after a run has met the end of the memory."""
-    known = "; ".join(f"{name} ({effect})" for name, effect in ways(config, fsdp).items())
-    return f"out of memory: `autoregembed plan` tells what a step needs; what makes it smaller: {known}"
+@contextlib.contextmanager
+def naming_ways_out(config: Config) -> Iterator[None]:
+    """A run that meets the end of the memory says what would make it smaller.
+
+    Raises:
+        MemoryError: in place of torch's own errors, of which the one for main memory has no type.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+        known = "; ".join(f"{name} ({effect})" for name, effect in ways(config, fsdp).items())
+        reason = str(error).strip().split("\n")[0]
+        raise MemoryError(
+            f"memory: got too little ({reason}), expected what `autoregembed plan` tells; what needs less: {known}"
+        ) from error
 
 
 def changes(config: Config, machine: Machine, tokens: int) -> Iterator[tuple[str, Config, Machine]]:
@@ -290,6 +310,19 @@ def changes(config: Config, machine: Machine, tokens: int) -> Iterator[tuple[str
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
+
+
+def read_machine(arguments: list[str]) -> tuple[Machine, list[str]]:
+    """The machine that the flags of `plan` describe, and the arguments that are those of `train`."""
+    own: list[str] = []
+    rest: list[str] = []
+    for i, argument in enumerate(arguments):
+        name = argument.split("=")[0]
+        before = arguments[i - 1] if i else ""
+        mine = name in ("--device", "--memory", "--processes", "--fsdp")
+        (own if mine or before in ("--device", "--memory", "--processes") else rest).append(argument)
+    found = plan_parser(exit_on_error=False).parse_args(own)
+    return Machine.here(found.device, found.processes, found.fsdp, found.memory), rest
 
 
 def chained(configs: list[Config]) -> list[Config]:
@@ -323,8 +356,8 @@ def _print(found: Plan, machine: Machine, console: Console) -> bool:
     sharing = f", FSDP2 of {machine.processes} processes" if machine.fsdp else ""
     ddp = f", DDP of {machine.processes} processes" if machine.processes > 1 and not machine.fsdp else ""
     console.print(
-        f"\nstage {found.stage}: {found.model}, {found.rows} rows and {found.tokens} tokens a step, {found.precision}, {machine.device}"
-        f"{sharing}{ddp}; computed for one process, nothing is loaded\n",
+        f"\nstage {found.stage}: {found.model}, {found.rows} rows and {found.tokens} tokens a step, {found.precision}, "
+        f"{machine.device}{sharing}{ddp}; computed for one process, nothing is loaded\n",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
