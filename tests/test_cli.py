@@ -15,10 +15,11 @@ from conftest import sentence, write_jsonl
 from safetensors.torch import load_file
 
 from autoregembed import Encoder, models
-from autoregembed.cli import main, read_config
+from autoregembed.cli import main
 from autoregembed.config import ConfigError
 from autoregembed.evaluate import load_sts, sts
 from autoregembed.testing import tiny_model, tiny_tokenizer
+from autoregembed.train_flags import read_config
 
 FIELDS = {"stage": 1, "model": "m", "train_data": "d.jsonl", "output_dir": "o"}
 
