@@ -479,4 +479,4 @@ def test_the_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "autoregembed"]
     result = subprocess.run([*command, "nonsense"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2, result.stderr
-    assert "{train,encode,eval,doctor,bench,init,probe,completion}" in result.stderr
+    assert "{train,plan,encode,eval,doctor,bench,init,probe,export,completion}" in result.stderr
