@@ -25,7 +25,7 @@ from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from transformers import get_scheduler
 
-from autoregembed import data, distributed, sampling
+from autoregembed import data, distributed, plan, sampling
 from autoregembed.build import build_models, create_optimizer
 from autoregembed.checkpoint import (
     TrainState,
@@ -91,9 +91,9 @@ def train(config: Config, console: Console | None = None) -> dict:
         ConfigError, CheckpointError, ScoresMismatch, OSError: the message says what is wrong, as do the errors of
             `data`, `Encoder` and `Decoder`.
         FloatingPointError: a loss or gradient is not finite; the rows of that step are named (see `on_nonfinite`).
-        Interrupted: after a Ctrl-C, with a checkpoint saved.
+        Interrupted: after a Ctrl-C, with a checkpoint saved. MemoryError: the message names what needs less.
     """
-    with deterministic(config.deterministic), contextlib.ExitStack() as held:
+    with deterministic(config.deterministic), plan.naming_ways_out(config), contextlib.ExitStack() as held:
         run = Run(config, console or Console())
         latest, damaged = distributed.broadcast_from_rank0(lambda: run.claim_output_dir(held))
         run.read_data()
