@@ -24,6 +24,7 @@ from autoregembed import (
     info_nce,
     linear_logprob,
     models,
+    plan,
     reference_scores,
     score_distillation,
 )
@@ -159,6 +160,8 @@ def run_command(line: str, called: list) -> None:
         words = words[2:]
     if words[:2] == ["autoregembed", "train"]:
         called.extend(cli.read_configs(words[2:]))
+    elif words[:2] == ["autoregembed", "plan"]:
+        called.extend(cli.read_configs(plan.read_machine(words[2:])[1]))
     elif words[:2] == ["autoregembed", "init"]:
         assert cli.main(words[1:]) == 0, line
     elif words[0] == "autoregembed":
