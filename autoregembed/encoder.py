@@ -110,9 +110,8 @@ class Encoder(nn.Module):
         self.original_base = True  # the weights under its adapters are those of the original model
         self.shared: Any = None  # with a Decoder (`Decoder.sharing`)
         self.sharded = False  # by whoever shards the model: then all processes make the same number of passes
-        own = own_compress_rows is not False
-        inside = not isinstance(own_compress_rows, Tensor)
-        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary if inside else 1 << 31)
+        ids, inside = self.compress_token_ids, not isinstance(own_compress_rows, Tensor)
+        check_ids("compress_token_ids", [ids], vocabulary if inside else 1 << 31)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
             raise ValueError(f"compress_token_ids: got {self.compress_token_ids}, expected distinct ids")
         if self.suffix_ids:
@@ -123,9 +122,9 @@ class Encoder(nn.Module):
         require_gradients(model)
         claim(model, self)
         self.compress_rows = None
-        if own:
-            rows = embedding.weight.detach()[self.compress_token_ids] if inside else own_compress_rows
-            self.compress_rows = nn.Parameter(rows.detach().to(embedding.weight.device, copy=True))
+        if own_compress_rows is not False:
+            given = own_compress_rows if isinstance(own_compress_rows, Tensor) else embedding.weight.detach()[ids]
+            self.compress_rows = nn.Parameter(given.detach().to(embedding.weight.device, copy=True))
         self.use_attention(attention)
 
     @classmethod

@@ -178,6 +178,10 @@ def test_a_decoder_whose_weights_are_shared_out_scores_the_same_and_keeps_nothin
     cases.run(cases.sharded_decoder, 2, tmp_path)
 
 
+def test_a_decoder_on_an_encoders_shards_scores_the_same_and_keeps_nothing(tmp_path):
+    cases.run(cases.shared_shards, 2, tmp_path)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_others_with_an_error(model_folder, files, tmp_path, victim):
     case = run_of(model_folder, files, tmp_path / "out", 2)
