@@ -139,3 +139,25 @@ def embedding_name(model: Any) -> str:
             "themselves, expected adapters in the layers: leave it out of target_modules (lora_targets)"
         )
     return name
+
+
+def num_trained_tokens(
+    ids: list[int], adapted: list[int], adapter: str | Path | None, wanted: int | None, own_rows: bool
+) -> int | None:
+    """K as the model (`ids`) or else its adapter (`adapted`) was trained with, or as `wanted`; None where nobody says.
+
+    Raises:
+        CheckpointError: an adapter without compress tokens for a model without any, or another number than `wanted`.
+    """
+    known = len(ids or adapted)
+    if adapter is not None and not known and not own_rows:
+        raise CheckpointError(
+            f"adapter: got {str(adapter)!r}, which has no compress tokens, for a model without any; expected the "
+            "model that it was trained on, or own_compress_rows=True"
+        )
+    if known and wanted not in (None, known):
+        raise CheckpointError(
+            f"num_compress_tokens: got {wanted}, expected {known}, the number that the "
+            f"{'model' if ids else 'adapter'} was trained with"
+        )
+    return known or wanted

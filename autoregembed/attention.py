@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import importlib.util
+import inspect
 import itertools
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from autoregembed.packing import Packed
+from autoregembed.packing import Lengths, Packed
+from autoregembed.prefixes import SharedPrefixes, select, spread
 
 # No "sdpa" in these names: Transformers would refuse it to models with a softcap, which torch's kernel does not have.
 SDPA, VARLEN, FLASH = "autoregembed_packed", "autoregembed_varlen", "flash_attention_2"
+LENGTHS = "pack_lengths"  # the argument by which `_sdpa` gets those of a pack
 IMPLEMENTATIONS = {"sdpa": SDPA, "varlen": VARLEN, "flash_attention_2": FLASH}
-_packed_forward = contextvars.ContextVar("autoregembed_packed_forward", default=False)
+_packed_forward: contextvars.ContextVar[Packed | None] = contextvars.ContextVar("packed_forward", default=None)
 
 
 def attention_backends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -35,26 +39,30 @@ def attention_backends(device: torch.device, dtype: torch.dtype) -> dict[str, st
     return {"flash_attention_2": flash, "varlen": varlen, "sdpa": "ok"}
 
 
-@contextlib.contextmanager
-def packed_forward() -> Iterator[None]:
-    """Inside, models build no attention mask: attention is causal within the bounds of `cu_seqlens`."""
-    token = _packed_forward.set(True)
-    try:
-        yield
-    finally:
-        _packed_forward.reset(token)
+def run_packed(model: nn.Module, packed: Packed, shared: SharedPrefixes | None = None, **inputs: Tensor) -> Tensor:
+    """Last hidden states of a base model over one pack; `inputs` is `input_ids=` or `inputs_embeds=`.
 
-
-def run_packed(model: nn.Module, packed: Packed, **inputs: Tensor) -> Tensor:
-    """Last hidden states (T, D) of a base model over one pack; `inputs` is `input_ids=` or `inputs_embeds=`."""
+    (T, D) for the T tokens of the pack, or (U, D) for the U of them that are run where sequences share prefixes. Models
+    build no attention mask inside: attention is causal within the bounds of `cu_seqlens`.
+    """
     # Without a mask Transformers looks for packs in the positions, and waits for the device to see whether it found
     # one. `_mask` drops a mask; flash_attention_2 would look into it, and wait for that, and a model with an attention
     # of its own needs what Transformers finds.
+    options: dict[str, Any] = packed.kwargs()
     config: Any = next(m.config for m in model.modules() if hasattr(m, "config"))  # the model may be wrapped
-    if config.get_text_config()._attn_implementation in (SDPA, VARLEN):
-        inputs["attention_mask"] = torch.ones_like(packed.ids[None], dtype=torch.bool)
-    with packed_forward():
-        return model(**inputs, **packed.kwargs()).last_hidden_state.squeeze(0)
+    if shared is not None:  # the longest sequence bounds what is run of any
+        own = {"position_ids": options["position_ids"].index_select(1, shared.kept), "cu_seq_lens_q": shared.cu_seqlens}
+        options |= {**own, "shared_prefixes": shared}
+    implementation = config.get_text_config()._attn_implementation
+    if implementation in (SDPA, VARLEN):
+        options["attention_mask"] = torch.ones_like(options["position_ids"], dtype=torch.bool)
+    if implementation == SDPA:
+        options[LENGTHS] = packed.lengths
+    token = _packed_forward.set(packed)
+    try:
+        return model(**inputs, **options).last_hidden_state.squeeze(0)
+    finally:
+        _packed_forward.reset(token)
 
 
 def keep_rope_per_text(model: nn.Module) -> None:
@@ -63,8 +71,9 @@ def keep_rope_per_text(model: nn.Module) -> None:
     Transformers takes the longest text of the input for all of them, and dynamic NTK remembers it for later inputs.
     """
     for module in _adaptive_ropes(model):
-        if _rope_per_text not in module._forward_hooks.values():
-            module.register_forward_hook(_rope_per_text, with_kwargs=True)
+        if not hasattr(module, "_autoregembed_forward"):
+            module._autoregembed_forward = module.forward
+            module.forward = types.MethodType(_rope_per_text, module)
 
 
 def rope_limit(model: nn.Module) -> int | None:
@@ -97,40 +106,52 @@ def _original_length(module: Any, layer_type: str | None) -> int | None:
     return parameters["original_max_position_embeddings"] if kind == "longrope" else None
 
 
-def _rope_per_text(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """What a rotary module gives for each text of a pack alone, as its forward hook; padded batches are left alone."""
-    args_by_name = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
-    x, position_ids, layer_type = (args_by_name.get(name) for name in ("x", "position_ids", "layer_type"))
-    if x is None or position_ids is None or position_ids.ndim != 2 or len(position_ids) != 1:
-        return None
-    original = _original_length(module, layer_type)
-    if original is None:
-        return None
+def _rope_per_text(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a rotary module gives for each text of a pack alone, as its forward; padded batches are left alone."""
+    named = {**dict(zip(("x", "position_ids", "layer_type"), args, strict=False)), **kwargs}
+    x, position_ids, layer_type = (named.get(name) for name in ("x", "position_ids", "layer_type"))
+    plain, original = module._autoregembed_forward, _original_length(module, layer_type)
+    if original is None or x is None or position_ids is None or position_ids.ndim != 2 or len(position_ids) != 1:
+        return plain(*args, **kwargs)
+    packed = _packed_forward.get()
+    lengths = _lengths_in(position_ids) if packed is None else packed.lengths.values
+    if not lengths:
+        return plain(*args, **kwargs)
     options = {} if layer_type is None else {"layer_type": layer_type}
-    prefix = "" if layer_type is None else f"{layer_type}_"
     dynamic = "dynamic" in (module.rope_type if layer_type is None else module.rope_type[layer_type])
-    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
-    if starts[:1] != [0]:  # generation goes on
-        return None
-    ends = [*starts[1:], position_ids.shape[1]]
-    parts = []
     # Texts of one regime are neighbours in a pack: all up to the original length, then (dynamic) those of each length.
-    for _, run in itertools.groupby(
-        zip(starts, ends, strict=True),
-        lambda text: max(text[1] - text[0], original) if dynamic else text[1] - text[0] > original,
-    ):
-        texts = list(run)
-        if dynamic:
-            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
-            setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq").to(x.device))
-        parts.append(module.forward(x, position_ids[:, texts[0][0] : texts[-1][1]], **options))
-    if isinstance(output, Tensor):
+    runs = itertools.groupby(lengths, lambda n: max(n, original) if dynamic else n > original)
+    regimes, sizes = zip(*((regime, sum(run)) for regime, run in runs), strict=True)
+    parts = [
+        _dynamic_rope(module, regime, x, part, **options) if dynamic else plain(x, part, **options)
+        for regime, part in zip(regimes, position_ids.split(sizes, 1), strict=True)
+    ]
+    if isinstance(parts[0], Tensor):
         return torch.cat(parts, 1)
     return tuple(torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
 
 
+def _lengths_in(position_ids: Tensor) -> tuple[int, ...]:
+    """Lengths of the texts whose positions (1, T) these are; none where generation goes on."""
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    return tuple(b - a for a, b in itertools.pairwise([*starts, position_ids.shape[1]])) if starts[:1] == [0] else ()
+
+
+def _dynamic_rope(module: Any, length: int, x: Tensor, position_ids: Tensor, **options: str) -> Any:
+    """Dynamic NTK for texts of one length. Transformers' own update waits for the device and remembers the length."""
+    kind = module.rope_type[options["layer_type"]] if options else module.rope_type
+    name = f"{options['layer_type']}_inv_freq" if options else "inv_freq"
+    usual = getattr(module, name)
+    found, _ = ROPE_INIT_FUNCTIONS[kind](module.config, "cpu", seq_len=torch.tensor(length), **options)
+    setattr(module, name, found.to(x.device, non_blocking=True))
+    try:
+        return inspect.unwrap(type(module).forward)(module, x, position_ids, **options)
+    finally:
+        setattr(module, name, usual)
+
+
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _packed_forward.get() else sdpa_mask(*args, **kwargs)
+    return sdpa_mask(*args, **kwargs) if _packed_forward.get() is None else None
 
 
 def _refuse(attention_mask: Tensor | None, kwargs: dict[str, Any]) -> None:
@@ -163,6 +184,11 @@ def _eager(
     return F.dropout(p, dropout) @ v
 
 
+def _spread_heads(x: Tensor, shared: SharedPrefixes) -> Tensor:
+    """Keys, values or queries of the tokens that are run (1, H, U, d) to those of the whole pack (1, H, T, d)."""
+    return spread(x.squeeze(0).transpose(0, 1), shared).transpose(0, 1)[None]
+
+
 def _sdpa(
     module: nn.Module,
     query: Tensor,  # (1, H, T, d) of a pack; (B, H, T, d) otherwise, as key and value with their own number of heads
@@ -176,9 +202,15 @@ def _sdpa(
     """Causal attention within each sequence of a pack: one SDPA call for every run of equal lengths, no padding."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    shared = kwargs.pop("shared_prefixes", None)
+    if shared is not None:  # the queries of a prefix as well: so every sequence is whole
+        q, k, v = (_spread_heads(x, shared) for x in (query, key, value))
+        kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"]
+        y, _ = _sdpa(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return select(y.squeeze(0), shared)[None], None
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     terms = {name: kwargs[name] for name in ("softcap", "s_aux") if kwargs.get(name) is not None}
-    if cu_seqlens is None and _packed_forward.get():
+    if cu_seqlens is None and _packed_forward.get() is not None:
         raise NotImplementedError("cu_seq_lens_q: this model does not pass it to its attention, which a pack needs")
     if cu_seqlens is None and terms:
         if attention_mask is None:
@@ -197,7 +229,8 @@ def _sdpa(
             q, k, v = (x.float() for x in (query, key, value))
             y, _ = _sdpa(module, q, k, v, None, dropout=dropout, scaling=scaling, **kwargs)
         return y.to(value.dtype), None
-    runs = [(length, len(list(run))) for length, run in itertools.groupby(cu_seqlens.diff().tolist())]
+    # Who brings a pack of their own (a collator without padding) waits for the device here.
+    runs = (kwargs.get(LENGTHS) or Lengths(cu_seqlens.diff().tolist())).runs()
     sizes = [length * count for length, count in runs]
     # (1, H, T, d) -> per run (count, H, length, d). `split` and not slices: its backward is one concatenation.
     parts = [x.squeeze(0).transpose(0, 1).split(sizes) for x in (query, key, value)]
@@ -230,8 +263,6 @@ def _varlen(
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    import inspect
-
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse(attention_mask, kwargs)
@@ -248,6 +279,9 @@ def _varlen(
         options = {"is_causal": True}
     else:
         raise NotImplementedError("sliding_window: torch.nn.attention.varlen of this torch has none")
+    shared = kwargs.get("shared_prefixes")
+    if shared is not None:  # a sequence has more keys than queries: its last query sees the last key
+        key, value = (_spread_heads(x, shared) for x in (key, value))
     groups = query.shape[1] // key.shape[1]
     if "enable_gqa" in parameters:
         options["enable_gqa"] = groups > 1
@@ -255,11 +289,29 @@ def _varlen(
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     # Under autocast rotary embeddings leave q and k in fp32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype).contiguous() for x in (query, key, value))
-    length = kwargs["max_length_q"]
-    y: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, length, length, scale=scaling, **options)
+    bounds, lengths = (cu_seqlens, kwargs["cu_seq_lens_k"]), (kwargs["max_length_q"], kwargs["max_length_k"])
+    y: Any = varlen_attn(q, k, v, *bounds, *lengths, scale=scaling, **options)
     return y.unsqueeze(0), None
 
 
-for _name, _function in ((SDPA, _sdpa), (VARLEN, _varlen)):
+def _flash(
+    module: nn.Module,
+    query: Tensor,  # as in `_sdpa`
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Transformers' flash_attention_2, which takes a sequence with more keys than queries as it is."""
+    from transformers.integrations.flash_attention import flash_attention_forward
+
+    shared = kwargs.pop("shared_prefixes", None)
+    if shared is not None:
+        key, value = (_spread_heads(x, shared) for x in (key, value))
+    return flash_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+for _name, _function in ((SDPA, _sdpa), (VARLEN, _varlen), (FLASH, _flash)):
     AttentionInterface.register(_name, _function)
+for _name in (SDPA, VARLEN):
     AttentionMaskInterface.register(_name, _mask)

@@ -41,6 +41,11 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
     model, tokenizer, _ = load_causal_lm(
         start.source, gguf_file=start.gguf_file, dtype=start.dtype, trust_remote_code=config.trust_remote_code
     )
+    if recipe.get("centering"):
+        raise ConfigError(
+            f"model: got {config.model!r}, an export with a centring, which training would make wrong; expected the "
+            "model/ of its run, or an export without"
+        )
     original = original_of(config.model, config.gguf_file)
     if config.decoder and start.adapter is None:
         original = original_of(config.decoder, config.gguf_file)
@@ -120,6 +125,8 @@ def _decoder_options(config: Config, tokenizer: Any) -> dict[str, Any]:
         "add_bos": config.decoder_add_bos,
         "logprob_reduction": config.logprob_reduction if config.stage == 2 else "sum",
         "attention": "sdpa",
+        "share_prefixes": config.share_prefixes,
+        "gradient_checkpointing": config.decoder_gradient_checkpointing,
     }
 
 

@@ -196,6 +196,9 @@ class Config(Stage2Options):
             loss scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
         gradient_checkpointing: recompute the encoder's activations in backward.
+        decoder_gradient_checkpointing: recompute the decoder's activations in backward.
+        share_prefixes: targets of one z run the decoder's bos and the K rows of z once. Default: where the model can
+            and it saves time; true: always, or the model is refused; false: each target has its own.
         compile: torch.compile the layers of encoder and decoder.
         seed: seeds everything.
         deterministic: use torch's deterministic algorithms, so that two runs on the same machine agree in every bit.
@@ -261,6 +264,8 @@ class Config(Stage2Options):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
     gradient_checkpointing: bool = False
+    decoder_gradient_checkpointing: bool = False
+    share_prefixes: bool | None = None
     compile: bool = False
     seed: int = 0
     deterministic: bool = False

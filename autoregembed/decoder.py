@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed.attention import run_packed
-from autoregembed.derivatives import first_order_only
 from autoregembed.distributed import equalize_microbatches, to_full_tensor
 from autoregembed.files import CheckpointError
 from autoregembed.heads import require_linear_head, require_plain_embedding
@@ -32,8 +34,10 @@ from autoregembed.models import (
 )
 from autoregembed.ops.linear_logprob import linear_logprob
 from autoregembed.ops.splice import splice
-from autoregembed.packing import Ids, Packed, check_ids, index_on, make_microbatches, order_of, pack
-from autoregembed.probe import use_packed_attention, verify_length
+from autoregembed.packing import Ids, Packed, check_ids, index_on, pack
+from autoregembed.passes import PairwiseScores, checkpoint_layers, in_order
+from autoregembed.prefixes import choose_passes, pass_tokens, select, share_prefixes
+from autoregembed.probe import allow_shared_prefixes, use_packed_attention, verify_length
 from autoregembed.prompt import batch_token_ids
 from autoregembed.sharding import gather_shared, shard_frozen
 from autoregembed.sharing import SharedBase
@@ -43,40 +47,6 @@ if TYPE_CHECKING:
 
 Z_NORMS = ("none", "match_rms")
 LOGPROB_REDUCTIONS = ("sum", "mean")
-
-
-class _PairwiseScores(torch.autograd.Function):
-    """Scores of S pairs, one micro-batch after another, with d score / d z of every pair in place of a graph.
-
-    The decoder is frozen, a pair's score depends on that pair's copy of z alone, and the upstream gradient is one
-    number a pair. So the gradient is formed up to that number before any loss is known, and nothing runs twice.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], microbatches: list[list[int]]
-    ) -> Tensor:
-        u = torch.empty_like(z)  # (S, K, D)
-        scores = []
-        for microbatch in microbatches:
-            index = index_on(z.device, microbatch)
-            rows = z[index].detach().requires_grad_()
-            with torch.enable_grad():
-                found = score(rows, microbatch)
-                (u[index],) = torch.autograd.grad(found.sum(), rows)
-            scores.append(found.detach())
-        ctx.save_for_backward(u)
-        return _in_order(scores, microbatches)
-
-    @staticmethod
-    @first_order_only("Decoder.logprob", "token_budget=None with impl='reference' has derivatives of any order")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (u,) = ctx.saved_tensors
-        return (grad[:, None, None] * u).to(u.dtype), None, None
-
-
-def _in_order(scores: list[Tensor], microbatches: list[list[int]]) -> Tensor:
-    return torch.cat(scores)[order_of(microbatches, scores[0].device)]
 
 
 class Decoder(nn.Module):
@@ -95,12 +65,15 @@ class Decoder(nn.Module):
         logprob_reduction: over a target's tokens and eos: "sum" (the paper) or "mean", which does not grow with length.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         impl: the backend of `linear_logprob`.
+        share_prefixes: targets of one z run bos and its K rows once; scores and gradients are the same to rounding.
+            None: where the model can and it saves time; True: wherever two targets of a pass have one z.
+        gradient_checkpointing: recompute the activations of each layer in backward.
 
     Raises:
-        ValueError: no eos, NaN weights, an unknown option, the model of an Encoder, adapters that PEFT has put into the
-            model in place or that add virtual tokens, input embeddings that are not rows of their matrix, a head with
-            an adapter or quantised weights, or one whose logits are not softcap(scale · (hidden Wᵀ + bias)), which is
-            found by comparison with the model's own.
+        ValueError: no eos, NaN weights, an option that is unknown or that the model cannot follow, the model of an
+            Encoder, adapters that PEFT has put into the model in place or that add virtual tokens, input embeddings
+            that are not rows of their matrix, a head with an adapter or quantised weights, or one whose logits are not
+            softcap(scale · (hidden Wᵀ + bias)), which is found by comparison with the model's own.
     """
 
     def __init__(
@@ -114,6 +87,8 @@ class Decoder(nn.Module):
         logprob_reduction: str = "sum",
         attention: str = "auto",
         impl: str = "auto",
+        share_prefixes: bool | None = None,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.shared: SharedBase | None = None
@@ -131,6 +106,7 @@ class Decoder(nn.Module):
         self.logprob_reduction = logprob_reduction
         self.sharded = False
         self.impl = impl
+        self.share_prefixes = share_prefixes
         config = model.config.get_text_config()
         if eos_token_id is None:
             eos_token_id = config.eos_token_id
@@ -141,6 +117,8 @@ class Decoder(nn.Module):
         self.eos_token_id = int(eos_token_id)
         require_finite(model)
         require_gradients(model)
+        if gradient_checkpointing:
+            checkpoint_layers(model)
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(
@@ -179,6 +157,8 @@ class Decoder(nn.Module):
         device: torch.device | str | None = None,
         attention: str = "auto",
         impl: str = "auto",
+        share_prefixes: bool | None = None,
+        gradient_checkpointing: bool = False,
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
     ) -> Decoder:
@@ -189,7 +169,7 @@ class Decoder(nn.Module):
                 (`model/` or `export/`): those folders name the original model, which is loaded in their place.
             z_norm: as in the constructor; by default what the trained encoder was trained with, else "none".
             add_bos: the decoder reads bos before z; by default as the trained encoder was trained, else False.
-            logprob_reduction, attention, impl: as in the constructor.
+            logprob_reduction, attention, impl, share_prefixes, gradient_checkpointing: as in the constructor.
             dtype: of the weights.
             device: of the weights; by default the CPU.
             gguf_file: the name of a GGUF file in the folder of the model that is loaded.
@@ -216,7 +196,8 @@ class Decoder(nn.Module):
             model if device is None else model.to(device), tokenizer,
             z_norm=recipe.get("z_norm") or "none" if z_norm is None else z_norm,
             add_bos=bool(recipe.get("decoder_add_bos")) if add_bos is None else add_bos,
-            logprob_reduction=logprob_reduction, attention=attention, impl=impl,
+            logprob_reduction=logprob_reduction, attention=attention, impl=impl, share_prefixes=share_prefixes,
+            gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
 
     @classmethod
@@ -298,10 +279,11 @@ class Decoder(nn.Module):
         """Sets `attention` anew, for a model that has moved to another device or dtype.
 
         Raises:
-            ValueError: a backend that cannot run there.
+            ValueError: a backend that cannot run there, or prefixes that the model cannot share though it is told to.
         """
         self._verified_length = len(self.prefix) + 5 + self.fit_max_target_length(5)
         self.attention = use_packed_attention(self.model, backend, embeds=True, length=self._verified_length)
+        self.shares_prefixes = allow_shared_prefixes(self.model, self._verified_length, self.share_prefixes)
 
     @torch.no_grad()
     def input_rms_per_dimension(self) -> Tensor:
@@ -348,6 +330,11 @@ class Decoder(nn.Module):
         """Supervised rows N: target tokens and one eos each."""
         return sum(map(len, targets)) + len(targets)
 
+    def num_pass_tokens(self, k: int, targets: Sequence[Ids], owners: list[int]) -> int:
+        """Tokens of one pass over pairs, with bos and K vectors; `owners` are the pairs' rows of z."""
+        around = len(self.prefix) + k
+        return pass_tokens([around + len(target) for target in targets], owners, around, self.shares_prefixes)
+
     def _pack(self, k: int, targets: Sequence[Ids], device: torch.device) -> tuple[Packed, Tensor, Tensor, Tensor]:
         """The packed input of S pairs: bos if any, K rows for z, all target tokens; eos is a label, never an input.
 
@@ -373,9 +360,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """log p(target | z) in nats, summed over target tokens and eos (or their mean, by `logprob_reduction`).
 
-        With a `token_budget` that the pairs exceed, only one pass' activations are ever alive, and (S, K, D) gradients
-        until the backward: each pass is followed at once by its own backward, whatever the loss does with the scores
-        later. That costs no FLOP more than one pass over all pairs.
+        With a `token_budget` that the pairs exceed, only one pass' activations are ever alive, whatever the loss does
+        with the scores later. Each pass is followed at once by its own backward, for (S, K, D) gradients until the
+        backward and no FLOP more. Where the pairs of one z share a third of all tokens, the forward keeps no graph, and
+        the backward runs each pass again: that costs less there.
 
         Args:
             z: (B, K, D) compressed embeddings.
@@ -429,38 +417,52 @@ class Decoder(nn.Module):
                 f"targets: got one of {longest} positions with z, expected {limit} (the model's); truncate the target"
             )
         self._verified_length = verify_length(
-            self.model, longest, self._verified_length, embeds=True, sharded=self.sharded
-        )
-        z_index = index_on(z.device, z_index)
-        microbatches = make_microbatches([around + len(target) for target in targets], token_budget)
+            self.model, longest, self._verified_length, embeds=True, shares_prefixes=self.shares_prefixes,
+            sharded=self.sharded,
+        )  # fmt: skip
+        owners, lengths = z_index.tolist(), [around + len(target) for target in targets]
+        again, share = torch.is_grad_enabled() and z.requires_grad, self.shares_prefixes
+        # Sharded weights are gathered anew for each pass, so all processes must go one way, whatever their pairs.
+        together = self.sharded and again and token_budget is not None
+        share = bool(share) if together else share
+        passes, shared = choose_passes(lengths, owners, around, token_budget, share, with_gradient=again)
         if self.sharded and token_budget is not None:
-            microbatches = equalize_microbatches(microbatches, z.device)
-        if len(microbatches) == 1:
-            return self._score(z, targets, z_index, fused)
+            passes = equalize_microbatches(passes, z.device)
+        if len(passes) == 1:
+            return self._score(z, targets, owners, shared, fused)
 
-        def score(rows: Tensor, microbatch: list[int]) -> Tensor:
-            chosen = torch.arange(len(rows), device=rows.device)
-            return self._score(rows, [targets[i] for i in microbatch], chosen)
+        def score(rows: Tensor, part: list[int]) -> Tensor:
+            return self._score(rows, [targets[i] for i in part], [*range(len(part))], False)
 
-        if torch.is_grad_enabled() and z.requires_grad:
-            return _PairwiseScores.apply(z[z_index], score, microbatches)
-        parts = [score(z[z_index[index_on(z.device, part)]], part) for part in microbatches]
-        return _in_order(parts, microbatches)
+        if again and not (share if together else shared):
+            return PairwiseScores.apply(z[index_on(z.device, z_index)], score, passes)
+        run = partial(checkpoint, self._score, use_reentrant=False) if again else self._score
+        parts = []
+        for part in passes:
+            rows, places = np.unique([owners[i] for i in part], return_inverse=True)
+            parts.append(run(z[index_on(z.device, rows.tolist())], [targets[i] for i in part], places.tolist(), shared))
+        return in_order(parts, passes)
 
-    def _score(self, z: Tensor, targets: Sequence[Ids], z_index: Tensor, fused: Any = None) -> Any:
+    def _score(self, z: Tensor, targets: Sequence[Ids], owners: list[int], share: bool, fused: Any = None) -> Any:
         """`run` in one pass, without checks."""
         packed, rows, labels, cu_seqlens = self._pack(z.shape[1], targets, z.device)
         embedding = self.model.get_input_embeddings().weight
         table = to_full_tensor(embedding)
         inputs = splice(
-            self.rescale(z), table, packed.ids, packed.cu_seqlens, z_index[packed.sort_index],
+            self.rescale(z), table, packed.ids, packed.cu_seqlens, index_on(z.device, owners)[packed.sort_index],
             offset=len(self.prefix),
             embedding_scale=float(torch.tensor(self.embedding_scale, dtype=table.dtype)),
         )  # fmt: skip
         head = self.model.get_output_embeddings()
         weight = table if head.weight is embedding else head.weight
         del table
-        hidden = run_packed(base_model(self.model), packed, inputs_embeds=inputs[None])[rows]  # (N, D)
+        shared = None
+        if share:
+            around = len(self.prefix) + z.shape[1]
+            shared = share_prefixes([around + len(target) for target in targets], owners, around, z.device)
+        if shared is not None:
+            inputs, rows = select(inputs, shared), shared.source[rows]
+        hidden = run_packed(base_model(self.model), packed, shared, inputs_embeds=inputs[None])[rows]  # (N, D)
         options: dict[str, Any] = {"bias": head.bias, "softcap": self.softcap, "scale": self.scale, "impl": self.impl}
         if fused is not None:
             return fused(hidden, weight, labels, packed=packed, cu_seqlens=cu_seqlens, **options)

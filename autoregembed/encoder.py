@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed import distributed
-from autoregembed.adapters import adapter_rows, adapter_token_ids, add_lora, load_adapter
+from autoregembed.adapters import adapter_rows, adapter_token_ids, add_lora, load_adapter, num_trained_tokens
 from autoregembed.attention import run_packed
+from autoregembed.centering import Centering, read_centering
 from autoregembed.export import export
 from autoregembed.files import CheckpointError
 from autoregembed.model_card import Card
@@ -23,6 +24,7 @@ from autoregembed.models import (
     base_model,
     claim,
     compress_embeddings,
+    embed_compress_rows,
     final_norm,
     fit_length,
     load_causal_lm,
@@ -105,13 +107,13 @@ class Encoder(nn.Module):
         self.prompts = dict(prompts or {})
         self.max_length = fit_length("max_length", max_length, max_positions(model))
         self.recipe: dict[str, Any] = {}  # what a saved folder says of its training besides
+        self.centering: Centering | None = None  # of what `encode` gives; z knows nothing of it
         embedding = model.get_input_embeddings()
-        vocabulary = embedding.weight.shape[0]
         self.original_base = True  # the weights under its adapters are those of the original model
         self.shared: Any = None  # with a Decoder (`Decoder.sharing`)
         self.sharded = False  # by whoever shards the model: then all processes make the same number of passes
-        ids, inside = self.compress_token_ids, not isinstance(own_compress_rows, Tensor)
-        check_ids("compress_token_ids", [ids], vocabulary if inside else 1 << 31)
+        vocabulary, inside = len(embedding.weight), not isinstance(own_compress_rows, Tensor)
+        check_ids("compress_token_ids", [self.compress_token_ids], vocabulary if inside else 1 << 31)
         if len(set(self.compress_token_ids)) < len(self.compress_token_ids):
             raise ValueError(f"compress_token_ids: got {self.compress_token_ids}, expected distinct ids")
         if self.suffix_ids:
@@ -123,8 +125,9 @@ class Encoder(nn.Module):
         claim(model, self)
         self.compress_rows = None
         if own_compress_rows is not False:
-            given = own_compress_rows if isinstance(own_compress_rows, Tensor) else embedding.weight.detach()[ids]
-            self.compress_rows = nn.Parameter(given.detach().to(embedding.weight.device, copy=True))
+            given = own_compress_rows
+            rows = given if isinstance(given, Tensor) else embedding.weight[self.compress_token_ids]
+            self.compress_rows = nn.Parameter(rows.detach().to(embedding.weight.device, copy=True))
         self.use_attention(attention)
 
     @classmethod
@@ -171,12 +174,14 @@ class Encoder(nn.Module):
         model, tokenizer, recipe = load_causal_lm(
             source, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        return cls.from_model(
+        encoder = cls.from_model(
             model if device is None else model.to(device), tokenizer, recipe=recipe or original_of(source, gguf_file),
             num_compress_tokens=num_compress_tokens, instruction=instruction, max_length=max_length,
             lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter,
             attention=attention, own_compress_rows=own_compress_rows,
         )  # fmt: skip
+        encoder.centering = read_centering(source, recipe)
+        return encoder
 
     @classmethod
     def from_model(
@@ -209,24 +214,14 @@ class Encoder(nn.Module):
         recipe = dict(recipe or {})
         ids = list(recipe.get("compress_token_ids") or ())
         adapted = [] if adapter is None else adapter_token_ids(adapter)
-        known = len(ids or adapted)  # K
-        if adapter is not None and not known and not own_compress_rows:
-            raise CheckpointError(
-                f"adapter: got {str(adapter)!r}, which has no compress tokens, for a model without any; expected the "
-                "model that it was trained on, or own_compress_rows=True"
-            )
-        if known and num_compress_tokens not in (None, known):
-            raise CheckpointError(
-                f"num_compress_tokens: got {num_compress_tokens}, expected {known}, the number that the "
-                f"{'model' if ids else 'adapter'} was trained with"
-            )
+        known = num_trained_tokens(ids, adapted, adapter, num_compress_tokens, own_compress_rows)
         rows: bool | Tensor = own_compress_rows
         if not ids:
-            k = num_compress_tokens if num_compress_tokens is not None else known or 5
+            known = 5 if known is None else known
             if own_compress_rows:  # the model stays as it is
-                ids, rows = compress_embeddings(model, tokenizer, k)
+                ids, rows = compress_embeddings(model, tokenizer, known)
             else:
-                ids = add_compress_tokens(model, tokenizer, k)
+                ids = add_compress_tokens(model, tokenizer, known)
         if adapted and sorted(adapted) != sorted(ids):
             raise CheckpointError(
                 f"adapter: got one that trains the embeddings of {adapted}, expected those of the model's compress "
@@ -279,7 +274,19 @@ class Encoder(nn.Module):
             ValueError: this encoder has no tokenizer. And the other errors of `export.export`.
         """
         folder = Path(path).expanduser()
-        return export(self, folder, max_length=max_length, dtype=dtype, overwrite=overwrite, card=card)
+        return export(
+            self, folder, max_length=max_length, dtype=dtype, overwrite=overwrite, card=card, centering=self.centering
+        )
+
+    def center(self, texts: Sequence[str], *, whiten: bool = False, **options: Any) -> Centering:
+        """From here on `encode` and saved folders centre embeddings on unlabelled texts, and whiten them if wanted.
+
+        Raises:
+            ValueError: fewer than two texts, or no more than D to whiten with. And the errors of `encode`.
+        """
+        self.centering = None
+        self.centering = Centering.fit(self.encode(texts, **options), whiten=whiten)
+        return self.centering
 
     def use_attention(self, backend: str) -> None:
         """Sets `attention` anew, for a model that has moved to another device or dtype.
@@ -355,7 +362,7 @@ class Encoder(nn.Module):
         shared: bool = False,
         prompt_name: str | None = None,
     ) -> Tensor:
-        """normalize(mean_k z) of each text, without dropout and without gradient.
+        """normalize(mean_k z) of each text, centred where `centering` is set, without dropout and without gradient.
 
         Args:
             texts: n strings, tokenized as in training.
@@ -379,9 +386,8 @@ class Encoder(nn.Module):
         if not ids:
             raise ValueError("texts: got none, expected at least one")
         suffix = self._suffix(instruction)
-        weight = self.model.get_input_embeddings().weight
+        weight, training = self.model.get_input_embeddings().weight, self.training
         out = torch.zeros(len(ids), weight.shape[1])
-        training = self.training
         self.eval()
         try:
             microbatches = make_microbatches([len(s) for s in self.sequences(ids, [suffix] * len(ids))], token_budget)
@@ -392,7 +398,8 @@ class Encoder(nn.Module):
                     out[microbatch] = text_embedding(z.float()).cpu()
         finally:
             self.train(training)
-        return distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
+        out = distributed.all_reduce(out.to(weight.device)).cpu() if shared else out
+        return out if self.centering is None else self.centering(out)
 
     def fold_compress_rows(self) -> None:
         """Writes `compress_rows` into the model's embedding matrix, which grows where it has to; a no-op without."""
@@ -414,10 +421,9 @@ class Encoder(nn.Module):
         """
         z = self(ids, suffix_ids).double()
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        norm = final_norm(self.model)
         if self.shared is not None:
-            self.shared.require_own(norm, "a final norm")
-        scale_output(norm, gain)
+            self.shared.require_own(final_norm(self.model), "a final norm")
+        scale_output(final_norm(self.model), gain)
 
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
         """The token ids that the model reads for each text."""
@@ -489,11 +495,6 @@ class Encoder(nn.Module):
         if self.compress_rows is None:
             hidden = run_packed(base_model(self.model), packed, input_ids=ids[None])
         else:
-            embedding = self.model.get_input_embeddings()
-            x = embedding(ids.clamp(max=embedding.weight.shape[0] - 1))  # a compress token may have no row in it
-            # Gemma's embedding module multiplies what it reads from its matrix.
-            own = (self.compress_rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
-            rows = packed.cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
-            x = x.index_copy(0, rows.flatten(), own.repeat(len(rows), 1))
+            x = embed_compress_rows(self.model, ids, packed.cu_seqlens, self.compress_rows)
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
         return pool_last_k(hidden, packed.cu_seqlens, k, packed.unsort_index)

@@ -3,7 +3,8 @@
 The tail (instruction and compress tokens) is written into the tokenizer's post-processor, where truncation cannot reach
 it. With one compress token, pooling takes the last token, which vLLM and TEI read as sentence-transformers does. With
 more, WordWeights gives the compress tokens weight 1 and all others 0 and Pooling takes the weighted mean. vLLM and TEI
-ignore weights of tokens, so that such a folder is written for them to refuse. Normalize makes a unit vector of it.
+ignore weights of tokens, so that such a folder is written for them to refuse. Normalize makes a unit vector of it. A
+centring is a Dense and a second Normalize behind it; such a folder is written for them to refuse too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from autoregembed.attention import rope_limit
+from autoregembed.centering import Centering
 from autoregembed.files import CheckpointError, atomic_folder, write_json
 from autoregembed.model_card import Card, model_card
 from autoregembed.models import RECIPE, RECIPE_VERSION, base_model, is_plain
@@ -34,6 +36,8 @@ if TYPE_CHECKING:  # Encoder.save_pretrained calls export
 COMPRESS_TOKENS = "compress_token_ids"
 REFUSED = "compression_config"
 REFUSAL = {"quant_method": "mean-of-compress-tokens-needs-sentence-transformers"}
+
+CENTRED = {"quant_method": "centred-embeddings-need-sentence-transformers"}
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,11 +98,12 @@ def _tokenizer(encoder: Encoder, max_length: int) -> PreTrainedTokenizerFast:
     )
 
 
-def _recipe(encoder: Encoder, max_length: int) -> dict[str, Any]:
+def _recipe(encoder: Encoder, max_length: int, centering: Centering | None) -> dict[str, Any]:
     """`autoregembed.json`: what `Encoder.from_pretrained` and `Decoder.from_pretrained` need besides the model."""
+    recipe = {name: value for name, value in encoder.recipe.items() if name != "centering"}
     return {
         "version": RECIPE_VERSION,
-        **encoder.recipe,
+        **recipe,
         "compress_token_ids": encoder.compress_token_ids,
         "instruction": encoder.instruction,
         "suffix_ids": encoder.suffix_ids,
@@ -107,21 +112,26 @@ def _recipe(encoder: Encoder, max_length: int) -> dict[str, Any]:
         "max_length": max_length,
         "lm_head": False,
         "adapter": None,  # it is in model/ alone
+        **({} if centering is None else {"centering": centering.record}),
     }
 
 
-def _pooling(model: Any, ids: list[int]) -> list[Any]:
+def _pooling(model: Any, ids: list[int], centering: Centering | None) -> list[Any]:
     """The stock modules behind the transformer: normalize(mean over the tokens `ids`), which end every text."""
     from sentence_transformers.sentence_transformer import modules as stock
 
     width = model.config.get_text_config().hidden_size
+    behind = [stock.Normalize()]
+    if centering is not None:
+        given = {"init_weight": centering.weight.clone(), "init_bias": centering.bias.clone()}
+        behind += [stock.Dense(width, width, activation_function=torch.nn.Identity(), **given), stock.Normalize()]
     if len(ids) == 1:
-        return [stock.Pooling(width, "lasttoken"), stock.Normalize()]
+        return [stock.Pooling(width, "lasttoken"), *behind]
     rows = model.get_input_embeddings().weight.shape[0]
     # One character a row of the vocabulary: names would make a megabyte of it, and of every printed model.
     vocabulary = "".join("1" if row in ids else "0" for row in range(rows))
     weights = stock.WordWeights(vocabulary, {"1": 1.0}, unknown_word_weight=0.0)
-    return [weights, stock.Pooling(width, "mean"), stock.Normalize()]
+    return [weights, stock.Pooling(width, "mean"), *behind]
 
 
 def _for_servers(folder: Path, max_length: int) -> None:
@@ -167,6 +177,7 @@ def export(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: Card | None = None,
+    centering: Centering | None = None,
 ) -> Path:
     """Writes `folder`, whole or not at all, for `SentenceTransformer(folder)` and `Encoder.from_pretrained(folder)`.
 
@@ -179,13 +190,14 @@ def export(
         max_length: tokens of a text with instruction and compress tokens; by default the encoder's own.
         dtype: of the weights: float32, bfloat16 or float16; by default the encoder's own.
         card: what README.md, the model card, says of the training.
+        centering: follows the pooling; None: none, whatever the encoder has.
 
     Raises:
         FileExistsError: `folder` is in use.
         CheckpointError: the tokenizer cannot be saved so that it gives the same ids, or the folder other embeddings.
         ValueError: a slow tokenizer, a `max_length` that leaves no room for text, is above the model's positions or
-            above the length up to which its rope is the same for all texts, or a `dtype` that is none of the three or
-            that a weight overflows.
+            above the length up to which its rope is the same for all texts, a `dtype` that is none of the three or
+            that a weight overflows, or weights other than float32 with a centring.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as stock
@@ -205,6 +217,12 @@ def export(
             f"max_length: got {max_length}, expected at most {limit}: sentence-transformers rotates all texts of a "
             "batch by the length of the longest (longrope, dynamic NTK), which makes no difference up to there"
         )
+    given = dtype or encoder.model.get_input_embeddings().weight.dtype
+    if centering is not None and given != torch.float32:
+        raise ValueError(
+            f"dtype: got {given} with a centring, expected torch.float32: sentence-transformers has the Dense layer in "
+            "float32, which reads no other dtype"
+        )
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         whole = merged(encoder).eval().to("cpu")
         texts = ["The export reads what training read.", f"{tokenizer.eos_token or ''} It is checked. " * max_length]
@@ -212,15 +230,15 @@ def export(
             whole, compress_token_ids=encoder.compress_token_ids, suffix_ids=encoder.suffix_ids, tokenizer=tokenizer,
             bos_token_id=encoder.bos_token_id, max_length=max_length, attention="sdpa",
         )  # fmt: skip
-        expected = alone.encode(texts)
+        expected = alone.encode(texts) if centering is None else centering(alone.encode(texts))
         model = base_model(whole)
         dtypes = {model.get_input_embeddings().weight.dtype, dtype or torch.float32}
         if dtype is not None:
             _cast(model, dtype)
         ids = encoder.compress_token_ids
         setattr(model.config, COMPRESS_TOKENS, ids)
-        if len(ids) > 1:
-            setattr(model.config, REFUSED, REFUSAL)
+        if len(ids) > 1 or centering is not None:
+            setattr(model.config, REFUSED, REFUSAL if len(ids) > 1 else CENTRED)
         source = temporary / "source"
         model.save_pretrained(source)
         _tokenizer(encoder, max_length).save_pretrained(source)
@@ -230,7 +248,7 @@ def export(
         if found != sequences:
             raise CheckpointError(f"tokenizer: got ids {found[0][:8]}… once saved, expected {sequences[0][:8]}…")
         exported = SentenceTransformer(
-            modules=[first, *_pooling(model, ids)], device="cpu", prompts=encoder.prompts or None
+            modules=[first, *_pooling(model, ids, centering)], device="cpu", prompts=encoder.prompts or None
         )
         exported.save(str(temporary / "whole"), create_model_card=False)
         for path in source.iterdir():
@@ -246,7 +264,7 @@ def export(
             max_length=max_length, num_compress_tokens=encoder.num_compress_tokens,
         )  # fmt: skip
         (temporary / "README.md").write_text(text, encoding="utf-8")
-        write_json(temporary / RECIPE, _recipe(encoder, max_length))
+        write_json(temporary / RECIPE, _recipe(encoder, max_length, centering))
     return Path(folder)
 
 

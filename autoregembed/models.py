@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from autoregembed import loading
 from autoregembed.files import CheckpointError, atomic_folder, read_json, write_json
 
 RECIPE = "autoregembed.json"
@@ -95,6 +96,8 @@ def load_causal_lm(
     loader = AutoModelForCausalLM if recipe.get("lm_head", True) else AutoModel
     with wrap_load_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if loading.absent():
+            return loading.empty_model(loader, source, dtype, **options), tokenizer, recipe
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **weights)
     missing = sorted(info["missing_keys"])
     if missing and not gguf_file:
@@ -123,6 +126,7 @@ _RECIPE_TYPES: dict[str, Any] = {
     "decoder_add_bos": bool,
     "lm_head": bool,
     "adapter": dict,
+    "centering": dict,
 }
 
 
@@ -208,6 +212,16 @@ def write_compress_rows(model: Any, ids: list[int], rows: Tensor) -> None:  # ro
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     weight = model.get_input_embeddings().weight
     weight[ids] = rows.to(weight)
+
+
+def embed_compress_rows(model: Any, ids: Tensor, cu_seqlens: Tensor, rows: Tensor) -> Tensor:
+    """Input embeddings (T, D) of a pack (T,) whose texts end in K compress tokens with rows (K, D) of their own."""
+    embedding, k = model.get_input_embeddings(), len(rows)
+    x = embedding(ids.clamp(max=embedding.weight.shape[0] - 1))  # a compress token may have no row in it
+    # Gemma's embedding module multiplies what it reads from its matrix.
+    own = (rows * getattr(embedding, "embed_scale", 1.0)).to(x.dtype)
+    places = cu_seqlens[1:, None].long() - k + torch.arange(k, device=x.device)  # (B, K)
+    return x.index_copy(0, places.flatten(), own.repeat(len(places), 1))
 
 
 def module_name(model: nn.Module, module: nn.Module) -> str:
@@ -349,9 +363,10 @@ def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
 
 def is_plain(parameter: Tensor) -> bool:
     """Whether a parameter is a Tensor and not a subclass with its own storage, such as a quantised one."""
-    return type(parameter.data) is Tensor
+    return loading.absent() or type(parameter.data) is Tensor
 
 
+@loading.reads_values
 def require_loaded(model: nn.Module) -> None:
     """Raises ValueError naming the first parameter that is not in memory: on the meta device, or offloaded."""
     for name, parameter in model.named_parameters():
@@ -359,7 +374,7 @@ def require_loaded(model: nn.Module) -> None:
             raise ValueError(
                 f"model: got no values of {name} in memory (the meta device, or offloaded to CPU or disk by "
                 "device_map), expected all weights on one device: load it without device_map, in fewer bits, or shard "
-                "it over processes (docs/distributed.md)"
+                "it over processes (docs/howto/distributed.md)"
             )
 
 
@@ -383,6 +398,7 @@ def require_unadapted_head(model: Any) -> None:
         )
 
 
+@loading.reads_values
 def require_finite(model: nn.Module) -> None:
     """Raises ValueError naming the first parameter that holds a NaN or an infinity; quantised ones cannot."""
     for name, parameter in model.named_parameters():

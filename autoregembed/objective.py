@@ -1,7 +1,7 @@
 """The losses of both stages over rows of token ids, and loss and gradient of one optimizer step.
 
-`stage2_loss` is the one place where alignment, InfoNCE and distillation are put together; the loop and the trainers of
-`integrations/` call it.
+`stage1_loss` and `stage2_loss` are the one place where a stage is put together; the loop and the trainers of
+`integrations/` call them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from autoregembed.ops import (
     AlignmentPairs,
     alignment_loss,
     conditional_alignment,
+    conditional_compression,
     info_nce,
     score_distillation,
 )
 from autoregembed.packing import Ids, Packed, index_on, make_microbatches
+from autoregembed.passes import sum_of_passes
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
@@ -70,6 +72,34 @@ def num_loss_terms(row: dict, negatives: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Stage 1
+
+
+def stage1_loss(
+    decoder: Decoder, z: Tensor, targets: Sequence[Ids], *, num_tokens: int | Tensor, token_budget: int | None = None
+) -> Tensor:
+    """−Σ log p(target | z) / num_tokens, (); in one op where one pass holds all targets.
+
+    Args:
+        decoder: the frozen decoder.
+        z: (B, K, D).
+        targets: B targets as token ids, without eos.
+        num_tokens: of the whole step, with eos, at least 1: a number, or () int64 on z's device.
+        token_budget: as in `Decoder.logprob`.
+
+    Source: arXiv 2502.11401, §3.2.
+    """
+
+    def fused(
+        hidden: Tensor, weight: Tensor, labels: Tensor, *, packed: Packed, cu_seqlens: Tensor, **head: Any
+    ) -> Any:
+        return conditional_compression(hidden, weight, labels, num_tokens=num_tokens, **head)
+
+    out = decoder.run(z, targets, None, token_budget, fused if decoder.logprob_reduction == "sum" else None)
+    return -out.sum() / num_tokens if out.ndim else out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Stage 2
 
 
@@ -99,6 +129,17 @@ def _parts(scores: Tensor, rows: list[dict]) -> PairScores:
     return PairScores(scores[:b], scores[b : 2 * b], c, mask.to(scores.device, non_blocking=True))
 
 
+def with_batch_negatives(rows: list[dict]) -> list[dict]:
+    """Rows in which one without a negative has the positive of the next row with another one, where there is any."""
+    out = []
+    for i, row in enumerate(rows):
+        (positive, *negatives) = row["target_ids"]
+        others = (r["target_ids"][0] for r in (*rows[i + 1 :], *rows[:i]))
+        found = negatives or [next((ids for ids in others if ids != positive), None)]
+        out.append({**row, "target_ids": [positive, *(ids for ids in found if ids is not None)]})
+    return out
+
+
 def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None) -> PairScores:
     """Scores of all pairs in one decoder call; z (≥ 2B, K, D) holds the queries, then the positives."""
     targets, z_index, _ = _alignment_pairs(rows, z.device)
@@ -113,7 +154,67 @@ def _alignment(
     ref_logps: tuple[Tensor, Tensor] | None,
     token_budget: int | None,
 ) -> AlignmentOutput:
-    """`alignment_loss` of `alignment_scores`; in one op where one pass holds all pairs."""
+    """`alignment_loss` of `alignment_scores`; in one op where one pass holds all pairs.
+
+    It is a mean over rows, whose pairs need no other row's. So passes hold whole rows where the budget can: each goes
+    backward at once with its own loss, and what is kept does not grow with the number of negatives.
+    """
+    b = len(rows)
+    parts, budgets = _whole_rows(decoder, z, rows, token_budget)
+    if len(parts) == 1:
+        return _alignment_in_one(options, decoder, z, rows, ref_logps, budgets[0])
+    totals = [max(sum(x), 1) for x in zip(*(_alignment_terms(options, r) for r in rows), strict=True)]
+
+    def run(z_part: Tensor, i: int) -> list[Tensor]:
+        chosen = [rows[j] for j in parts[i]]
+        scores = None
+        if ref_logps is not None:
+            scores = ref_logps[0][parts[i]], ref_logps[1][parts[i]]
+        out = _alignment_in_one(options, decoder, z_part, chosen, scores, budgets[i])
+        counts = [sum(x) for x in zip(*(_alignment_terms(options, r) for r in chosen), strict=True)]
+        return [x * n for x, n in zip(out, counts, strict=True)]
+
+    sums = sum_of_passes(z, run, [[*part, *(b + j for j in part)] for part in parts])
+    return AlignmentOutput(*(x / n for x, n in zip(sums, totals, strict=True)))
+
+
+def _alignment_terms(options: Stage2Options, row: dict) -> tuple[int, int, int, int]:
+    """How many terms of loss, s1, s2 and accuracy a row has."""
+    pairs = len(row["target_ids"]) - 1
+    return num_loss_terms(row, options.negatives), 1, pairs, pairs
+
+
+def _whole_rows(
+    decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None
+) -> tuple[list[list[int]], list[int | None]]:
+    """The rows of each pass, and the budget by which their pairs are parted: None where they fit."""
+    whole = [[*range(len(rows))]], [token_budget]
+    if token_budget is None:
+        return whole
+    tokens = [
+        decoder.num_pass_tokens(z.shape[1], [*r["target_ids"], r["target_ids"][0]], [0] * len(r["target_ids"]) + [1])
+        for r in rows
+    ]
+    parts = make_microbatches(tokens, token_budget)
+    if decoder.sharded:
+        # All processes make as many passes of their rows, or part the pairs of all rows.
+        counts = torch.tensor([len(parts), -len(rows), max(tokens)], device=z.device)
+        most, fewest, longest = distributed.all_reduce(counts, "MAX").tolist()
+        if most > -fewest or longest > token_budget:
+            return whole
+        parts = distributed.equalize_microbatches(parts, z.device)
+    return parts, [None if sum(tokens[i] for i in part) <= token_budget else token_budget for part in parts]
+
+
+def _alignment_in_one(
+    options: Stage2Options,
+    decoder: Decoder,
+    z: Tensor,
+    rows: list[dict],
+    ref_logps: tuple[Tensor, Tensor] | None,
+    token_budget: int | None,
+) -> AlignmentOutput:
+    """`_alignment` of rows that are not parted further; z (≥ 2B, K, D)."""
     targets, z_index, pairs = _alignment_pairs(rows, z.device)
     references: tuple[Tensor | None, Tensor | None] = (None, None)
     if ref_logps is not None:
@@ -341,8 +442,10 @@ class Objective:
         z = self.encoder(*texts_of(rows, config.hard_negatives), config.token_budget)
         if config.stage == 1:
             assert self.decoder is not None
-            logprob = self.decoder.logprob(z, [r["target_ids"] for r in rows], token_budget=config.token_budget)
-            return -logprob.sum() / totals["loss"], {}
+            targets, world = [r["target_ids"] for r in rows], distributed.world_size()
+            count = round(totals["loss"] * world)
+            loss = stage1_loss(self.decoder, z, targets, num_tokens=count, token_budget=config.token_budget)
+            return loss * world, {}
         ref_logps = None
         if self.ref_logps is not None:
             index = torch.tensor([r["row"] for r in rows])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,19 @@ from torch import Tensor
 Ids = Sequence[int]
 
 
+class Lengths:
+    """Numbers of tokens, as plain integers. No tuple: `torch.compile` would compile a layer anew for other ones."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Iterable[int]):
+        self.values = tuple(values)
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(length, how many neighbours have it), in order."""
+        return [(length, len(list(run))) for length, run in itertools.groupby(self.values)]
+
+
 @dataclass(frozen=True)
 class Packed:
     """B sequences end to end, sorted by length so that equal lengths are neighbours."""
@@ -20,9 +33,13 @@ class Packed:
     ids: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (B+1,) int32
     position_ids: Tensor  # (T,) int64, from 0 in every sequence
-    max_length: int
+    lengths: Lengths  # of the B sequences, on the host: nobody has to ask the device for them
     sort_index: Tensor  # (B,) int64: sequence sort_index[i] of the caller lies at place i
     unsort_index: Tensor  # (B,) int64: the caller's sequence i lies at place unsort_index[i]
+
+    @property
+    def max_length(self) -> int:
+        return self.lengths.values[-1]
 
     def kwargs(self) -> dict:
         """What a Transformers base model needs besides `input_ids` or `inputs_embeds`."""
@@ -56,7 +73,7 @@ def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed
         ids=torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True),
         cu_seqlens=cu.int().to(device, non_blocking=True),
         position_ids=position_ids.to(device, non_blocking=True),
-        max_length=int(lengths[-1]),
+        lengths=Lengths(lengths.tolist()),
         sort_index=order.to(device, non_blocking=True),
         unsort_index=order.argsort().to(device, non_blocking=True),
     )

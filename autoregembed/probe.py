@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from autoregembed.attention import IMPLEMENTATIONS, attention_backends, keep_rope_per_text, run_packed
+from autoregembed.attention import IMPLEMENTATIONS, attention_backends, keep_rope_per_text, rope_limit, run_packed
+from autoregembed.loading import absent
 from autoregembed.models import base_model, describe_dtypes, max_positions
 from autoregembed.packing import Ids, pack
+from autoregembed.prefixes import share_prefixes
 
 # Fields of a config that hold a length beyond which attention or rope changes.
 _LENGTHS = re.compile(r"window|chunk|original_max|block_size|index_topk|local|stride|segment|compress")
@@ -46,6 +48,11 @@ def use_packed_attention(
         ValueError: an unknown backend, one that cannot run for this model, or a model that does not keep the texts of a
             pack apart, cannot be run, or reads ids beside its `inputs_embeds`. Its attention is then left as it was.
     """
+    if absent():
+        backend = "sdpa" if backend == "auto" else backend
+        keep_rope_per_text(model)
+        model.set_attn_implementation(IMPLEMENTATIONS[backend])
+        return backend
     parameter = next(model.parameters())
     place, dtype = parameter.device, parameter.dtype
     if torch.is_autocast_enabled(place.type):
@@ -94,6 +101,59 @@ def use_packed_attention(
     return backend
 
 
+def verify_shared_prefixes(model: PreTrainedModel, length: int) -> None:
+    """That targets which share their prefix have the states that each has behind a prefix of its own.
+
+    The pack is one that `use_packed_attention` has tried.
+
+    Args:
+        model: as there.
+        length: tokens of the longest sequence.
+
+    Raises:
+        ValueError: the states differ, or rope depends on the length of a text, hence the prefix on its target.
+    """
+    name = type(model).__name__
+    if rope_limit(model) is not None:
+        raise ValueError(
+            f"share_prefixes: got a {name} whose rope depends on the length of a text, expected None or False: a "
+            "prefix is then not the same before every target"
+        )
+    if absent():
+        return
+    prefix = [0, 1, 2, 1]
+    rows = model.get_input_embeddings().weight.shape[0]
+    texts = [[i % rows for i in [*prefix, *text]][:length] for text in [*_texts(model, 0, length), [2, 2]]]
+    texts = [text for text in texts if len(text) > len(prefix)]
+    owners = [i // 3 for i in range(len(texts))]  # the last one may be alone
+    with _evaluating(model):
+        embedding = model.get_input_embeddings()
+        whole = pack(texts, embedding.weight.device)
+        shared = share_prefixes([*map(len, texts)], owners, len(prefix), embedding.weight.device)
+        wanted = _hidden(model, texts, packed=True, embeds=True)
+        inputs = embedding(whole.ids[None])
+        if shared is None:  # too short for two targets
+            return
+
+        def run() -> Tensor:
+            found = run_packed(base_model(model), whole, shared, inputs_embeds=inputs[:, shared.kept])
+            return found[shared.source]
+
+        found = _attempt(model, "targets behind one prefix", run)
+        error = max(
+            _difference(*pair)
+            for pair in zip(*(x.split(whole.cu_seqlens.diff().tolist()) for x in (found, wanted)), strict=True)
+        )
+        if error <= 16 * _rounding(model):
+            return
+        carried = max(_sensitivity(model, text) for text in texts)
+    if not error <= min(16 * carried, 0.25):
+        raise ValueError(
+            f"share_prefixes: got a {name} whose targets behind one prefix have other states than each behind its own "
+            f"(relative difference {error:.2g}), expected None or False"
+        )
+
+
 def length_limits(model: Any, below: int, above: int = 1) -> list[int]:
     """Lengths in [above, below) beyond which attention or rope changes, as the model's config names them."""
     found = set()
@@ -112,22 +172,44 @@ def length_limits(model: Any, below: int, above: int = 1) -> list[int]:
     return sorted(found)
 
 
-def verify_length(model: Any, longest: int, verified: int, *, embeds: bool = False, sharded: bool = False) -> int:
+def allow_shared_prefixes(model: PreTrainedModel, length: int, share: bool | None) -> bool | None:
+    """`share`, or False where it is None and `verify_shared_prefixes` raises; True raises with it."""
+    if share is False:
+        return share
+    try:
+        verify_shared_prefixes(model, length)
+    except ValueError:
+        if share:
+            raise
+        return False
+    return share
+
+
+def verify_length(
+    model: Any,
+    longest: int,
+    verified: int,
+    *,
+    embeds: bool = False,
+    shares_prefixes: bool | None = False,
+    sharded: bool = False,
+) -> int:
     """Tries a model again when a text crosses a limit of its config that no text has crossed so far.
 
     Args:
         longest: tokens of the longest text at hand.
         verified: tokens of the longest text so far, or what this function gave.
         embeds: as in `use_packed_attention`.
+        shares_prefixes: what `allow_shared_prefixes` gave.
         sharded: all processes make the same passes, so none can be added here.
 
     Returns:
         The length that holds from now on.
 
     Raises:
-        ValueError: as `use_packed_attention`, or such a text for a sharded model.
+        ValueError: as `use_packed_attention` or `verify_shared_prefixes`, or such a text for a sharded model.
     """
-    if longest <= verified or not length_limits(model, longest, verified):
+    if longest <= verified or absent() or not length_limits(model, longest, verified):
         return max(longest, verified)
     if sharded:
         raise ValueError(
@@ -145,6 +227,8 @@ def verify_length(model: Any, longest: int, verified: int, *, embeds: bool = Fal
         finally:
             model.set_attn_implementation(packed)
         _verify_pack(model, _texts(model, verified, length), wanted, embeds=embeds)
+    if shares_prefixes is not False:
+        verify_shared_prefixes(model, length)
     return length
 
 

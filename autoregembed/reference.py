@@ -168,21 +168,40 @@ def info_nce(
     *,
     temperature: float | Tensor = INFO_NCE_TEMPERATURE,
     passage_ids: Tensor | None = None,  # (P,)
+    directions: tuple[str, ...] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    margin: float | None = None,
 ) -> Tensor:
-    """Mean over queries of −log softmax(cos(q, passages) / temperature)[target]; target i → passage i by default.
+    """Mean over queries of log Z_i − cos(q_i, p_i) / temperature; p_i is passage target_i, passage i by default.
 
-    With `passage_ids`, passages with the id of a query's target other than the target itself leave its softmax.
+    Z_i = Σ exp(cos / temperature) over the texts of all `directions`; "per_direction": the mean of each one's log Z_i.
+    What has the id of p_i is no negative (a query has that of its positive), nor what has cos > cos(q_i, p_i) + margin.
     """
     if target is None:
         target = torch.arange(len(query), device=query.device)
     if len(query) == 0:
         return query.sum() + passages[:0].sum()
-    logits = F.normalize(query, dim=-1) @ F.normalize(passages, dim=-1).T / temperature
-    if passage_ids is not None:
-        duplicate = passage_ids[None, :] == passage_ids[target][:, None]
-        positive = torch.arange(len(passages), device=target.device)[None, :] == target[:, None]
-        logits = logits.masked_fill(duplicate & ~positive, -torch.inf)
-    return (logits.logsumexp(1) - logits.gather(1, target[:, None]).squeeze(1)).mean()
+    q, p = F.normalize(query, dim=-1), F.normalize(passages, dim=-1)
+    ids = torch.arange(len(p), device=q.device) if passage_ids is None else passage_ids
+    at, own = target[:, None], ids[target]
+    column = torch.arange(max(len(q), len(p)), device=q.device)
+    cos_y = (q @ p.T).gather(1, at)
+    logits = []
+    for direction in directions:
+        left = q if direction.startswith("query") else p[target]
+        right, right_ids = (p, ids) if direction.endswith("doc") else (q, own)
+        cos = left @ right.T
+        negative = right_ids[None, :] != own[:, None]
+        if margin is not None:
+            negative = negative & (cos <= cos_y + margin)
+        kept = negative
+        if direction in ("query_to_doc", "doc_to_query"):
+            positive = at if direction == "query_to_doc" else column[: len(q), None]
+            kept = negative | (column[None, : len(right)] == positive)
+        logits.append((cos / temperature).masked_fill(~kept, -torch.inf))
+    sums = [torch.cat(logits, 1)] if partition_mode == "joint" else logits
+    log_z = torch.stack([x.logsumexp(1) for x in sums]).mean(0)
+    return (log_z - cos_y.squeeze(1) / temperature).mean()
 
 
 def kept_logsumexp(x: Tensor, mask: Tensor, dim: int) -> Tensor:

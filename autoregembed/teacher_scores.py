@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -12,21 +13,55 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from autoregembed import distributed, sampling
-from autoregembed.config import Config
 from autoregembed.decoder import Decoder
-from autoregembed.encoder import Encoder
 from autoregembed.files import require_writable_folder
 from autoregembed.packing import Ids
+from autoregembed.progress import Display
+from autoregembed.reference_scores import ref_logps_fingerprint
 from autoregembed.score_files import cached_path, load_scores, save_scores
 
 _SAVE_EVERY = 300.0  # seconds between two savings of a long computation
 
 
-def pair_scores(decoder: Decoder, z: Tensor, targets: Sequence[Ids], token_budget: int | None = None) -> Tensor:
-    """log p(d_j | z_i) in nats of all B · P pairs of z (B, K, D) and P targets: (B, P) float32."""
+def pair_scores(
+    decoder: Decoder,
+    z: Tensor,
+    targets: Sequence[Ids],
+    token_budget: int | None = None,
+    *,
+    z_index: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    """log p(d_j | z_i) in nats of z (B, K, D) and P targets: (B, P) float32.
+
+    Args:
+        z_index: for each target the z that score it, none twice; the other pairs are NaN, for `score_distillation`'s
+            `mask`. None: all B · P pairs.
+
+    Raises:
+        ValueError: not one list for each target, or a z twice in one.
+        IndexError: a z that there is not.
+    """
     b, p = len(z), len(targets)
-    owner = torch.arange(b).repeat_interleave(p)
-    return decoder.logprob(z, [*targets] * b, owner, token_budget).view(b, p)
+    if z_index is None:
+        owner = torch.arange(b).repeat_interleave(p)
+        return decoder.logprob(z, [*targets] * b, owner, token_budget).view(b, p)
+    if len(z_index) != p or any(len(set(chosen)) < len(chosen) for chosen in z_index):
+        raise ValueError(f"z_index: got {len(z_index)} lists, expected one of distinct z for each of the {p} targets")
+    owner = torch.tensor([i for chosen in z_index for i in chosen], dtype=torch.int64)
+    column = torch.arange(p).repeat_interleave(torch.tensor([len(chosen) for chosen in z_index], dtype=torch.int64))
+    scores = z.new_full((b, p), torch.nan, dtype=torch.promote_types(z.dtype, torch.float32))
+    if not len(owner):
+        return scores
+    found = decoder.logprob(z, [targets[j] for j in column.tolist()], owner, token_budget)
+    return scores.index_put((owner.to(z.device), column.to(z.device)), found)
+
+
+def log_marginal(scores: Tensor, teacher_temperature: float) -> Tensor:
+    """How likely each of P passages is under any of R texts, τ · logsumexp_i scores_ij / τ: (R, P) to (P,) in nats.
+
+    For `score_distillation(marginal=…)`: over more texts than the batch has, such as those of recent batches.
+    """
+    return teacher_temperature * (scores / teacher_temperature).logsumexp(0)
 
 
 @torch.no_grad()
@@ -50,8 +85,8 @@ def compute_teacher_scores(
 
 
 def cached_teacher_scores(
-    config: Config, encoder: Encoder, decoder: Decoder, rows: Dataset, fingerprint: dict[str, str], num_blocks: int,
-    console: Console,
+    encoder: Any, decoder: Decoder, rows: Dataset, batch_size: int, fingerprint: dict[str, str], *, seed: int,
+    num_blocks: int | None = None, console: Console | None = None,
 ) -> Tensor:  # fmt: skip
     """Scores (blocks of the data, B, B) of the first `num_blocks` blocks that a run reads, NaN elsewhere.
 
@@ -59,38 +94,82 @@ def cached_teacher_scores(
     every few minutes.
 
     Args:
+        encoder: gives z (B, K, D) of ids and suffixes, and says its `num_compress_tokens`.
+        batch_size, seed: of `sampling.blocks`.
         fingerprint: `ref_logps_fingerprint`, taken before the weights are sharded.
-        num_blocks: how many blocks the run reads; the same block counts again in the next epoch.
+        num_blocks: how many blocks the run reads; the same block counts again in the next epoch. None: all.
     """
-    all_blocks = sampling.blocks(len(rows), config.batch_size, config.seed)
-    fingerprint = {**fingerprint, "blocks": f"{config.batch_size} rows, seed {config.seed}"}
+    console = console or Console(quiet=True)
+    all_blocks = sampling.blocks(len(rows), batch_size, seed)
+    fingerprint = {**fingerprint, "blocks": f"{batch_size} rows, seed {seed}"}
     path = cached_path("teacher-scores", fingerprint)
     known = distributed.broadcast_from_rank0(
         lambda: load_scores(path, fingerprint, ("scores",), "teacher_scores")["scores"] if path.is_file() else None
     )
-    b = config.batch_size
+    b = batch_size
     scores = torch.full((len(all_blocks), b, b), torch.nan) if known is None else known
-    read = sorted(set(sampling.drawn(len(all_blocks), 0, num_blocks, config.seed)))
+    first_read = len(all_blocks) if num_blocks is None else num_blocks
+    read = sorted(set(sampling.drawn(len(all_blocks), 0, first_read, seed)))
     wanted = [i for i in read if scores[i].isnan().any()]
     if not wanted:
         console.print(f"teacher scores: {path}")
         return scores
-    around = len(decoder.prefix) + encoder.num_compress_tokens
-    lengths = [len(t[0]) for t in rows["target_ids"]]
-    tokens = b * sum(lengths[i] + around for j in wanted for i in all_blocks[j])
+    targets, k = [t[0] for t in rows["target_ids"]], encoder.num_compress_tokens
+    tokens = sum(b * decoder.num_pass_tokens(k, [targets[i] for i in all_blocks[j]], [0] * b) for j in wanted)
     console.print(f"teacher scores: {len(wanted)} blocks of {b} × {b} pairs, {tokens:,} decoder tokens, computed once")
     distributed.broadcast_from_rank0(
         lambda: require_writable_folder(path.parent, "HF_DATASETS_CACHE", files=[path.name])
     )
     start = saved = time.perf_counter()
     step = distributed.world_size()
-    for first in range(0, len(wanted), step):
-        part = wanted[first : first + step]
-        scores[part] = compute_teacher_scores(encoder, decoder, rows, [all_blocks[i] for i in part])
-        now = time.perf_counter()
-        last = first + step >= len(wanted)
-        if distributed.broadcast_from_rank0(lambda: last or now - saved > _SAVE_EVERY):  # noqa: B023
-            saved = now
-            distributed.broadcast_from_rank0(lambda: save_scores(path, {"scores": scores}, fingerprint))
+    with Display(console, "teacher scores", len(wanted)) as display:
+        for first in range(0, len(wanted), step):
+            part = wanted[first : first + step]
+            scores[part] = compute_teacher_scores(encoder, decoder, rows, [all_blocks[i] for i in part])
+            now = time.perf_counter()
+            last = first + step >= len(wanted)
+            if distributed.broadcast_from_rank0(lambda: last or now - saved > _SAVE_EVERY):  # noqa: B023
+                saved = now
+                distributed.broadcast_from_rank0(lambda: save_scores(path, {"scores": scores}, fingerprint))
+            display.update(min(first + step, len(wanted)))
     console.print(f"teacher scores: {len(wanted)} blocks in {time.perf_counter() - start:.0f} s, kept in {path}")
     return scores
+
+
+@torch.no_grad()
+def block_scores(
+    encoder: Any, decoder: Decoder, tokenizer: Any, rows: Dataset, batch_size: int, *, seed: int = 0,
+    console: Console | None = None,
+) -> tuple[list[list[int]], Tensor]:  # fmt: skip
+    """Blocks of `batch_size` rows, and the scores (blocks, B, B) of all of them, made once and kept as in a run.
+
+    Args:
+        encoder, console: as in `cached_teacher_scores`; `encoder` is in eval mode.
+        rows: of `data.text_rows` or `data.alignment_rows`.
+
+    Raises:
+        ValueError: fewer rows than a block has.
+    """
+    if len(rows) < batch_size:
+        raise ValueError(f"batch_size: got {batch_size} for {len(rows)} rows, expected at most as many")
+    fingerprint = ref_logps_fingerprint(encoder, decoder, tokenizer, rows)
+    scores = cached_teacher_scores(encoder, decoder, rows, batch_size, fingerprint, seed=seed, console=console)
+    return sampling.blocks(len(rows), batch_size, seed), scores
+
+
+def scores_of_rows(blocks: Sequence[int], places: Sequence[int], scores: Tensor) -> Tensor:
+    """The scores (B, B) of the rows of a batch, in their order, from those with their whole block.
+
+    Args:
+        blocks, places: the block of each row, and its place there.
+        scores: (B, rows of the block) of each row.
+
+    Raises:
+        ValueError: rows of several blocks, which have not been scored with each other.
+    """
+    if len(set(blocks)) > 1 or len(set(places)) < len(places):
+        raise ValueError(
+            f"teacher_scores: got rows of {len(set(blocks))} blocks in a batch, expected one block: batches of the "
+            "batch_size that the scores were made with, whose rows stay together (BlockBatchSampler)"
+        )
+    return scores[:, torch.tensor(places, device=scores.device)]

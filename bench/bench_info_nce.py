@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,6 +24,12 @@ from .harness import (
     version,
 )
 
+EVERY = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+JOBS: dict[str, dict[str, Any]] = {
+    "symmetric": {"directions": EVERY[::2], "partition_mode": "per_direction"},
+    "four directions, margin 0.1": {"directions": EVERY, "margin": 0.1},
+}
+
 
 def info_nce_case(
     b: int,
@@ -34,9 +41,12 @@ def info_nce_case(
     curve: str | None = None,
     dtype: torch.dtype | None = None,
     extra: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] | None = None,
+    job: str = "gradient",
 ) -> Case:
-    """`extra`: further baselines by name."""
+    """`extra`: further baselines by name. `job`: "gradient", or a name of JOBS for further directions and a margin."""
     p, dtype = passages or b, dtype or training_dtype(device)
+    options = {"temperature": TEMPERATURE, **JOBS.get(job, {})}
+    plain = job == "gradient"
 
     def make() -> Inputs:
         generator = torch.Generator().manual_seed(0)
@@ -47,32 +57,34 @@ def info_nce_case(
         return Inputs([query, other])
 
     def operands() -> tuple[torch.Tensor, torch.Tensor]:
-        query, other = job.inputs().leaves
+        query, other = run.inputs().leaves
         return query, other
 
-    job = ForwardBackward(
-        make, partial(reference.info_nce, temperature=TEMPERATURE), 1e-3 if dtype == torch.float32 else 5e-2
-    )
+    # Float64 logits of the specification at once only where they fit; tests hold the torch backend to it.
+    specification = reference.info_nce if b * p <= 2**30 else partial(info_nce, impl="torch")
+    run = ForwardBackward(make, partial(specification, **options), 1e-3 if dtype == torch.float32 else 5e-2)
     st, ranking = version("sentence-transformers"), "MultipleNegativesRankingLoss"
     variants = {
-        GEMM_ONLY: gemm_only(operands, 3),
-        OURS: job.variant(lambda: partial(info_nce, temperature=TEMPERATURE, impl=our_impl())),
-        **job.eager(eager, compiled=not curve),
+        OURS: run.variant(lambda: partial(info_nce, impl=our_impl() if plain else "auto", **options)),
+        **run.eager(eager if plain else partial(reference.info_nce, **options), compiled=plain and not curve),
     }
-    if p == b and not curve:
+    if plain:
+        variants[GEMM_ONLY] = gemm_only(operands, 3)
+    if p == b and not curve and plain:
         variants |= {
-            "sentence-transformers": job.variant(lambda: sentence_transformers(ranking), st, ranking),
-            "sentence-transformers, cached": job.variant(
+            "sentence-transformers": run.variant(lambda: sentence_transformers(ranking), st, ranking),
+            "sentence-transformers, cached": run.variant(
                 lambda: sentence_transformers(f"Cached{ranking}"), st, "its loss on embeddings"
             ),
-            "inf-cl": job.variant(lambda: inf_cl(device), version("inf-cl")),
-            "memeff": job.variant(lambda: memeff(device), version("memeff")),
+            "inf-cl": run.variant(lambda: inf_cl(device), version("inf-cl")),
+            "memeff": run.variant(lambda: memeff(device), version("memeff")),
         }
-    variants |= {name: job.variant(partial(lambda f: f, f)) for name, f in (extra or {}).items()}
+    variants |= {name: run.variant(partial(lambda f: f, f)) for name, f in (extra or {}).items()}
+    pairs = b * (p + sum(p if x.endswith("doc") else b for x in options.get("directions", ())[1:]))
     return Case(
         op="info_nce", shape={"B": b, "P": p, "D": d}, dtype=dtype, inputs="Gaussian, positives at cosine 0.6",
-        variants=variants, flops=6.0 * b * p * d, bytes=float(dtype.itemsize * 2 * (b + p) * d),
-        check=job.check, rounds=rounds, curve=curve, device=device,
+        variants=variants, flops=6.0 * pairs * d, bytes=float(dtype.itemsize * 2 * (b + p) * d), job=job,
+        check=run.check, rounds=rounds, curve=curve, device=device,
     )  # fmt: skip
 
 
@@ -105,15 +117,21 @@ def siglip_case(b: int, d: int, device: str, *, rounds: int = 5) -> Case:
 def cases(device: str, quick: bool = False) -> Iterator[Callable[[], Case]]:
     if quick:
         yield partial(info_nce_case, 16, 32, device)
+        for job in JOBS:
+            yield partial(info_nce_case, 16, 32, device, job=job)
         yield partial(siglip_case, 16, 32, device)
         return
     if is_gpu(device):
-        for b, d in ((2048, 896), (4096, 4096), (16384, 4096)):
+        for b, d in ((2048, 896), (4096, 4096), (16384, 4096), (65536, 768)):
             yield partial(info_nce_case, b, d, device, rounds=11)
+        for job in JOBS:
+            yield partial(info_nce_case, 16384, 768, device, rounds=11, job=job)
         yield partial(siglip_case, 16384, 896, device, rounds=11)
     else:
         yield partial(info_nce_case, 1024, 576, device)
         yield partial(info_nce_case, 256, 576, device, passages=2048)
+        for job in JOBS:
+            yield partial(info_nce_case, 1024, 576, device, job=job)
     b, d = (2048, 1024) if is_gpu(device) else (256, 256)
     for negatives in (1, 3, 7, 15):
         yield partial(info_nce_case, b, d, device, passages=b * (1 + negatives), curve="P")

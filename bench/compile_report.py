@@ -109,10 +109,26 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                         continue
                     q, passages, y = meta(4096, d, dtype=dtype), meta(p, d, dtype=dtype), meta(4096, dtype=torch.int64)
                     tau = meta(dtype=FP64 if dtype == FP64 else FP32)
-                    yield (
-                        f"info_nce {dtype} D={d} ids={ids is not None}",
-                        lambda q=q, p=passages, y=y, i=ids, t=tau, g=gradient: info_nce.forward(q, p, y, i, t, g, g, g),
-                    )
+                    for trained in (True, False) if gradient else (False,):  # the temperature
+                        yield (
+                            f"info_nce {dtype} D={d} ids={ids is not None} gradients={gradient}, {trained}",
+                            lambda q=q, p=passages, y=y, i=ids, t=tau, g=gradient, h=trained: info_nce.forward(
+                                q, p, y, i, t, g, g, h
+                            ),
+                        )
+        if dtype in (BF16, FP32):
+            every, pair = "query_to_doc,query_to_query,doc_to_query,doc_to_doc", "query_to_doc,doc_to_query"
+            y, tau = meta(4096, dtype=torch.int64), meta(dtype=FP32)
+            for more in (("query_to_doc", False, 0.1), (every, False, 0.1), (every, False, None), (pair, True, None)):
+                for d in (768, 636):
+                    q, passages = meta(4096, d, dtype=dtype), meta(8196, d, dtype=dtype)
+                    for trained in (True, False):
+                        yield (
+                            f"info_nce {dtype} D={d} {more[0].count(',') + 1} margin={more[2]} {trained}",
+                            lambda q=q, p=passages, y=y, m=more, tau=tau, t=trained: info_nce.forward(
+                                q, p, y, None, tau, True, True, t, *m, "shifted"
+                            ),
+                        )
         work = FP64 if dtype == FP64 else FP32
         for given in (True, False):
             q, passages, s, tau = (
@@ -170,7 +186,7 @@ def launches(arch: str) -> dict[tuple, tuple[str, Any, dict, float | None]]:
 def fill(kernel: Any, programs: int, args: tuple, options: dict[str, Any]) -> float | None:
     """Share of the last wave's end at which the programs of a persistent GEMM are busy: tiles over waves · programs."""
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **options}
-    if kernel.__name__ not in ("_score", "_emit"):
+    if kernel.__name__ not in ("_score", "_emit", "_emit_cosine"):
         return None
     row_blocks, tiles_v = -(-values["N"] // values["ROWS"]), -(-values["V"] // values["COLS"])
     units = row_blocks * values.get("splits", tiles_v)
@@ -235,13 +251,17 @@ def counts(source: Any, compiled: Any, arch: str) -> dict[str, Any]:
     """The instructions for a logit (bench/sass.py), of 16-bit heads without a softcap."""
     name = source.fn.__name__
     constants = {source.fn.arg_names[place[0]]: value for place, value in source.constants.items()}
-    if arch.startswith("gfx") or name not in ("_score", "_emit", "_epilogue") or constants["SOFTCAP"]:
+    if (
+        arch.startswith("gfx")
+        or name not in ("_score", "_emit", "_emit_cosine", "_epilogue")
+        or constants.get("SOFTCAP")
+    ):
         return {}
     cubin, warps = compiled.asm["cubin"], compiled.metadata.num_warps
     if name == "_epilogue":
         work = source.signature["z_ptr"]
         return {} if work == "*fp64" else {"sass": sass.epilogue_report(cubin, constants, warps)}
-    if "32" in str(source.signature["hidden"]):
+    if "32" in str(source.signature["rows" if name == "_emit_cosine" else "hidden"]):
         return {}
     return {"sass": sass.gemm_report(cubin, arch, constants, warps)}
 

@@ -1,11 +1,13 @@
 """Memory and communication of a stage-2 step under FSDP2: computed from shapes, not measured.
 
-python bench/scaling.py            # the tables of docs/distributed.md
+python bench/scaling.py            # the tables of docs/explanation/scaling.md
+python bench/scaling.py --paper    # that of docs/howto/paper.md
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
 GB = 1e9
@@ -142,6 +144,34 @@ def tables(rows: int, negatives: int, budgets: dict[str, int], worlds: list[int]
     return "\n".join(lines)
 
 
+# The paper's setting. Tokens a row of stage 2: bench/results/study-cpu.json, NLI triplets by SmolLM2's tokenizer with a
+# short instruction (cells infonce and alignment, 320 triplets). Those of stage 1, rows and rates are assumptions.
+LLAMA_2_7B = Shape(32, 4096, 11008, 32, 32, 128, 32000)
+PAPER = {"stage 1": (50_000, 32, 600, 105), "stage 2": (4 * 275_601, 128, 47.7, 45.9)}
+FLOPS_PER_SECOND, BYTES_PER_SECOND = 400e12, 300e9  # of one GPU, assumed
+
+
+def paper(world_size: int = 8, budget: int = 4096) -> str:
+    """Markdown: memory and least hours of both stages; whichever of arithmetic and communication takes longer."""
+    m = LLAMA_2_7B
+    lines = [
+        "| stage | rows | rows a step | tokens a row, encoder and decoder | memory a GPU, GB | hours, arithmetic | "
+        "hours, communication |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage, (rows, batch, encoder, decoder) in PAPER.items():
+        passes = math.ceil(batch / world_size * max(encoder, decoder) / budget)
+        work = rows * (encoder * 8 * m.body + decoder * (4 * m.body + 4 * m.table))
+        sent = rows / batch * sum(communication(m, world_size, passes, 0, 0).values())
+        hours = work / (world_size * FLOPS_PER_SECOND) / 3600, sent / BYTES_PER_SECOND / 3600
+        use = sum(memory(m, world_size, budget).values()) / GB
+        lines.append(
+            f"| {stage} | {rows:,} | {batch} | {encoder:g} and {decoder:g} | {use:.0f} | {hours[0]:.1f} | "
+            f"{hours[1]:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens-7b", type=int, default=4096, help="tokens of one pass")
@@ -149,7 +179,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows of a step on each GPU")
     parser.add_argument("--negatives", type=int, default=1, help="hard negatives per row")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64, 128, 512])
+    parser.add_argument("--paper", action="store_true", help="the setting of the paper alone")
     options = parser.parse_args()
+    if options.paper:
+        print(paper())
+        return
     budgets = {"7B": options.tokens_7b, "70B": options.tokens_70b}
     print(tables(options.rows, options.negatives, budgets, options.gpus))
 

@@ -198,6 +198,34 @@ def shared_shards() -> None:
         assert alive == layers, f"{architecture}: got {alive} weights of an MLP, expected the {layers} of `whole`"
 
 
+def sharded_passes() -> None:
+    """Stage 2 in passes through shared-out weights: processes with other rows make as many, and gradients are whole."""
+    from autoregembed import Decoder
+    from autoregembed.config import Stage2Options
+    from autoregembed.objective import stage2_loss
+    from autoregembed.testing import tiny_model
+
+    rank = dist.get_rank()
+    rows = [{"target_ids": [[5 + i, 6, 7], *([8 + j, 9] for j in range(1 + 2 * rank))]} for i in range(2 + rank)]
+    options = Stage2Options(ref_margin="none")
+    generator = torch.Generator().manual_seed(rank)
+    z = torch.randn(2 * len(rows), 5, 32, dtype=torch.float64, generator=generator)
+    make = lambda **how: Decoder(tiny_model("gpt_neox", dtype=torch.float64), **how)  # noqa: E731
+    whole, found = make(share_prefixes=False), []
+    for how in ({}, {"share_prefixes": True, "gradient_checkpointing": True}):
+        shared = make(**how)
+        shared.shard(torch.device("cpu"))
+        for budget in (8, 40, 1000):  # pairs of a row apart, rows apart, one pass
+            found.append((shared, budget))
+    for decoder, budget in [(whole, None), *found]:
+        leaf = z.clone().requires_grad_()
+        loss = stage2_loss(options, decoder, leaf, rows, token_budget=budget).alignment
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        if decoder is whole:
+            wanted = loss.detach(), gradient
+        torch.testing.assert_close((loss.detach(), gradient), wanted, rtol=0, atol=1e-10)
+
+
 def gathered_rows() -> None:
     """Ragged rows, none from one process; the gradient of each row is the sum of what all processes ask of it."""
     from autoregembed.distributed import gather_rows

@@ -187,7 +187,8 @@ def test_a_baseline_from_outside(tmp_path, monkeypatch, capsys):
 
 
 def test_every_field_of_a_result_is_documented():
-    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8").partition("## Results of benchmarks")[2]
+    page = (ROOT / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
+    page = page.partition("## Results of benchmarks")[2]
     named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in page.splitlines() if line[:1] == "|")))
     machine = harness.Machine("cpu", {"float32": 1e11}, 1e10)
     top = {"format", "suite", "quick", "rows", *results.environment(machine)}

@@ -15,10 +15,11 @@ from conftest import sentence, write_jsonl
 from safetensors.torch import load_file
 
 from autoregembed import Encoder, models
-from autoregembed.cli import main, read_config
+from autoregembed.cli import main
 from autoregembed.config import ConfigError
 from autoregembed.evaluate import load_sts, sts
 from autoregembed.testing import tiny_model, tiny_tokenizer
+from autoregembed.train_flags import read_config
 
 FIELDS = {"stage": 1, "model": "m", "train_data": "d.jsonl", "output_dir": "o"}
 
@@ -133,9 +134,9 @@ def test_train_trains_and_bad_input_exits_with_2(model_folder, compression_file,
     assert summary["steps"] == 1
     assert "{" not in printed, "the summary is a file"
     assert summary["export"] in printed
-    page = (Path(__file__).parents[1] / "docs" / "files.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "reference" / "files.md").read_text(encoding="utf-8")
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert all(f"`{name}`" in page for name in {*summary, *steps[0]}), "docs/files.md"
+    assert all(f"`{name}`" in page for name in {*summary, *steps[0]}), "docs/reference/files.md"
     assert Path(summary["model"], "model.safetensors").is_file()
     for arguments, message in (
         (["train", file, "--max_steps", "0"], "ConfigError: max_steps: got 0"),
@@ -478,4 +479,4 @@ def test_the_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "autoregembed"]
     result = subprocess.run([*command, "nonsense"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2, result.stderr
-    assert "{train,encode,eval,doctor,bench,init,probe,completion}" in result.stderr
+    assert "{train,plan,encode,eval,doctor,bench,init,probe,export,completion}" in result.stderr

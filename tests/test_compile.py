@@ -64,6 +64,9 @@ def trained_head(**options):
     return op, inputs
 
 
+FOUR = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+
+
 def contrastive(names=(), **options):
     def inputs(n):
         given = {
@@ -169,6 +172,12 @@ CASES = {
     "linear_logprob trained, ignored, num_grad_rows": (*trained_head(ignore_index=2, num_grad_rows=4), ONE),
     "info_nce": (*contrastive(), ALL),
     "info_nce target, passage_ids": (*contrastive(["target", "passage_ids"]), ("auto", *NO_CPP)),
+    "info_nce four directions, margin": (
+        *contrastive(["target", "passage_ids"], directions=FOUR, margin=0.3), ("auto", *NO_CPP),
+    ),
+    "info_nce symmetric": (
+        *contrastive(directions=FOUR[::2], partition_mode="per_direction"), ("auto", *NO_CPP),
+    ),
     "generative_info_nce": (*generative(), ONE),
     "generative_info_nce all": (
         *generative(["target", "num_tokens", "mask", "passage_ids"], direction="both", marginal="batch"), ONE,

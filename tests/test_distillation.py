@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import sentence, stage2, write_jsonl
 
-from autoregembed import cli, data, sampling, teacher_scores
+from autoregembed import cli, data, sampling, score_distillation, teacher_scores
 from autoregembed.build import build_models
 from autoregembed.config import ConfigError
 from autoregembed.encoder import text_embedding
 from autoregembed.files import CheckpointError
 from autoregembed.objective import Objective, texts_of
 from autoregembed.prompt import Prompt
-from autoregembed.teacher_scores import compute_teacher_scores, pair_scores
+from autoregembed.teacher_scores import compute_teacher_scores, log_marginal, pair_scores
 from autoregembed.train import train
 
 ONLY = {"alignment_weight": 0.0, "distillation_weight": 1.0}
@@ -110,6 +110,50 @@ def test_pair_scores_is_all_queries_by_all_passages(model_folder, alignment_file
         found = pair_scores(decoder, z, targets, token_budget=20)
         assert found.shape == (3, 2)
         torch.testing.assert_close(found[2], decoder.logprob(z, targets, [2, 2]))
+
+
+def test_chosen_candidates_are_the_pairs_that_are_scored(model_folder, alignment_file):
+    _, encoder, decoder, _, batch = step_of(stage2(model_folder, alignment_file, "unused", **ONLY), alignment_file)
+    with torch.no_grad():
+        z = encoder([r["query_ids"] for r in batch[:3]], [r["suffix_ids"] for r in batch[:3]])
+        targets = [r["target_ids"][0] for r in batch[:4]]
+        chosen = [[2, 0], [1], [], [0, 1, 2]]
+        found = pair_scores(decoder, z, targets, z_index=chosen)
+        every = pair_scores(decoder, z, targets)
+        none = pair_scores(decoder, z, targets, z_index=[[]] * 4)
+    known = torch.tensor([[i in chosen[j] for j in range(4)] for i in range(3)])
+    assert torch.equal(~found.isnan(), known)
+    torch.testing.assert_close(found[known], every[known], rtol=1e-6, atol=1e-5)
+    assert none.isnan().all()
+    e = text_embedding(z)
+    loss = score_distillation(e, torch.cat([e, e[:1]]), found, mask=known)
+    filled = score_distillation(e, torch.cat([e, e[:1]]), every, mask=known)
+    torch.testing.assert_close(loss, filled, rtol=1e-5, atol=1e-6)
+    for wrong, error in (([[0]] * 3, ValueError), ([[0, 0], [], [], []], ValueError), ([[9], [], [], []], IndexError)):
+        with pytest.raises(error, match="z_index"):
+            pair_scores(decoder, z, targets, z_index=wrong)
+
+
+def test_the_marginal_may_be_that_of_more_texts_than_the_batch_has():
+    generator = torch.Generator().manual_seed(0)
+    q, p = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (3, 4))
+    scores = 9 * torch.randn(8, 4, generator=generator, dtype=torch.float64)  # of five earlier texts and the three
+    mine, tau = scores[5:], 2.0
+    found = score_distillation(q, p, mine, teacher_temperature=tau, marginal=log_marginal(scores, tau))
+    cos = [[float(torch.cosine_similarity(q[i], p[j], dim=0)) / 0.05 for j in range(4)] for i in range(3)]
+    wanted = 0.0
+    for i in range(3):
+        removed = [math.log(sum(math.exp(float(scores[r, j]) / tau) for r in range(8))) for j in range(4)]
+        row = {j: float(mine[i, j]) / tau - removed[j] for j in range(4)}
+        wanted += cross_entropy(row, dict(enumerate(cos[i])), i, 1.0) / 6
+    for j in range(4):
+        column = {i: float(mine[i, j]) / tau for i in range(3)}
+        wanted += cross_entropy(column, {i: cos[i][j] for i in range(3)}, j, 1.0) / 8
+    assert found.item() == pytest.approx(wanted, rel=1e-9)
+    batch = score_distillation(q, p, mine, teacher_temperature=tau)
+    alone = score_distillation(q, p, mine, teacher_temperature=tau, marginal=log_marginal(mine, tau))
+    assert alone.item() == pytest.approx(batch.item(), rel=1e-12)
+    assert abs(batch.item() - wanted) > 1e-3
 
 
 def test_equal_texts_are_masked_with_the_known_pairs(model_folder, tmp_path):

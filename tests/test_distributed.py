@@ -182,6 +182,10 @@ def test_a_decoder_on_an_encoders_shards_scores_the_same_and_keeps_nothing(tmp_p
     cases.run(cases.shared_shards, 2, tmp_path)
 
 
+def test_stage_2_in_passes_through_a_decoder_whose_weights_are_shared_out(tmp_path):
+    cases.run(cases.sharded_passes, 2, tmp_path)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_others_with_an_error(model_folder, files, tmp_path, victim):
     case = run_of(model_folder, files, tmp_path / "out", 2)
@@ -226,7 +230,7 @@ def test_launchers_end_where_one_process_does(model_folder, files, trained_alone
 def test_the_page_on_scaling_shows_what_its_command_prints_for_real_parameter_counts():
     from autoregembed.bench import scaling
 
-    page = (Path(scaling.__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    page = (Path(scaling.__file__).parents[1] / "docs" / "explanation" / "scaling.md").read_text(encoding="utf-8")
     assert scaling.tables(64, 1, {"7B": 4096, "70B": 1024}, [8, 16, 64, 128, 512]) in page
     tiny = scaling.Shape(2, 32, 64, 4, 2, 8, 320)
     assert tiny.total == sum(p.numel() for p in tiny_model("llama", tie_word_embeddings=False).parameters())

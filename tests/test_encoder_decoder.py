@@ -100,17 +100,19 @@ def test_scores_are_those_of_full_logits(name):
     assert decoder.num_tokens(targets) == 24
 
 
+# RMS norms round gradients to float32 even in float64 models: here each pair's, there the sum of all pairs of one z.
+@pytest.mark.parametrize(("share_prefixes", "rounding"), [(False, 1e-10), (True, 1e-6)])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_gradient_of_z_is_that_of_full_logits(name):
+def test_the_gradient_of_z_is_that_of_full_logits(name, share_prefixes, rounding):
     targets, z_index, upstream = texts(4, 7, 2, 4, seed=1), [1, 0, 1, 1], torch.tensor([1.0, -2.0, 0.5, 3.0])
     z = some_z(2).requires_grad_()
     plain = model_of(name).requires_grad_(False)
     loop = torch.stack([plain_logprob(plain, z[i], t) for i, t in zip(z_index, targets, strict=True)])
     (expected,) = torch.autograd.grad(loop @ upstream.double(), z)
-    decoder = Decoder(model_of(name))
+    decoder = Decoder(model_of(name), share_prefixes=share_prefixes)
     (found,) = torch.autograd.grad(decoder.logprob(z, targets, z_index) @ upstream.double(), z)
     assert expected.abs().min(-1).values.max() > 0
-    close(found, expected, TOLERANCE.get(name, 1e-10) * max(1.0, float(expected.abs().max())))
+    close(found, expected, TOLERANCE.get(name, rounding) * max(1.0, float(expected.abs().max())))
     assert all(not p.requires_grad and p.grad is None for p in decoder.parameters())
 
 

@@ -11,7 +11,7 @@ from autoregembed import Decoder, Encoder
 from autoregembed.testing import tiny_model
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-LOOPS = ["plain_pytorch", "accelerate_loop", "fabric_loop", "grad_cache"]
+LOOPS = ["plain_pytorch", "accelerate_loop", "fabric_loop", "grad_cache", "score_distillation"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """info_nce against float64 and its formula in loops over Python floats."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -191,12 +192,123 @@ def test_duplicates_of_the_positive_are_no_negatives_in_chunks_of_any_size(impl,
     torch.testing.assert_close([g.double() for g in gradients], list(exact_gradients), rtol=1e-4, atol=1e-5)
 
 
+ALL = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+CHOICES = [
+    {"margin": 0.1},
+    {"margin": -0.3},
+    SYMMETRIC,
+    {**SYMMETRIC, "margin": 0.0},
+    *({"directions": ("query_to_doc", *more)} for n in (1, 2, 3) for more in itertools.combinations(ALL[1:], n)),
+    {"directions": ALL, "margin": 0.2},
+]
+
+
+def one_by_one(query, passages, target, ids, temperature, directions=("query_to_doc",), partition_mode="joint",
+               margin=None):  # fmt: skip
+    """Pair by pair, in tensors of no axis."""
+    q, p = list(query), list(passages)
+    cos = lambda x, y: x.dot(y) / (x.norm() * y.norm())  # noqa: E731
+    of_query = [int(ids[y]) for y in target]
+    losses = []
+    for i, y in enumerate(target):
+        positive = cos(q[i], p[y])
+        log_z = []
+        for direction in directions:
+            x = q[i] if direction.startswith("query") else p[y]
+            others = zip(p, ids, strict=True) if direction.endswith("doc") else zip(q, of_query, strict=True)
+            terms = [cos(x, other) for other, name in others if int(name) != of_query[i]]
+            terms = [c for c in terms if margin is None or c <= positive + margin]
+            terms += [positive] if direction in ("query_to_doc", "doc_to_query") else []
+            log_z.append([c / temperature for c in terms])
+        joint = partition_mode == "joint"
+        for terms in [list(itertools.chain(*log_z))] if joint else log_z:
+            losses.append((torch.stack(terms).logsumexp(0) - positive / temperature) / (1 if joint else 2))
+    return torch.stack(losses).sum() / len(q)
+
+
+def directed(p=9, d=7):
+    """Five queries, of which two share a positive, and passages that repeat."""
+    query, passages, _ = inputs_of(5, p, d, seed=3)
+    target = torch.tensor([0, 3, 3, 1, p - 1], device=DEVICE)
+    return query, passages, target, torch.tensor([0, 1, 2, 3, 4, 0, *range(6, p)], device=DEVICE)
+
+
+def with_all_gradients(function, *leaves):
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    loss = function(*leaves)
+    return loss.detach(), *torch.autograd.grad(3 * loss, leaves)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_directions_and_margin(impl, repeated, options, monkeypatch):
+    """In one chunk and in chunks of two rows: loss and gradients of both sides and of the temperature."""
+    query, passages, target, ids = directed()
+    tau = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
+    known = ids if repeated else torch.arange(9, device=DEVICE)
+    wanted = with_all_gradients(lambda q, p, t: one_by_one(q, p, target, known, t, **options), query, passages, tau)
+    plain = info_nce(query, passages, target, temperature=tau, passage_ids=ids if repeated else None)
+    assert abs(plain - wanted[0]) > 1e-3, "the options say nothing here"
+    for rows in (100, 2):
+        monkeypatch.setattr(torch_kernels, "CHUNK_BYTES", {"cpu": rows * 28 * 8, "cuda": rows * 28 * 8})
+        found = with_all_gradients(
+            lambda q, p, t: info_nce(
+                q, p, target, temperature=t, passage_ids=ids if repeated else None, impl=impl, **options
+            ),
+            query, passages, tau,
+        )  # fmt: skip
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl not in ("cpp", "reference")])
+def test_one_side_of_several_directions(impl, frozen):
+    """What is frozen on one side changes nothing for the other."""
+    query, passages, target, _ = directed()
+    query, passages = query.float(), passages.float()
+    both = run(info_nce, query, passages, target, directions=ALL, impl=impl)[1]
+    leaves = [query.clone(), passages.clone()]
+    leaves[1 - frozen].requires_grad_()
+    (5 * info_nce(*leaves, target, directions=ALL, impl=impl)).backward()
+    torch.testing.assert_close(leaves[1 - frozen].grad, both[1 - frozen], rtol=1e-5, atol=1e-6)
+    assert leaves[frozen].grad is None
+
+
+@pytest.mark.parametrize(
+    "options", [{}, SYMMETRIC, {"directions": ALL}, {"directions": ALL[:2]}, {"directions": ALL[::2]}], ids=str
+)
+def test_directions_are_those_of_sentence_transformers(options):
+    losses = pytest.importorskip("sentence_transformers.losses", exc_type=ImportError)
+    query, passages, _ = inputs_of(6, 6, 8, seed=1)
+    wanted = losses.MultipleNegativesRankingLoss(torch.nn.Identity(), scale=10.0, **options)
+    expected = run(lambda q, p: wanted.compute_loss_from_embeddings([q, p], None), query, passages)
+    found = run(info_nce, query, passages, temperature=0.1, impl="torch", **options)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+def test_a_positive_may_have_no_negative():
+    """Every other passage is a false negative: the loss is that of the positive beside itself, 0 or log 2."""
+    query, passages, _ = inputs_of(3, 3, 4, seed=2)
+    for options, loss in (({}, 0.0), ({"directions": ALL}, math.log(2))):
+        found, gradients = run(info_nce, query, passages, margin=-3.0, impl="torch", **options)
+        assert found.item() == pytest.approx(loss, abs=1e-15)
+        assert not any(x.any() for x in gradients)
+
+
 def test_a_backend_without_passage_ids_refuses_them():
     skip_unless("cpp", torch.float32)
     query, passages, _ = inputs_of(4, 6, 8, dtype=torch.float32)
     with pytest.raises(ops.ImplUnavailable, match="'cpp' has no passage_ids, expected 'auto'"):
         info_nce(query, passages, passage_ids=torch.arange(6, device=DEVICE), impl="cpp")
     info_nce(query, passages, passage_ids=torch.arange(6, device=DEVICE), impl="auto")
+    for options in ({"margin": 0.1}, {"directions": ALL}):
+        with pytest.raises(ops.ImplUnavailable, match="'cpp' has no directions and no margin, expected 'auto'"):
+            info_nce(query, passages, impl="cpp", **options)
+        torch.testing.assert_close(
+            info_nce(query, passages, **options), info_nce(query, passages, impl="reference", **options)
+        )
 
 
 def test_no_matrix_of_similarities(monkeypatch):
@@ -251,7 +363,16 @@ BAD = {
     "temperature 0": (ValueError, "temperature: got 0", {"temperature": 0}),
     "temperature NaN": (ValueError, "temperature: got nan", {"temperature": math.nan}),
     "unknown backend": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
-}
+    "directions is a name": (TypeError, "directions: got 'query_to_doc', expected a tuple", {"directions": ALL[0]}),
+    "no direction": (ValueError, r"directions: got \(\), expected 'query_to_doc'", {"directions": ()}),
+    "unknown direction": (ValueError, "directions: got 'up'", {"directions": ("query_to_doc", "up")}),
+    "unknown mode": (ValueError, "partition_mode: got 'both'", {"partition_mode": "both"}),
+    "a softmax of queries": (
+        ValueError, "partition_mode: got 'per_direction' with", {"directions": ALL, "partition_mode": "per_direction"},
+    ),
+    "margin NaN": (ValueError, "margin: got nan", {"margin": math.nan}),
+    "margin is a tensor": (TypeError, "margin: got a tensor", {"margin": torch.tensor(0.1)}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", IMPLS)

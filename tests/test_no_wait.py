@@ -6,62 +6,31 @@ host that block are counted as well. `tests/seeded_waits.py` puts a wait into ev
 """
 
 import contextlib
+import functools
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from accelerate import DistributedType
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+import seeded_waits
+from pretend_gpu import BlockingCopies, device  # noqa: F401
+
 from autoregembed import Decoder, Encoder, attention
-from autoregembed.config import Config
-from autoregembed.kernels.triton import primitives, tiles
+from autoregembed.config import Config, Stage2Options
+from autoregembed.integrations.transformers import AutoRegEmbedTrainer, Collator
 from autoregembed.objective import Objective
 from autoregembed.testing import tiny_model
+from autoregembed.train import Run
 from bench import compile_report
 
+ROOT = Path(__file__).parents[1]
 SUFFIX, COMPRESS = [5, 6], [120, 121, 122]
-
-
-class BlockingCopies(TorchDispatchMode):
-    """Copies of values from the host, of more than one number, that wait until the device has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        source = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and isinstance(source, torch.Tensor):
-            waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
-            if source.device.type == "cpu" and out.device.type == "meta" and source.ndim and waits:
-                self.found.append(f"{func} of {tuple(source.shape)}")
-        return out
-
-
-@pytest.fixture
-def device():
-    """The meta device as a GPU: the ops take the Triton backend and run their bodies; launches are recorded."""
-    definitions = torch._library.custom_ops.OPDEFS
-    # Checks of values are nodes of their own: Triton's kernels check on the device.
-    bodies = [body for name, body in definitions.items() if name.startswith("autoregembed::") and "require" not in name]
-    assert len(bodies) >= 14
-    launched = []
-    with contextlib.ExitStack() as stack:
-        for body in bodies:
-            stack.enter_context(mock.patch.object(body, "_abstract_fn", body._init_fn))
-        stack.enter_context(mock.patch("autoregembed.ops._dispatch._state_of_triton", return_value="ok"))
-        # Autocast does not know the meta device.
-        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", return_value=False))
-        stack.enter_context(mock.patch.object(torch, "autocast", return_value=contextlib.nullcontext()))
-        stack.enter_context(tiles.pretend("sm_90"))
-        stack.enter_context(primitives.recording(lambda kernel, *_: launched.append(kernel.__name__)))
-        yield launched
 
 
 def rows_of(stage):
@@ -77,16 +46,48 @@ def rows_of(stage):
     return rows
 
 
-def models(dtype, **options):
+@functools.cache  # what has no values can be used again
+def models(name="varlen"):
+    options = dict(MODELS[name])
+    implementation, lm = options.pop("implementation", attention.VARLEN), options.pop("lm", {})
     encoder = Encoder(
-        tiny_model(vocab_size=128), compress_token_ids=COMPRESS, bos_token_id=1, suffix_ids=SUFFIX, **options
-    )
-    decoder = Decoder(tiny_model(vocab_size=128), eos_token_id=2, bos_token_id=1, z_norm="match_rms")
+        tiny_model(vocab_size=128, **lm), compress_token_ids=COMPRESS, bos_token_id=1, suffix_ids=SUFFIX,
+        **options,
+    )  # fmt: skip
+    decoder = Decoder(tiny_model(vocab_size=128, **lm), eos_token_id=2, bos_token_id=1, z_norm="match_rms")
     for model in (encoder, decoder):
-        model.to("meta", dtype).model.set_attn_implementation(attention.VARLEN)
+        model.to("meta", torch.bfloat16).model.set_attn_implementation(implementation)
+        for module in model.modules():  # longrope's second set of frequencies does not follow `to`
+            if isinstance(getattr(module, "long_inv_freq", None), torch.Tensor):
+                module.long_inv_freq = module.long_inv_freq.to("meta")
     return encoder, decoder
 
 
+ACCELERATOR = SimpleNamespace(
+    device=torch.device("meta"), distributed_type=DistributedType.NO, unwrap_model=lambda model: model,
+    no_sync=lambda model: contextlib.nullcontext(), backward=lambda loss: loss.backward(),
+    clip_grad_norm_=torch.nn.utils.clip_grad_norm_, scaler=None, is_main_process=False,
+)  # fmt: skip
+
+
+def objective_of(config, encoder, decoder):
+    reference = (torch.zeros(4), torch.zeros(4, 2)) if config.needs_ref_logps else None
+    teacher = torch.zeros(1, 4, 4) if config.needs_teacher_scores else None
+    return Objective(config, encoder, decoder, ACCELERATOR, reference, teacher)
+
+
+def trained(encoder):
+    encoder.zero_grad()
+    return [p for p in encoder.parameters() if p.requires_grad]
+
+
+def require_gradients(encoder):
+    assert not [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None and "lm_head" not in n]
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [5.0] * 4,
+            "original_max_position_embeddings": 8, "factor": 16.0}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 CASES = {
     "stage 1": {"stage": 1},
     "alignment": {"stage": 2},
@@ -94,41 +95,91 @@ CASES = {
     "alignment and InfoNCE": {"stage": 2, "contrastive_weight": 1.0, "hard_negatives": True},
     "distillation": {"stage": 2, "alignment_weight": 0.0, "distillation_weight": 1.0},
     "in parts": {"stage": 2, "token_budget": 20},
+    "stage 1 in parts": {"stage": 1, "token_budget": 20},
     "gradients cached": {"stage": 2, "contrastive_weight": 1.0, "token_budget": 20},
+    "per token": {"stage": 2, "logprob_reduction": "mean"},
+    "in parts, no prefix shared": {"stage": 2, "token_budget": 20, "share_prefixes": False},
 }
+MODELS = {
+    "varlen": {},
+    "own rows": {"own_compress_rows": True},
+    "sdpa": {"implementation": attention.SDPA},
+    "longrope": {"implementation": attention.SDPA, "lm": {"rope_parameters": LONGROPE}},
+    "dynamic rope": {"lm": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}},
+}
+OTHERS = ("stage 1", "alignment", "gradients cached")  # for models other than the first
 
 
-@pytest.mark.parametrize("own_rows", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_a_step_waits_for_nothing(device, case, own_rows):
+@pytest.mark.parametrize(("case", "model"), [(c, m) for m in MODELS for c in (CASES if m == "varlen" else OTHERS)])
+def test_a_step_waits_for_nothing(device, case, model, monkeypatch):  # noqa: F811
     config = Config(model="", train_data="", output_dir="", **CASES[case])
-    encoder, decoder = models(torch.bfloat16, own_compress_rows=own_rows)
-    accelerator = SimpleNamespace(
-        device=torch.device("meta"), distributed_type=DistributedType.NO, unwrap_model=lambda model: model,
-        no_sync=lambda model: contextlib.nullcontext(), backward=lambda loss: loss.backward(),
-    )  # fmt: skip
-    reference = None
-    if config.needs_ref_logps:
-        reference = torch.zeros(4), torch.zeros(4, 2)
-    teacher = torch.zeros(1, 4, 4) if config.needs_teacher_scores else None
-    objective = Objective(config, encoder, decoder, accelerator, reference, teacher)
-    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    encoder, decoder = models(model)
+    decoder.logprob_reduction = config.logprob_reduction
+    if config.share_prefixes is not None:
+        monkeypatch.setattr(decoder, "shares_prefixes", config.share_prefixes)
+    objective = objective_of(config, encoder, decoder)
+    parameters = trained(encoder)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     with BlockingCopies() as copies:
         log = objective(rows_of(config.stage))
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     assert {x.device.type for x in (*log.values(), norm)} == {"meta"}
-    without = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None and "lm_head" not in n]
-    assert not without
+    require_gradients(encoder)
     assert not copies.found
     wanted = {"_alignment_loss"} if config.alignment_weight else set()
     if config.stage == 1:
-        wanted = {"_pool_last_k", "_splice", "_scale_rows", "_segment_sum"}
+        wanted = {"_pool_last_k", "_splice", "_scale_rows"}
     assert wanted <= set(device)
 
 
-def test_launchers_wait_for_nothing(device):
+def test_the_loop_waits_once_a_step(device):  # noqa: F811
+    """Whether to update is decided on the host, from one read of all that is logged."""
+    config = Config(model="", train_data="", output_dir="", stage=2)
+    encoder, decoder = models()
+    run = Run.__new__(Run)
+    run.config, run.accelerator, run.encoder, run.wrapped, run.world = config, ACCELERATOR, encoder, encoder, 1
+    run.state = SimpleNamespace(seconds=0.0)
+    run.scheduler = SimpleNamespace(get_last_lr=lambda: [1.0], step=lambda: None)
+    run.objective, run.optimizer = objective_of(config, encoder, decoder), torch.optim.AdamW(trained(encoder))
+    reads, tolist = [], torch.Tensor.tolist
+
+    def read(x):
+        if x.device.type != "meta":
+            return tolist(x)
+        reads.append(tuple(x.shape))
+        return [1.0] * len(x)
+
+    with mock.patch.object(torch.Tensor, "tolist", read), BlockingCopies() as copies:
+        log = run.step(1, rows_of(2))
+    assert reads == [(6,)]
+    assert log.keys() >= {"loss", "align", "s1", "s2", "accuracy", "grad_norm"}
+    assert not copies.found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_step_of_the_trainer_waits_for_nothing(device, stage, counted):  # noqa: F811
+    """Under `Trainer`, which counts terms on the device and hands the count over."""
+    encoder, decoder = models()
+    trainer = AutoRegEmbedTrainer.__new__(AutoRegEmbedTrainer)
+    trainer.encoder, trainer.decoder, trainer.options = encoder, decoder, Stage2Options()
+    trainer.args = SimpleNamespace(device=torch.device("meta"), average_tokens_across_devices=False)
+    rows = rows_of(stage)
+    for row in rows:
+        row["ref_logps"] = [-1.0] * len(row["target_ids"])
+    inputs = {name: x.to("meta") if name == "labels" else x for name, x in Collator()(rows).items()}
+    count = torch.ones((), dtype=torch.int64, device="meta") if counted else None
+    trained(encoder)
+    with BlockingCopies() as copies:
+        loss = trainer.compute_loss(encoder.model.model, inputs, num_items_in_batch=count)
+        loss.backward()
+    assert loss.device.type == "meta"
+    require_gradients(encoder)
+    assert not copies.found
+
+
+def test_launchers_wait_for_nothing(device):  # noqa: F811
     """Every kernel, dtype and option that the compiler's report knows."""
     for name, call in compile_report.cases():
         try:
@@ -136,3 +187,20 @@ def test_launchers_wait_for_nothing(device):
         except RuntimeError as error:
             raise AssertionError(name) from error
     assert len(set(device)) > 12
+
+
+@pytest.mark.parametrize("case", ["stage 1", "alignment and InfoNCE", "distillation", "in parts"])
+def test_every_file_of_a_step_has_a_seeded_wait(device, case):  # noqa: F811
+    """So that a file that joins a step joins `seeded_waits.py`, which puts a wait into each."""
+    config = Config(model="", train_data="", output_dir="", **CASES[case])
+    objective = objective_of(config, *models())
+    run, files = set(), set()
+    sys.setprofile(lambda frame, event, argument: run.add(frame.f_code.co_filename))
+    try:
+        objective(rows_of(config.stage))
+    finally:
+        sys.setprofile(None)
+    for folder in ("autoregembed", "kernels"):
+        files |= {str(Path(f).relative_to(ROOT)) for f in run if Path(f).is_relative_to(ROOT / folder)}
+    assert len(files) > 15, files
+    assert files <= {file for file, _, _ in seeded_waits.WAITS}

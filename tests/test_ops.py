@@ -90,7 +90,10 @@ def test_info_nce():
     query, passages = tensors((3, 4), (5, 4))
     query.requires_grad_()
     target = torch.tensor([4, 0, 2])
-    options = {"temperature": 0.2, "impl": "torch"}
+    options = {
+        "temperature": 0.2, "directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction",
+        "margin": 0.3, "impl": "torch",
+    }  # fmt: skip
     same(
         lambda: InfoNCELoss(**options)(query, passages, target),
         lambda: info_nce(query, passages, target, **options),

@@ -138,6 +138,60 @@ def test_stage_2_has_the_gradient_of_our_own_loop(model, options):
     assert_same_gradients(gradients(transformer(model)), gradient)
 
 
+def next_positives(pairs: Dataset) -> Dataset:
+    """The pairs as triplets: the negative is the positive of the next row that has another one."""
+    positives = pairs["positive"]
+    n = len(positives)
+    rows = []
+    for i, row in enumerate(pairs):
+        later = [positives[(i + k) % n] for k in range(1, n)]
+        rows.append({**row, "negative": next(text for text in later if text != row["positive"])})
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("options", [{}, {"alignment_weight": 1.0}, {"contrastive_weight": 1.0}])
+def test_pairs_take_their_negatives_from_the_batch(model, options):
+    from autoregembed.integrations.defaults import RECOMMENDED
+
+    pairs = TRIPLETS.select_columns(["anchor", "positive"])
+    pairs = Dataset.from_list([{**row, "positive": pairs[i // 2 * 2]["positive"]} for i, row in enumerate(pairs)])
+    chosen = Stage2Options(**{"ref_margin": "none", **options}) if options else None
+    alone, given = (
+        AutoRegEmbedLoss(model, decoder_of(), chosen)(features(model, rows), None)
+        for rows in (pairs, next_positives(pairs))
+    )
+    torch.testing.assert_close(alone, given, rtol=0, atol=1e-6)
+    if options.get("contrastive_weight") or not options:
+        assert alone.keys() == {"alignment", "contrastive"}
+        assert alone["contrastive"] > 0.1
+    assert (RECOMMENDED.alignment_weight, RECOMMENDED.contrastive_weight) == (0.2, 1.0)
+    assert not RECOMMENDED.uses_ref_logps
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4])
+def test_one_line_is_a_loss(model_folder, tmp_path, columns):
+    """No decoder, no options, no reference: any of the usual formats trains."""
+    start = from_causal_lm(model_folder, tmp_path / "start", instruction="Again:")
+    loss = AutoRegEmbedLoss(start)
+    given = Decoder.from_pretrained(model_folder, z_norm="match_rms", add_bos=True)
+    for ours, theirs in zip(loss.decoder.parameters(), given.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert (loss.decoder.z_norm, loss.decoder.prefix) == ("match_rms", given.prefix)
+    assert given.prefix
+    before = values(start)
+    dataset = TRIPLETS.select_columns(TRIPLETS.column_names[:columns])
+    train(start, loss, dataset, tmp_path / "run", max_steps=2)
+    assert any(not torch.equal(before[n], p) for n, p in start.named_parameters())
+
+
+def test_the_decoder_is_read_as_the_model_was_trained(model_folder, tmp_path):
+    encoder = Encoder.from_pretrained(model_folder)
+    encoder.recipe |= {"z_norm": "none", "decoder_add_bos": False}
+    start = SentenceTransformer(str(encoder.save_pretrained(tmp_path / "start")), device="cpu")
+    decoder = InformationCompressionLoss(start).decoder
+    assert (decoder.z_norm, decoder.prefix) == ("none", [])
+
+
 def test_equal_texts_are_no_negatives_of_each_other(model):
     rows = [{**row, "positive": TRIPLETS[i % 2]["positive"]} for i, row in enumerate(TRIPLETS)]
     repeated = Dataset.from_list(rows)
@@ -321,19 +375,35 @@ def test_what_a_model_card_says(model):
         ),
         (lambda m: FusedInfoNCELoss(m, 0.0), ValueError, "scale: got 0.0"),
         (
-            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), None),
+            lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, TRIPLETS), None),
             ValueError,
             r"labels: got None, expected the reference scores \(8, 3\)",
         ),
         (
-            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), torch.zeros(8, 2)),
+            lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, TRIPLETS), torch.zeros(8, 2)),
             ValueError,
             r"labels: got \(8, 2\)",
         ),
         (
-            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, PAIRS), None),
+            lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, PAIRS), None),
             ValueError,
-            "sentence_features: got 2 columns, expected anchor, positive and at least one negative",
+            "sentence_features: got 2 columns, expected at least 3: anchor, positive and a negative, since ref_margin",
+        ),
+        (
+            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, PAIRS)[:1], None),
+            ValueError,
+            "sentence_features: got 1 columns, expected at least 2: anchor, positive$",
+        ),
+        (
+            lambda m: AutoRegEmbedLoss(m, decoder_of()).precompute_ref_logps(TRIPLETS),
+            ValueError,
+            "ref_margin: got 'none' with alignment_weight 0.2",
+        ),
+        (lambda m: AutoRegEmbedLoss(m, None), ValueError, "decoder: got None with a model from .* which does not say"),
+        (
+            lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options(distillation_weight=1.0)),
+            ValueError,
+            "distillation_weight: got 1.0, expected 0 in AutoRegEmbedLoss",
         ),
         (
             lambda m: InformationCompressionLoss(m, decoder_of())(features(m, TRIPLETS), None),

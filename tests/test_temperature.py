@@ -73,6 +73,24 @@ def test_info_nce(impl, dtype, value, repeated, frozen):
         assert_accurate(x, f32, f64, max_logit=1 / value + rounding, gradient_factor=3 / value)
 
 
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl not in ("cpp", "reference")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "query_to_query", "doc_to_query")])
+def test_info_nce_directions(impl, dtype, directions):
+    sides = [numbers(*shape).to(dtype) for shape in ((5, 16), (9, 16))]
+
+    def gradient(function, wide, **options):
+        tau = torch.tensor(0.3, device=DEVICE, dtype=torch.float64 if wide == torch.float64 else torch.float32)
+        tau.requires_grad_()
+        loss = function(*(x.to(wide) for x in sides), temperature=tau, directions=directions, margin=0.2, **options)
+        return torch.autograd.grad(loss, tau)[0]
+
+    exact = gradient(reference.info_nce, torch.float64)
+    assert exact.abs() > 1e-2
+    found, eager = gradient(info_nce, dtype, impl=impl), gradient(reference.info_nce, torch.float32)
+    assert_accurate(found, eager, exact, max_logit=1 / 0.3, gradient_factor=1 / 0.3)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("chunks", [False, True])
 def test_info_nce_gradcheck(impl, chunks, monkeypatch):

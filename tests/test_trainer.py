@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from conftest import sentence
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModel, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModel, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from autoregembed import Decoder, Encoder, data, models
 from autoregembed.config import Config, Stage2Options
@@ -123,6 +123,49 @@ def test_a_step_is_that_of_our_own_loop_however_it_is_cut(stage, options, cut, t
     assert_one_step(trainer, *expected)
 
 
+TEXTS = [
+    {
+        "anchor": sentence(i, 4 + i % 3),
+        "positive": sentence(100 + i, 3 + i % 5),
+        "negative_1": sentence(200 + i, 4),
+        "negative_2": sentence(300 + i, 3 + i % 2),
+    }
+    for i in range(8)
+]
+
+
+@pytest.mark.parametrize("negatives", [0, 1, 2])
+def test_one_line_trains_texts(negatives, model_folder, tmp_path):
+    """No decoder, no options, no rows of ids; pairs take their negatives from the batch."""
+    columns = ["anchor", "positive", "negative_1", "negative_2"][: 2 + negatives]
+    texts = [{name: row[name] for name in columns} for row in TEXTS]
+    lm = AutoModel.from_pretrained(model_folder)
+    encoder = Encoder.from_model(lm, AutoTokenizer.from_pretrained(model_folder))
+    # In the order of the rows, which tells the negatives of pairs.
+    options = {"train_sampling_strategy": "sequential"}
+    trainer = AutoRegEmbedTrainer(encoder, args=arguments(tmp_path, **options), train_dataset=Dataset.from_list(texts))
+    assert (trainer.decoder.z_norm, bool(trainer.decoder.prefix)) == ("match_rms", True)
+    assert all(not p.requires_grad for p in trainer.decoder.parameters())
+    if not negatives:
+        texts = [{**row, "negative_1": TEXTS[(i + 1) % 8]["positive"]} for i, row in enumerate(texts)]
+    rows = data.alignment_rows(Dataset.from_list(texts), encoder.prompt)
+    twin = Encoder.from_model(AutoModel.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder))
+    decoder = Decoder.from_pretrained(model_folder, z_norm="match_rms", add_bos=True)
+    common = {"alignment_weight": 0.2, "contrastive_weight": 1.0, "ref_margin": "none"}
+    config = Config(model="", train_data="", output_dir="", stage=2, **common)
+    log = Objective(config, twin, decoder, Accelerator(cpu=True))([{**r, "row": i} for i, r in enumerate(rows)])
+    assert_one_step(trainer, log["loss"].item(), {n: p.grad for n, p in twin.model.named_parameters()})
+
+
+def test_texts_of_stage_1_find_their_decoder(model_folder, tmp_path):
+    encoder = Encoder.from_model(AutoModel.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder))
+    texts = Dataset.from_list([{"text": sentence(i, 5)} for i in range(8)])
+    trainer = AutoRegEmbedTrainer(encoder, args=arguments(tmp_path), train_dataset=texts, eval_dataset={"a": texts})
+    trainer.train()
+    assert 3 < trainer.state.log_history[0]["loss"] < 10
+    assert trainer.evaluate()["eval_a_loss"] > 0
+
+
 def test_info_nce_beside_the_alignment(tmp_path):
     options = {"contrastive_weight": 0.5, "hard_negatives": True, "ref_margin": "none", "contrastive_temperature": 0.1}
     expected = own_loop(rows_of(2), stage=2, **options)
@@ -162,12 +205,13 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 import sys
 import torch
 from sentence_transformers import SentenceTransformer
-from test_trainer import AutoRegEmbedTrainer, arguments, decoder_of, encoder_of, rows_of, values, precompute_ref_logps
+from test_trainer import AutoRegEmbedTrainer, Stage2Options, precompute_ref_logps
+from test_trainer import arguments, decoder_of, encoder_of, rows_of, values
 import test_sentence_transformers as st
 
 encoder, decoder = encoder_of(), decoder_of()
 rows = precompute_ref_logps(rows_of(2), encoder, decoder)
-trainer = AutoRegEmbedTrainer(encoder, decoder, arguments(sys.argv[1], 2, 2), train_dataset=rows)
+trainer = AutoRegEmbedTrainer(encoder, decoder, arguments(sys.argv[1], 2, 2), Stage2Options(), train_dataset=rows)
 before = values(encoder.model)
 trainer.train()
 out = {"trainer": {n: before[n] - p for n, p in values(encoder.model).items()}}
@@ -212,7 +256,7 @@ def test_trainer_saves_and_resumes(tmp_path):
         frozen = values(decoder)
         options = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "save_strategy": "steps"}
         trainer = AutoRegEmbedTrainer(
-            encoder, decoder, arguments(tmp_path / str(len(ends)), 2, 2, save_steps=2, **options),
+            encoder, decoder, arguments(tmp_path / str(len(ends)), 2, 2, save_steps=2, **options), Stage2Options(),
             train_dataset=rows, eval_dataset=rows, processing_class=TOKENIZER,
         )  # fmt: skip
         first = trainer.evaluate()["eval_loss"]
@@ -260,7 +304,22 @@ def test_adapters_and_compress_tokens_are_what_a_checkpoint_holds(tmp_path):
             ),
             "encoder: got own_compress_rows=True",
         ),
-        (lambda out: AutoRegEmbedTrainer(encoder_of(), None), "decoder: got None"),
+        (
+            lambda out: AutoRegEmbedTrainer(encoder_of(), None, train_dataset=rows_of(1)),
+            "decoder: got None with a model from '', which does not say what it was made from",
+        ),
+        (
+            lambda out: AutoRegEmbedTrainer(
+                encoder_of(),
+                decoder_of(),
+                arguments(out, 2, 4),
+                Stage2Options(ref_margin="none"),
+                train_dataset=data.alignment_rows(
+                    Dataset.from_list([{"anchor": "the cat", "positive": "the dog"}] * 8), PROMPT
+                ),
+            ),
+            "gradient_accumulation_steps: got 4, expected 1 with rows without negatives",
+        ),
         (
             lambda out: AutoRegEmbedTrainer(encoder_of(), decoder_of(), options=Stage2Options(ref_margin="sub")),
             "ref_margin: got 'sub'",
@@ -277,7 +336,7 @@ def test_adapters_and_compress_tokens_are_what_a_checkpoint_holds(tmp_path):
         ),
         (
             lambda out: AutoRegEmbedTrainer(
-                encoder_of(), decoder_of(), arguments(out), train_dataset=rows_of(2)
+                encoder_of(), decoder_of(), arguments(out), Stage2Options(), train_dataset=rows_of(2)
             ).train(),
             "ref_logps: got rows without reference scores",
         ),

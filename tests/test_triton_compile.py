@@ -37,6 +37,7 @@ def test_no_spills_fits_and_uses_the_matrix_unit(part):
         "_epilogue", "_score", "_emit", "_finish", "_target_logits", "_gradient_rows", "_segment_sum",
         "_segment_sum_backward", "_scale_rows", "_alignment_loss", "_pool_last_k", "_pool_last_k_backward", "_splice",
         "_splice_backward", "_unit", "_unit_backward", "_excess", "_lse", "_gradient",
+        "_positive_cosine", "_emit_cosine", "_finish_cosine",
     }  # fmt: skip
     for row in rows:
         assert row["spills"] == 0, row
@@ -45,7 +46,7 @@ def test_no_spills_fits_and_uses_the_matrix_unit(part):
         if row["dot"] and row["sixteen_bits"]:
             assert row["matrix"] in MATRIX[part], row
     if part in ("sm_90", "sm_100"):
-        assert {"_score", "_emit"} <= {r["kernel"] for r in rows if r["bulk_copy"]}
+        assert {"_score", "_emit", "_emit_cosine"} <= {r["kernel"] for r in rows if r["bulk_copy"]}
     if part == "sm_90":
         counted = {(row["kernel"], row["case"]): row["sass"] for row in rows if "sass" in row}
         assert all(0.9 < sass["exponentials"] < 1.1 for sass in counted.values()), counted
@@ -53,3 +54,6 @@ def test_no_spills_fits_and_uses_the_matrix_unit(part):
         plain = [(kernel, sass["all"]) for (kernel, case), sass in counted.items() if "info_nce" not in case]
         assert {kernel for kernel, _ in plain} == set(most)
         assert all(found <= most[kernel] for kernel, found in plain), plain
+        cosines = {case: sass["usual"] for (kernel, case), sass in counted.items() if kernel == "_emit_cosine"}
+        assert cosines["info_nce torch.bfloat16 D=4096 ids=False gradients=True, False"] <= 8, cosines
+        assert cosines["info_nce torch.bfloat16 D=4096 ids=True gradients=True, False"] <= 10, cosines

@@ -15,13 +15,18 @@ from autoregembed.ops._checks import (
     FLOATS,
     INTEGERS,
     NOT_IGNORED,
+    require_finite,
     require_ids,
+    require_option,
     require_same_dtype,
     require_temperature,
     require_tensor,
 )
 from autoregembed.ops._dispatch import ImplUnavailable, load_kernel, resolve_impl
 from autoregembed.ops.linear_logprob import linear_logprob
+
+DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+PARTITION_MODES = ("joint", "per_direction")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # torch.library
@@ -37,14 +42,20 @@ def _info_nce(
     query_gradient: bool,
     passage_gradient: bool,
     temperature_gradient: bool,
+    directions: str,  # joined by commas
+    per_direction: bool,
+    margin: float | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss () and its gradients of query (B, D), passages (P, D), each (0, D) unless asked for, and temperature ()."""
     if impl != "triton":
         require_ids("target", target, passages.shape[0])
     wanted = query_gradient, passage_gradient, temperature_gradient
+    kernel = load_kernel(impl, "info_nce")
     with torch.autocast(query.device.type, enabled=False):
-        return load_kernel(impl, "info_nce").forward(query, passages, target, passage_ids, temperature, *wanted)
+        return kernel.forward(
+            query, passages, target, passage_ids, temperature, *wanted, directions, per_direction, margin
+        )  # fmt: skip
 
 
 @_info_nce.register_fake
@@ -74,17 +85,34 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 @first_order_only("info_nce")
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 12
     query, passages, temperature = (
         grad * x if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
-    return query, passages, None, None, temperature, *(None,) * 4
+    return query, passages, None, None, temperature, *(None,) * 7
 
 
 _info_nce.register_autograd(_backward, setup_context=_setup_context)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Public
+
+
+def _ordered(directions: tuple[str, ...], partition_mode: str) -> list[str]:
+    """The directions in the order of DIRECTIONS, each once."""
+    if isinstance(directions, str) or not isinstance(directions, (tuple, list)):
+        raise TypeError(f"directions: got {directions!r}, expected a tuple of {DIRECTIONS}")
+    for direction in directions:
+        require_option("directions", direction, DIRECTIONS)
+    if DIRECTIONS[0] not in directions:
+        raise ValueError(f"directions: got {tuple(directions)}, expected 'query_to_doc', which has the positive, too")
+    require_option("partition_mode", partition_mode, PARTITION_MODES)
+    if partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
+        raise ValueError(
+            f"partition_mode: got 'per_direction' with {tuple(directions)}, expected 'joint': a softmax over queries "
+            "alone or documents alone has no positive"
+        )
+    return [direction for direction in DIRECTIONS if direction in directions]
 
 
 def info_nce(
@@ -94,11 +122,21 @@ def info_nce(
     *,
     temperature: float | Tensor = spec.INFO_NCE_TEMPERATURE,
     passage_ids: Tensor | None = None,
+    directions: tuple[str, ...] = DIRECTIONS[:1],
+    partition_mode: str = "joint",
+    margin: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Contrastive loss over cosine similarities, in-batch and hard negatives in one list of passages.
 
     loss = mean_i −log softmax_p(cos(query_i, passage_p) / temperature)[target_i]
+
+    `directions` adds negatives to row i, with p_i = passages[target_i]:
+
+        "query_to_doc"      query_i with the passages
+        "query_to_query"    query_i with the other queries
+        "doc_to_query"      p_i with the queries, its own included
+        "doc_to_doc"        p_i with the other passages
 
     Args:
         query: (B, D), of any norm.
@@ -106,7 +144,13 @@ def info_nce(
         target: (B,) int64 or int32, the positive's row in `passages`; by default query i belongs to passage i, P ≥ B.
         temperature: positive; 0.05 by default. A floating-point tensor, () or (1,), gets its gradient.
         passage_ids: (P,) int64, equal for equal passages. A passage with the id of a query's positive is no negative of
-            that query.
+            that query, nor is another query that has such a positive.
+        directions: names as in sentence-transformers' `MultipleNegativesRankingLoss`, "query_to_doc" among them.
+        partition_mode: "joint", one softmax over all directions, which holds the positive twice with "doc_to_query", as
+            there; or "per_direction", the mean of one loss for each, for "query_to_doc" and "doc_to_query": the
+            symmetric loss.
+        margin: a negative with a cosine above the positive's cos(query_i, p_i) + margin is taken for a false one and
+            left out; None: none is. Cosines within rounding of that bound may fall on either side.
         impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
@@ -115,9 +159,11 @@ def info_nce(
     Raises:
         TypeError, ValueError, IndexError: wrong dtype, device, shape or target (a target out of range: NaN on the
             Triton backend).
-        ImplUnavailable: the backend cannot run here; "cpp" cannot with `passage_ids`.
+        ImplUnavailable: the backend cannot run here; "cpp" cannot with `passage_ids`, further directions or a margin,
+            "triton" cannot with the latter two in float16 or float64.
 
-    Source: van den Oord et al., arXiv 1807.03748; the control of arXiv 2502.11401.
+    Source: van den Oord et al., arXiv 1807.03748; the control of arXiv 2502.11401. All four directions: Li et al.,
+        arXiv 2308.03281. The margin, 0.1 there: Zhang et al., arXiv 2506.05176.
     """
     require_tensor("query", query, FLOATS, {"B": None, "D": None})
     (b, d), like = query.shape, ("query", query)
@@ -134,9 +180,13 @@ def info_nce(
         require_tensor("target", target, INTEGERS, {"B": b}, like)
     if passage_ids is not None:
         require_tensor("passage_ids", passage_ids, (torch.int64,), {"P": p}, like)
+    chosen = _ordered(directions, partition_mode)
+    margin = None if margin is None else require_finite("margin", margin)
     requested, impl = impl, resolve_impl(impl, query.device, query.dtype, ("triton", "cpp", "torch"))
-    if requested == "cpp" and passage_ids is not None:
-        raise ImplUnavailable("impl='cpp' has no passage_ids, expected 'auto', 'triton', 'torch', 'reference'")
+    plain = len(chosen) == 1 and margin is None
+    if requested == "cpp" and not (plain and passage_ids is None):
+        name = "directions and no margin" if passage_ids is None else "passage_ids"
+        raise ImplUnavailable(f"impl='cpp' has no {name}, expected 'auto', 'triton', 'torch', 'reference'")
     target = target.long()
     if impl != "reference":
         require_reverse_mode("info_nce", query, passages, temperature)
@@ -146,20 +196,31 @@ def info_nce(
         raise ValueError("passages: got P = 0, expected at least one passage")
     # One chunk of similarities costs least as it is; compiled code must serve any B and P.
     small = requested == "auto" and not torch.compiler.is_compiling() and torch_kernel.fits_one_chunk(query, passages)
-    if impl == "cpp" and (small or passage_ids is not None):
+    if impl == "cpp" and (small or passage_ids is not None or not plain):
         impl = "torch"
-    if impl != "triton":
-        query, passages = query.to(work), passages.to(work)
-    elif torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+    dtype = query.dtype
+    if torch.is_autocast_enabled(query.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, passages = query.to(dtype), passages.to(dtype)
+    if impl == "triton" and not plain and dtype in (torch.float16, torch.float64):
+        if requested == "triton":
+            raise ImplUnavailable(
+                f"impl='triton' has directions and margin in bfloat16 and float32, got {dtype}, expected 'auto', "
+                "'torch', 'reference'"
+            )
+        impl = "torch"
+    dtype = dtype if impl == "triton" else work
+    query, passages = query.to(dtype), passages.to(dtype)
+    mode = ",".join(chosen), partition_mode == "per_direction" and len(chosen) > 1, margin
     if impl in ("triton", "torch"):
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in (query, passages, temperature)]
-        return _info_nce(query, passages, target, passage_ids, temperature, *wanted, impl)[0]
+        return _info_nce(query, passages, target, passage_ids, temperature, *wanted, *mode, impl)[0]
     with torch.autocast(query.device.type, enabled=False):
         if impl == "reference":
             target = require_ids("target", target, p)
-            return spec.info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids)
+            return spec.info_nce(
+                query, passages, target, temperature=temperature, passage_ids=passage_ids, directions=tuple(chosen),
+                partition_mode=partition_mode, margin=margin,
+            )  # fmt: skip
         rows = F.normalize(query, dim=-1) / temperature, F.normalize(passages, dim=-1), target
         return -linear_logprob(*rows, ignore_index=NOT_IGNORED, impl=impl).mean()
 
@@ -167,9 +228,20 @@ def info_nce(
 class InfoNCELoss(nn.Module):
     """`info_nce` with its options fixed; a temperature that is an `nn.Parameter` is one of the module's."""
 
-    def __init__(self, *, temperature: float | Tensor = spec.INFO_NCE_TEMPERATURE, impl: str = "auto"):
+    def __init__(
+        self,
+        *,
+        temperature: float | Tensor = spec.INFO_NCE_TEMPERATURE,
+        directions: tuple[str, ...] = DIRECTIONS[:1],
+        partition_mode: str = "joint",
+        margin: float | None = None,
+        impl: str = "auto",
+    ):
         super().__init__()
         self.temperature = temperature
+        self.directions = directions
+        self.partition_mode = partition_mode
+        self.margin = margin
         self.impl = impl
 
     def forward(
@@ -179,5 +251,7 @@ class InfoNCELoss(nn.Module):
         target: Tensor | None = None,  # (B,)
         passage_ids: Tensor | None = None,  # (P,)
     ) -> Tensor:
-        options: dict[str, Any] = {"temperature": self.temperature, "impl": self.impl}
-        return info_nce(query, passages, target, passage_ids=passage_ids, **options)
+        return info_nce(
+            query, passages, target, temperature=self.temperature, passage_ids=passage_ids, directions=self.directions,
+            partition_mode=self.partition_mode, margin=self.margin, impl=self.impl,
+        )  # fmt: skip

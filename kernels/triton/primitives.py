@@ -191,6 +191,19 @@ def finite_shift(running_max):
 
 
 @triton.jit
+def without(x, fill, y, start, V, WHOLE: tl.constexpr, COLS: tl.constexpr):
+    """x [ROWS, COLS] of the columns from `start`, `fill` in the targets' and past V: most tiles hold neither. WHOLE
+    says that COLS divides V."""
+    col = tl.arange(0, COLS)
+    at = tl.where((y >= start) & (y < start + COLS), y - start, -1).to(tl.int32)
+    if tl.max(at, 0) >= 0:
+        x = tl.where(col[None, :] == at[:, None], fill, x)
+    if not WHOLE and start + COLS > V:
+        x = tl.where((col < V - start)[None, :], x, fill)
+    return x
+
+
+@triton.jit
 def product_tile(
     a, b, row, col, a_rows, b_rows, depth, a_stride, b_stride,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,

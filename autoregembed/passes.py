@@ -1,0 +1,131 @@
+"""A frozen model's activations: those of one pass at a time, or of one layer."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from autoregembed.derivatives import first_order_only
+from autoregembed.packing import index_on, order_of
+
+
+class PairwiseScores(torch.autograd.Function):
+    """Scores of S pairs, one micro-batch after another, with d score / d z of every pair in place of a graph.
+
+    The decoder is frozen, a pair's score depends on that pair's copy of z alone, and the upstream gradient is one
+    number a pair. So the gradient is formed up to that number before any loss is known, and nothing runs twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, score: Callable[[Tensor, list[int]], Tensor], microbatches: list[list[int]]
+    ) -> Tensor:
+        u = torch.empty_like(z)  # (S, K, D)
+        scores = []
+        for microbatch in microbatches:
+            index = index_on(z.device, microbatch)
+            rows = z[index].detach().requires_grad_()
+            with torch.enable_grad():
+                found = score(rows, microbatch)
+                (u[index],) = torch.autograd.grad(found.sum(), rows)
+            scores.append(found.detach())
+        ctx.save_for_backward(u)
+        return in_order(scores, microbatches)
+
+    @staticmethod
+    @first_order_only("Decoder.logprob", "token_budget=None with impl='reference' has derivatives of any order")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (u,) = ctx.saved_tensors
+        return (grad[:, None, None] * u).to(u.dtype), None, None
+
+
+def in_order(scores: list[Tensor], microbatches: list[list[int]]) -> Tensor:
+    """The scores of all passes, in the order of the caller's pairs."""
+    return torch.cat(scores)[order_of(microbatches, scores[0].device)]
+
+
+class _SumOfPasses(torch.autograd.Function):
+    """Σ over passes of a loss that needs no other pass, with its gradient of z in place of a graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, run: Callable[[Tensor, int], Sequence[Tensor]], passes: list[list[int]]
+    ) -> tuple[Tensor, ...]:
+        gradient = torch.zeros_like(z)  # (B, K, D)
+        found = []
+        for i, places in enumerate(passes):
+            index = index_on(z.device, places)
+            rows = z[index].detach().requires_grad_()
+            with torch.enable_grad():
+                out = run(rows, i)
+                (gradient[index],) = torch.autograd.grad(out[0], rows)
+            found.append([x.detach() for x in out])
+        ctx.save_for_backward(gradient)
+        loss, *others = (torch.stack(x).sum(0) for x in zip(*found, strict=True))
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    @first_order_only(
+        "a loss in several passes", "token_budget=None with impl='reference' has derivatives of any order"
+    )
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (grad * gradient).to(gradient.dtype), None, None
+
+
+def sum_of_passes(
+    z: Tensor, run: Callable[[Tensor, int], Sequence[Tensor]], passes: list[list[int]]
+) -> tuple[Tensor, ...]:
+    """Sums of what `run(rows of z, i)` gives for each pass, of which the first, a loss, has a gradient.
+
+    Each pass is followed at once by its own backward: one pass' activations are ever alive, and (B, K, D) gradients.
+
+    Args:
+        z: (B, K, D).
+        run: a loss () and statistics () of pass i.
+        passes: the rows of z that each reads, none in two of them.
+    """
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _SumOfPasses.apply(z, run, passes)
+    found = [run(z[index_on(z.device, places)], i) for i, places in enumerate(passes)]
+    return tuple(torch.stack(x).sum(0) for x in zip(*found, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Makes a frozen model keep the inputs of its layers alone, and run each again in the backward.
+
+    Transformers' own checkpointing wants a model in training mode, with its dropout.
+
+    Raises:
+        ValueError: the model does not say which modules are its layers.
+    """
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module in inside or not (isinstance(module, GradientCheckpointingLayer) or type(module).__name__ in names):
+            continue
+        inside.update(module.modules())
+        if not hasattr(module, "_forward_once"):
+            module._forward_once = module.forward
+            module.forward = types.MethodType(_recomputed, module)
+    if not inside:
+        raise ValueError(
+            f"gradient_checkpointing: got True for a {type(model).__name__}, which names no layers, expected False"
+        )
+
+
+def _recomputed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return layer._forward_once(*args, **kwargs)
+    return checkpoint(layer._forward_once, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
