@@ -25,6 +25,7 @@ from autoregembed.models import (
     original_in,
     original_of,
     read_recipe,
+    require_source,
 )
 from autoregembed.sharing import cast_parameters
 
@@ -34,6 +35,7 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
 
     The models are on the CPU with SDPA attention; `config.attention` applies after they move to their device.
     """
+    require_source(config.model)
     recipe = read_recipe(config.model)
     start = start_of(config, recipe)
     model, tokenizer, _ = load_causal_lm(

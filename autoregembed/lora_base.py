@@ -13,7 +13,7 @@ from autoregembed.adapters import save_adapter
 from autoregembed.config import Config, ConfigError
 from autoregembed.files import atomic_folder
 from autoregembed.model_card import adapter_card
-from autoregembed.models import original_in, original_of
+from autoregembed.models import original_in, original_of, read_recipe
 from autoregembed.runtime import HALF_DTYPES, choose_precision
 from autoregembed.sharing import cast_parameters
 
@@ -29,7 +29,6 @@ class Start:
     gguf_file: str | None
     adapter: Path | None  # that of an earlier stage, which goes on
     shared: bool  # its weights are the decoder's
-    reason: str | None  # why not, where adapters train
     dtype: torch.dtype  # of the weights
 
 
@@ -55,7 +54,13 @@ def start_of(config: Config, recipe: dict[str, Any]) -> Start:
         adapter = Path(config.model) / ADAPTER
     precision = choose_precision(config) if shared and config.base_dtype == "auto" else config.base_dtype
     dtype = _NAMES.get(precision, torch.float32)
-    return Start(source, gguf_file, adapter, shared, reason if config.lora_rank else None, dtype)
+    return Start(source, gguf_file, adapter, shared, dtype)
+
+
+def not_shared_because(config: Config) -> str | None:
+    """Why `share_base: auto` shares nothing in a run with adapters; None where it shares."""
+    automatic = config.lora_rank > 0 and config.share_base == "auto"
+    return _why_not(config, read_recipe(config.model)) if automatic else None
 
 
 def _why_not(config: Config, recipe: dict[str, Any]) -> str | None:

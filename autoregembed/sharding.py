@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoregembed.distributed import to_full_tensor
 from autoregembed.models import base_model
 
 
@@ -57,7 +58,7 @@ def gather_shared(model: Any, places: dict[tuple[nn.Module, str], tuple[nn.Modul
 
 
 def _whole(shard: Any, dtype: torch.dtype) -> Tensor:
-    return shard.detach().to(dtype).full_tensor().contiguous()
+    return to_full_tensor(shard.detach().to(dtype)).contiguous()
 
 
 def _gather_in_forward(module: nn.Module, places: list[tuple[nn.Module, str]]) -> None:

@@ -47,7 +47,7 @@ from autoregembed.files import (
     weights_fingerprint,
     write_json,
 )
-from autoregembed.lora_base import place, write_adapter
+from autoregembed.lora_base import not_shared_because, place, write_adapter
 from autoregembed.model_card import run_card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
@@ -168,6 +168,8 @@ class Run:
         if config.log_with:
             self.accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
         self.encoder, self.decoder, self.tokenizer, self.recipe = build_models(config)
+        if reason := not_shared_because(config):
+            self.console.print(f"share_base: off, {reason}", highlight=False, markup=False)
         self.models: list[Encoder | Decoder] = [m for m in (self.encoder, self.decoder) if m is not None]
         distributed.broadcast_from_rank0(self.require_space)
         self.weights = distributed.broadcast_from_rank0(lambda: weights_fingerprint(*self.models))

@@ -160,6 +160,44 @@ def sharded_decoder() -> None:
         linear_logprob(hidden, head.detach().requires_grad_(), target)
 
 
+def shared_shards() -> None:
+    """A decoder on the shards of an encoder scores as a whole one, and its graph holds no whole weight."""
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.fsdp import fully_shard
+
+    from autoregembed import Decoder, Encoder
+    from autoregembed.testing import tiny_model
+
+    for architecture, kind, name in (
+        ("llama", "LlamaDecoderLayer", "gate_proj"),
+        ("gpt_neox", "GPTNeoXLayer", "dense"),
+    ):
+        sizes = {"vocab_size": 321, "intermediate_size": 72, "dtype": torch.float64}
+        whole = Decoder(tiny_model(architecture, **sizes))
+        wrapped = get_peft_model(tiny_model(architecture, **sizes), LoraConfig(r=2, target_modules=[name]))
+        encoder = Encoder(wrapped, compress_token_ids=[317, 318], own_compress_rows=True)
+        shared = Decoder.sharing(encoder)
+        for module in [m for m in encoder.modules() if type(m).__name__ == kind]:
+            fully_shard(module)
+        fully_shard(encoder)
+        shared.shard(torch.device("cpu"))
+        local = {p.to_local().untyped_storage().data_ptr() for p in encoder.parameters()}
+        assert {p.to_local().untyped_storage().data_ptr() for p in shared.parameters()} < local
+        z = torch.randn(3, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(dist.get_rank()))
+        found = []
+        for decoder in (whole, shared):
+            leaf = z.clone().requires_grad_()
+            scores = decoder.logprob(leaf, [[5, 6, 7], [8], [9, 9]])
+            gc.collect()
+            kinds = (torch.Tensor, torch.nn.Parameter)
+            alive = sum(type(x) in kinds and 72 in x.shape and 32 in x.shape for x in gc.get_objects())
+            (gradient,) = torch.autograd.grad((scores * torch.tensor([1.0, -2.0, 0.5])).sum(), leaf)
+            found.append((scores.detach(), gradient))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+        layers = {"llama": 6, "gpt_neox": 4}[architecture]
+        assert alive == layers, f"{architecture}: got {alive} weights of an MLP, expected the {layers} of `whole`"
+
+
 def sharded_passes() -> None:
     """Stage 2 in passes through shared-out weights: processes with other rows make as many, and gradients are whole."""
     from autoregembed import Decoder

@@ -178,6 +178,10 @@ def test_a_decoder_whose_weights_are_shared_out_scores_the_same_and_keeps_nothin
     cases.run(cases.sharded_decoder, 2, tmp_path)
 
 
+def test_a_decoder_on_an_encoders_shards_scores_the_same_and_keeps_nothing(tmp_path):
+    cases.run(cases.shared_shards, 2, tmp_path)
+
+
 def test_stage_2_in_passes_through_a_decoder_whose_weights_are_shared_out(tmp_path):
     cases.run(cases.sharded_passes, 2, tmp_path)
 

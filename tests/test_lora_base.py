@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from autoregembed import Decoder, Encoder, models
 from autoregembed.build import build_models
 from autoregembed.config import ConfigError
+from autoregembed.export import merged
 from autoregembed.files import tensor_fingerprint
 from autoregembed.lora_base import place
 from autoregembed.sharing import storage_bytes
@@ -115,6 +116,15 @@ def test_a_base_in_16_bits_leaves_adapters_and_ropes_in_32(stages):
         assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
         assert {p.dtype for p in encoder.parameters() if p.requires_grad} == {torch.float32}
         assert decoder.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(0))
+    whole = merged(encoder)  # nothing that was learnt is rounded
+    assert {p.dtype for p in whole.parameters()} == {torch.float32}
+    again = Encoder(whole, compress_token_ids=encoder.compress_token_ids, suffix_ids=encoder.suffix_ids, bos_token_id=1)
+    ids = encoder.tokenize(TEXTS)
+    torch.testing.assert_close(again(ids), encoder(ids).float(), rtol=0.1, atol=0.1)
     wide = build_models(
         stage1(str(stages / "lm"), "unused", "unused", lora_rank=2, precision="bf16", base_dtype="fp32")
     )
