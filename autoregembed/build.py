@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autoregembed.attention import compile_layers
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
@@ -61,9 +62,9 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         if any(re.search(pattern, name) for pattern in config.freeze) and "trainable_tokens" not in name:
             parameter.requires_grad_(False)
     if config.compile:
-        for lm in (encoder.model, decoder.model if decoder is not None else None):
-            for layer in getattr(getattr(lm, "model", None), "layers", []):
-                layer.compile(dynamic=True)
+        for lm in (encoder, decoder):
+            if lm is not None:
+                compile_layers(lm.model)
     encoder.recipe = {
         "version": RECIPE_VERSION,
         "compress_token_ids": encoder.compress_token_ids,
