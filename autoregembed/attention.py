@@ -65,6 +65,27 @@ def run_packed(model: nn.Module, packed: Packed, shared: SharedPrefixes | None =
         _packed_forward.reset(token)
 
 
+def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
+    """torch.compile for each layer of an LM, with sizes that may change: no pack is compiled anew for its lengths.
+
+    Attention itself stays as it is: `sdpa` makes a call for every run of equal lengths, `varlen` and flash-attention
+    are kernels already.
+
+    Raises:
+        ValueError: a model that does not name its layers.
+    """
+    kinds = {k for m in model.modules() for k in getattr(m, "_no_split_modules", None) or ()}
+    layers = [m for m in model.modules() if type(m).__name__ in kinds]
+    if not layers:
+        raise ValueError(
+            f"compile: got True for {type(model).__name__}, which does not name its layers, expected False"
+        )
+    for name, function in ((SDPA, _sdpa), (VARLEN, _varlen), (FLASH, _flash)):
+        AttentionInterface.register(name, torch.compiler.disable(function))
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+
+
 def keep_rope_per_text(model: nn.Module) -> None:
     """Makes rope whose frequencies depend on the length of the input (longrope, dynamic NTK) depend on each text's own.
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from autoregembed.adapters import embedding_name
+from autoregembed.attention import compile_layers
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.lora_base import is_on_original, lora_settings, start_of
 from autoregembed.models import (
     RECIPE_VERSION,
-    base_model,
     final_norm,
     fit_length,
     load_causal_lm,
@@ -83,8 +83,9 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
     if start.dtype != torch.float32:
         cast_parameters(encoder, torch.float32, trained=True)
     if config.compile:
-        for lm in (encoder.model, decoder.model if decoder is not None else None):
-            compile_layers(lm)
+        for lm in (encoder, decoder):
+            if lm is not None:
+                compile_layers(lm.model)
     encoder.recipe = {
         "version": RECIPE_VERSION,
         "compress_token_ids": encoder.compress_token_ids,
@@ -101,20 +102,6 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         **original,
     }
     return encoder, decoder, tokenizer, encoder.recipe
-
-
-def compile_layers(model: Any) -> None:
-    """Compiles the layers of a causal LM, PEFT-wrapped or not, one by one.
-
-    Raises:
-        ConfigError: the model does not say what its layers are.
-    """
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [m for m in base_model(model).modules() if type(m).__name__ in names]
-    if not layers:
-        raise ConfigError(f"compile: got True, expected False for {type(model).__name__}, which names no layers")
-    for layer in layers:
-        layer.compile(dynamic=True)
 
 
 def _decoder_options(config: Config, tokenizer: Any) -> dict[str, Any]:

@@ -112,12 +112,12 @@ class PairScores(NamedTuple):
     mask: Tensor  # (B, M) bool, False where a row has no j-th negative
 
 
-def _alignment_pairs(rows: list[dict], device: torch.device) -> tuple[list[Ids], Tensor, AlignmentPairs]:
-    """The targets of all pairs, the z that each is scored under, and which plays which part."""
+def _alignment_pairs(rows: list[dict]) -> tuple[list[Ids], Tensor, AlignmentPairs]:
+    """The targets of all pairs, the z that each is scored under, and which plays which part; all on the host."""
     targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
     count = [len(r["target_ids"]) - 1 for r in rows]
     owner = torch.arange(len(rows)).repeat_interleave(torch.tensor(count))
-    return targets, torch.cat([torch.arange(2 * len(rows)), owner]), AlignmentPairs.in_order(count, device)
+    return targets, torch.cat([torch.arange(2 * len(rows)), owner]), AlignmentPairs.in_order(count)
 
 
 def _parts(scores: Tensor, rows: list[dict]) -> PairScores:
@@ -142,7 +142,7 @@ def with_batch_negatives(rows: list[dict]) -> list[dict]:
 
 def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None) -> PairScores:
     """Scores of all pairs in one decoder call; z (≥ 2B, K, D) holds the queries, then the positives."""
-    targets, z_index, _ = _alignment_pairs(rows, z.device)
+    targets, z_index, _ = _alignment_pairs(rows)
     return _parts(decoder.logprob(z, targets, z_index, token_budget), rows)
 
 
@@ -215,7 +215,7 @@ def _alignment_in_one(
     token_budget: int | None,
 ) -> AlignmentOutput:
     """`_alignment` of rows that are not parted further; z (≥ 2B, K, D)."""
-    targets, z_index, pairs = _alignment_pairs(rows, z.device)
+    targets, z_index, pairs = _alignment_pairs(rows)
     references: tuple[Tensor | None, Tensor | None] = (None, None)
     if ref_logps is not None:
         r_a, r_c = ref_logps
@@ -229,8 +229,10 @@ def _alignment_in_one(
     }
 
     def fused(hidden: Tensor, weight: Tensor, labels: Tensor, *, packed: Packed, **head: Any) -> AlignmentOutput:
-        order = packed.unsort_index  # the pack's place of every pair
-        places = AlignmentPairs(*(torch.where(x < 0, -1, order[x.clamp(min=0)]) for x in pairs))
+        order = packed.host_unsort_index  # the pack's place of every pair
+        on_host = torch.cat([torch.where(x < 0, -1, order[x.clamp(min=0)]).flatten() for x in pairs])
+        a, b, c = index_on(z.device, on_host).split([x.numel() for x in pairs])  # one copy
+        places = AlignmentPairs(a, b, c.view(pairs.query_negatives.shape))
         given = {"reference_positive": references[0], "reference_negatives": references[1], **variant, **head}
         reduction = decoder.logprob_reduction
         return conditional_alignment(hidden, weight, labels, pairs=places, logprob_reduction=reduction, **given)

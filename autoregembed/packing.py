@@ -36,6 +36,7 @@ class Packed:
     lengths: Lengths  # of the B sequences, on the host: nobody has to ask the device for them
     sort_index: Tensor  # (B,) int64: sequence sort_index[i] of the caller lies at place i
     unsort_index: Tensor  # (B,) int64: the caller's sequence i lies at place unsort_index[i]
+    host_unsort_index: Tensor  # the same on the host
 
     @property
     def max_length(self) -> int:
@@ -65,6 +66,7 @@ def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed
     if int(lengths.min()) == 0:
         raise ValueError(f"sequences: got an empty one at {int(lengths.argmin())}, expected at least one token")
     order = lengths.argsort(stable=True)
+    unsort = order.argsort()
     lengths = lengths[order]
     cu = F.pad(lengths.cumsum(0), (1, 0))
     flat = list(itertools.chain.from_iterable(sequences[i] for i in order.tolist()))
@@ -75,7 +77,8 @@ def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed
         position_ids=position_ids.to(device, non_blocking=True),
         lengths=Lengths(lengths.tolist()),
         sort_index=order.to(device, non_blocking=True),
-        unsort_index=order.argsort().to(device, non_blocking=True),
+        unsort_index=unsort.to(device, non_blocking=True),
+        host_unsort_index=unsort,
     )
 
 

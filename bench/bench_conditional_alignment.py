@@ -17,7 +17,8 @@ from autoregembed import (
     reference,
 )
 
-from .harness import GEMM_ONLY, OURS, Case, ForwardBackward, Inputs, gemm_only, training_dtype
+from .baselines.linear_logprob import trl as trl_logprob
+from .harness import GEMM_ONLY, OURS, Case, ForwardBackward, Inputs, gemm_only, training_dtype, version
 
 
 def conditional_alignment_case(b: int, m: int, length: int, d: int, v: int, device: str) -> Case:
@@ -39,6 +40,20 @@ def conditional_alignment_case(b: int, m: int, length: int, d: int, v: int, devi
         scores = linear_logprob(hidden, weight, target, cu_seqlens=cu_seqlens)
         return alignment_loss(scores[:b], scores[b : 2 * b], scores[2 * b :].view(b, m), r_a, r_c)
 
+    def alignment(logprob: Tensor, r_a: Tensor, r_c: Tensor) -> Tensor:
+        scores = logprob.view(s, length).sum(1)
+        return reference.alignment_loss(scores[:b], scores[b : 2 * b], scores[2 * b :].view(b, m), r_a, r_c)[0]
+
+    def trl() -> Callable[..., Tensor]:
+        """The fused head of TRL's DPO, and this loss on its scores."""
+        head = trl_logprob(device)
+        return lambda hidden, weight, target, r_a, r_c: alignment(head(hidden, weight, target), r_a, r_c)
+
+    def released(hidden: Tensor, weight: Tensor, target: Tensor, r_a: Tensor, r_c: Tensor) -> Tensor:
+        """All logits, and a log-softmax in their dtype."""
+        logprob = (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+        return alignment(logprob.float(), r_a, r_c)
+
     def eager(hidden: Tensor, weight: Tensor, target: Tensor, r_a: Tensor, r_c: Tensor) -> Tensor:
         return reference.conditional_alignment(hidden, weight, target, cu_seqlens, pairs, r_a, r_c)[0]
 
@@ -54,6 +69,8 @@ def conditional_alignment_case(b: int, m: int, length: int, d: int, v: int, devi
             GEMM_ONLY: gemm_only(operands, 2),
             OURS: job.variant(lambda: fused),
             "linear_logprob + alignment_loss": job.variant(lambda: parts),
+            "trl": job.variant(trl, version("trl"), "fused head of its DPO, this loss"),
+            "released": job.variant(lambda: released, note="from its description"),
             **job.eager(eager, compiled=False),
         },
         flops=4.0 * s * length * v * d, bytes=float(dtype.itemsize * (2 * s * length + v) * d), check=job.check,

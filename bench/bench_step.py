@@ -18,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoregembed import Decoder, Encoder, alignment_loss, compression_loss
+from autoregembed import Decoder, Encoder
+from autoregembed.config import Stage2Options
 from autoregembed.models import base_model
-from autoregembed.objective import alignment_scores
+from autoregembed.objective import stage1_loss, stage2_loss
 
 from . import workload
 from .baselines.released import Released
 from .harness import OURS, Case, Variant, is_gpu, synchronise, training_dtype
 
 BETA = TEMPERATURE = 0.1
+OPTIONS = Stage2Options(beta=BETA, temperature=TEMPERATURE)
 COMPRESS = 5
 
 
@@ -153,12 +155,12 @@ def ours(setup: Setup, stage: int, micro: int, marks: Marks | None = None) -> tu
             marks("encoder, forward")
             z.register_hook(lambda g: marks("decoder, backward"))
         if stage == 1:
-            loss = compression_loss(decoder.logprob(z, queries), setup.num_query_tokens)
+            loss = stage1_loss(decoder, z, queries, num_tokens=setup.num_query_tokens)
         else:
-            a, b, c, mask = alignment_scores(decoder, z, rows)
             r_a, r_c = (r[part] for r in setup.reference)
-            out = alignment_loss(a, b, c, r_a, r_c, beta=BETA, temperature=TEMPERATURE, negative_mask=mask)
-            loss = out.loss * (len(rows) / len(setup.rows))
+            out = stage2_loss(OPTIONS, decoder, z, rows, ref_logps=(r_a, r_c))
+            assert out.alignment is not None
+            loss = out.alignment * (len(rows) / len(setup.rows))
         loss.backward()
         if marks:
             marks("encoder, backward")

@@ -1,6 +1,6 @@
 """First contact with a GPU: one JSON line a finding, the most valuable first. `bench/gpu.sh` calls this.
 
-    python -m bench.gpu first|all [--quick] [--out FILE] [--limit SECONDS] [--part NAME ...]
+    python -m bench.gpu first|all [--quick] [--out FILE] [--limit SECONDS] [--part NAME ...] [--only NAME ...]
 
 This process imports neither torch nor the library. Units run in processes of their own (`bench/gpu_worker.py`): if one
 dies or hangs, its unit gets a line that says so, and the next unit starts in a fresh process. Every unit of the plan
@@ -35,10 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("device", "head", "ops", "step", "peers", "tests", "sanitizers")
 LIMITS = {"first": 120, "all": 480}  # seconds
 UNIT_SECONDS = {"first": 45, "all": 120}
+START_SECONDS = 30  # more for the first unit of a process, which imports torch
 
 # (N, D, V) of Llama-3-8B, Qwen2.5-0.5B, SmolLM2-135M; then a vocabulary and a D that no tile divides.
 HEAD = ((4096, 4096, 128256), (4096, 896, 151936), (8192, 576, 49152), (1000, 640, 50257), (777, 600, 50257))
-HEAD_QUICK = ((40, 64, 300),)
+HEAD_QUICK = ((20, 32, 130),)
 METHODS = ("cublas", "shifted")  # of kernels/triton/linear_logprob.py
 HEAD_UNITS = ("floor", *(f"method={method}" for method in METHODS), "score", "chunk", "repeat")
 # Peers with the module that each needs. "liger" is its per-token mode, "sum" a mode with one gradient for all rows.
@@ -207,12 +208,12 @@ class Runner:
 
     def _lines(self, reading: int, part: str) -> Iterator[dict[str, Any] | None]:
         """Lines as they come; None where the next one takes too long."""
-        buffer = b""
+        buffer, start = b"", START_SECONDS
         with selectors.DefaultSelector() as selector:
             selector.register(reading, selectors.EVENT_READ)
             while True:
                 left = self.end - time.monotonic()
-                wait = left if part == "tests" else min(UNIT_SECONDS[self.mode], left)
+                wait = left if part == "tests" else min(UNIT_SECONDS[self.mode] + start, left)
                 if not selector.select(max(wait, 0.1)):
                     yield None
                     return
@@ -220,6 +221,7 @@ class Runner:
                 if not data:
                     return
                 *lines, buffer = (buffer + data).split(b"\n")
+                start = 0
                 yield from map(json.loads, lines)
 
 
@@ -264,6 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON lines; by default bench/results/gpu-MODE.jsonl, quick: none")
     parser.add_argument("--limit", type=float, help="seconds; by default 120 (first) or 480 (all)")
     parser.add_argument("--part", action="append", choices=PARTS, help="these parts alone")
+    parser.add_argument("--only", action="append", help="units with this in their name alone, after the first unit")
     given = parser.parse_args(arguments)
     begin = time.monotonic()
     files = [given.out or (None if given.quick else ROOT / "bench" / "results" / f"gpu-{given.mode}.jsonl")]
@@ -275,6 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
     errors = (folder / f"gpu-{given.mode}.log").absolute()
     errors.write_bytes(b"")
     units = [u for u in plan(given.mode, given.quick) if given.part is None or u.part in given.part]
+    if given.only is not None:
+        units = [u for u in units if u.part == "device" or any(name in u.name for name in given.only)]
     runner = Runner(given.mode, given.quick, log, errors, begin + (given.limit or LIMITS[given.mode]))
     for part in PARTS:
         groups = list(grouped([unit for unit in units if unit.part == part]))

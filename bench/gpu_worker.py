@@ -242,11 +242,17 @@ def ops(what: str, context: Context) -> Found:
 
 
 def step(what: str, context: Context) -> Found:
-    for module in ("transformers", "tokenizers"):
+    for module in ("transformers", "tokenizers", "accelerate", "xxhash"):
         harness.require(module, module)
+    # Nothing refuses a Transformers below the floor of pyproject.toml: the line says which one ran.
+    context.say = functools.partial(_with, context.say, transformers=version("transformers"))
     bench_step = importlib.import_module(".bench_step", __package__)
     case = bench_step.random_case(int(what.removeprefix("stage")), DEVICE, context.quick)
     return measure(case, ("released", OURS), context)
+
+
+def _with(say: Callable[[Found], None], line: Found, **more: Any) -> None:
+    say({**line, **more})
 
 
 def peers(what: str, context: Context) -> Found:

@@ -1,6 +1,7 @@
 """The meta device as a GPU without values: what a step launches, copies and waits for there."""
 
 import contextlib
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregembed.kernels.triton import primitives, tiles
+
+INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
 class BlockingCopies(TorchDispatchMode):
@@ -20,11 +23,14 @@ class BlockingCopies(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        source = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
+        source: Any = args[1] if func is torch.ops.aten.copy_.default else args[0] if args else None
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and isinstance(source, torch.Tensor):
             waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             if source.device.type == "cpu" and out.device.type == "meta" and source.ndim and waits:
                 self.found.append(f"{func} of {tuple(source.shape)}")
+        if func in INDEXING and source.device.type == "meta":  # x[list]: the index is copied inside
+            index = [x for x in args[1] if x is not None and x.device.type == "cpu" and x.ndim]
+            self.found += [f"{func} by {tuple(x.shape)} on the host" for x in index]
         return out
 
 

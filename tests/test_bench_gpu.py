@@ -95,55 +95,45 @@ def test_without_numpy_too(tmp_path):
 
 
 def test_planted_failures_lose_their_own_lines(tmp_path):
-    """An op that raises, one that is wrong, one that kills its process, and a peer that aborts."""
+    """Ops that raise, kill their process and hang, a wrong kernel, a failing test, and a peer that aborts."""
     tree = copy_of_the_tree(tmp_path / "tree")
-    kernels = tree / "kernels" / "torch"
-    replace(kernels / "info_nce.py", "\ndef forward(", "\ndef forward(*_):\n    raise RuntimeError('planted')\n\n\n"
-            "def _forward(")  # fmt: skip
+    kernels, uncut = tree / "kernels" / "torch", "\n\n\ndef _forward("
+    for op, body in (("info_nce", "raise RuntimeError('planted')"), ("splice", "__import__('os').abort()")):
+        replace(kernels / f"{op}.py", "\ndef forward(", f"\ndef forward(*_):\n    {body}{uncut}")
+    wrong = "logprob, u = _forward(*a)\n    return logprob, u.neg()"
+    replace(kernels / "linear_logprob.py", "\ndef forward(", f"\ndef forward(*a):\n    {wrong}{uncut}")
     replace(
-        kernels / "splice.py", "\ndef forward(", "\ndef forward(*_):\n    import os\n    os.abort()\n\n\ndef _forward("
+        tree / "bench" / "bench_segment_sum.py", "    job = Forw", "    __import__('time').sleep(1000)\n    job = Forw"
+    )
+    replace(tree / "bench" / "gpu.py", '{"first": 45,', '{"first": 20,')
+    (tree / "tests" / "test_testing.py").write_text(
+        "def test_planted():\n    assert 1 == 2\n\n\ndef test_sound():\n    pass\n"
     )
     peer = tmp_path / "path" / "cut_cross_entropy"
     peer.mkdir(parents=True)
     (peer / "__init__.py").write_text("import os\ndef linear_cross_entropy(*a, **k):\n    os.abort()\n")
     (peer.parent / "sitecustomize.py").write_text(BARE.format(more="cut_cross_entropy"))
-    parts = ("--part", "device", "--part", "ops", "--part", "peers")
-    status, found, _ = run("first", "--quick", *parts, tree=tree, path=peer.parent)
-    failed = {name for name, line in found.items() if line["state"] == "failed"}
-    assert failed == {"ops/info_nce", "ops/splice", "summary", f"peers/linear_logprob {SHAPE} cut-cross-entropy"}
-    assert status == 4 + 16
+    wanted = [f"head/method={gpu.METHODS[0]}", "ops/", f"{SHAPE} cut-cross-entropy", "compiled", "tests/testing"]
+    only = [part for name in wanted for part in ("--only", name)]
+    status, found, lines = run("first", "--quick", *only, tree=tree, path=peer.parent)
+    failures = {
+        name: line["failure"] for name, line in found.items() if line["state"] == "failed" and "failure" in line
+    }
+    assert failures.pop(f"head/method={gpu.METHODS[0]} {SHAPE}").startswith("AssertionError: error ")
+    peers = [f"peers/linear_logprob {SHAPE} cut-cross-entropy{kind}" for kind in ("", " filtered")]
+    aborted = "its process ended by signal SIGABRT"
+    assert failures == {
+        "ops/info_nce": "RuntimeError: planted",
+        "ops/splice": aborted,
+        "ops/segment_sum": "took too long and was ended",
+        **dict.fromkeys(peers, aborted),
+        "tests/testing": "pytest answered 1",
+    }
     assert "planted" in found["ops/info_nce"]["at"]
-    assert found["ops/info_nce"]["failure"] == "RuntimeError: planted"
-    assert found["ops/splice"]["failure"] == "its process ended by signal SIGABRT"
-    assert found[f"peers/linear_logprob {SHAPE} cut-cross-entropy"]["failure"].endswith("SIGABRT")
-    assert found["ops/alignment_loss"]["state"] == "ok"
-    assert found["ops/segment_sum"]["state"] == "ok"
-    assert found[f"peers/linear_logprob {SHAPE} torch linear_cross_entropy"]["state"] in ("ok", "skipped")
+    assert status == 2 + 4 + 16 + 32
+    for name in ("device/rates", "ops/alignment_loss", "ops/pool_last_k"):
+        assert found[name]["state"] == "ok"
     assert found[f"peers/linear_logprob {SHAPE} compiled chunked"]["state"] == "ok"
-    assert found.keys() == {n for n in QUICK if n.split("/")[0] in ("device", "ops", "peers")} | {"summary"}
-
-
-def test_a_wrong_kernel_a_failing_test_and_a_hanging_unit(tmp_path):
-    tree = copy_of_the_tree(tmp_path / "tree")
-    replace(tree / "kernels" / "torch" / "linear_logprob.py", "def forward(", "def forward(*a):\n"
-            "    logprob, u = _forward(*a)\n    return logprob, u.neg()\n\n\ndef _forward(")  # fmt: skip
-    (tree / "tests" / "test_testing.py").write_text(
-        "def test_planted():\n    assert 1 == 2\n\n\ndef test_sound():\n    pass\n"
-    )
-    replace(
-        tree / "bench" / "bench_segment_sum.py", "    job = Forw", "    __import__('time').sleep(1000)\n    job = Forw"
-    )
-    replace(tree / "bench" / "gpu.py", '{"first": 45,', '{"first": 30,')
-    path = tmp_path / "path"
-    path.mkdir()
-    (path / "sitecustomize.py").write_text(BARE.format(more=""))
-    parts = ("--part", "head", "--part", "ops", "--part", "tests")
-    status, found, lines = run("first", "--quick", *parts, tree=tree, path=path)
-    failed = {name for name, line in found.items() if line["state"] == "failed"}
-    assert failed == {f"head/method=cublas {SHAPE}", "ops/segment_sum", "tests/testing", "summary"}
-    assert status == 2 + 4 + 32
-    assert found[f"head/method=cublas {SHAPE}"]["failure"].startswith("AssertionError: error ")
-    assert found["ops/segment_sum"]["failure"] == "took too long and was ended"
     planted = [line for line in lines if line["state"] == "finding"]
     assert ["test_planted" in line["test"] for line in planted] == [True]
     assert "assert 1 == 2" in planted[0]["failure"]

@@ -4,8 +4,16 @@ import pytest
 import torch
 from triton_cases import DEVICE, leaf, poisoned  # noqa: F401
 
-from autoregembed import ConditionalCompression, compression_loss, conditional_compression, linear_logprob, ops
-from autoregembed.testing import assert_accurate
+from autoregembed import (
+    ConditionalCompression,
+    Decoder,
+    compression_loss,
+    conditional_compression,
+    linear_logprob,
+    objective,
+    ops,
+)
+from autoregembed.testing import assert_accurate, tiny_model
 
 IMPLS = [name for name, state in ops.available_impls(DEVICE).items() if state == "ok"]
 CLOSED = [name for name in IMPLS if name != "reference"]
@@ -106,3 +114,23 @@ def test_module():
     found = ConditionalCompression(**options)(x, weight, target, bias, 30)
     assert torch.equal(found, conditional_compression(x, weight, target, bias=bias, num_tokens=30, **options))
     assert found.requires_grad
+
+
+@pytest.mark.parametrize("num_tokens", [14, torch.tensor(14, device=DEVICE)], ids=["a number", "a tensor"])
+def test_the_loss_of_the_loop_is_this_op_in_one_pass_and_the_parts_in_several(num_tokens, monkeypatch):
+    decoder = Decoder(tiny_model(dtype=torch.float64), bos_token_id=1).to(DEVICE)
+    targets = [[5, 6, 7], [8], [9, 4]]
+    z = torch.randn(3, 2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    called, fused = [], objective.conditional_compression
+    monkeypatch.setattr(objective, "conditional_compression", lambda *x, **y: called.append(1) or fused(*x, **y))
+    results = []
+    for budget in (None, 9):
+        x = leaf(z, torch.float64)
+        loss = objective.stage1_loss(decoder, x, targets, num_tokens=num_tokens, token_budget=budget)
+        results.append([loss, *torch.autograd.grad(loss, x)])
+    assert called == [1]
+    largest = results[0][-1].abs().max().item()
+    assert largest > 1e-4
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-5 * largest)  # the model's norms are fp32 inside
+    wanted = -decoder.logprob(z, targets).sum() / 14
+    torch.testing.assert_close(results[0][0].detach(), wanted, rtol=1e-12, atol=0)

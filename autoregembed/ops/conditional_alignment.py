@@ -55,11 +55,13 @@ class AlignmentPairs(NamedTuple):
 
 
 def _score_gradients(places: Tensor, gradients: Tensor, s: int, impl: str) -> Tensor:
-    """Σ of the gradients (R,) of the parts that every sequence plays, (S,), always in the same order."""
+    """Σ of the gradients (R,) of the parts that every sequence plays, (S,), always in the same order.
+
+    A negative that there is not has place 0 and gradient 0; a place outside the pack has NaN, as the loss then is.
+    """
     values, order = places.sort(stable=True)
-    # Sequence S stands for those that are none.
-    bounds = torch.searchsorted(values, torch.arange(s + 2, device=values.device))
-    return torch.ops.autoregembed.segment_sum(gradients[order], bounds, impl)[:s]
+    bounds = torch.searchsorted(values, torch.arange(s + 1, device=values.device))
+    return torch.ops.autoregembed.segment_sum(gradients[order], bounds, impl)
 
 
 @torch.library.custom_op("autoregembed::conditional_alignment", mutates_args=())
@@ -103,17 +105,18 @@ def _conditional_alignment(
         lengths = cu_seqlens.diff() if logprob_reduction == "mean" else None
         scores = scores if lengths is None else scores / lengths
         # A place outside the pack reads NaN, never memory that is not there.
-        scores = torch.cat([scores, scores.new_full((1,), torch.nan)])
-        places = [x.where((x >= 0) & (x < s), s) for x in parts]
+        places = torch.cat([x.flatten() for x in parts])
+        near = places.clamp(0, s - 1)
+        a, b, c = scores[near].where(near == places, torch.nan).split([x.numel() for x in parts])
         mask = query_negatives != NO_NEGATIVE
         *outputs, d_a, d_b, d_c = load_kernel(plain, "alignment_loss").forward(
-            *(scores[x] for x in places), reference_positive, reference_negatives, mask, beta, temperature, ref_margin,
+            a, b, c.view(mask.shape), reference_positive, reference_negatives, mask, beta, temperature, ref_margin,
             negatives,
         )  # fmt: skip
         if not with_gradient:
             return *outputs, u, logprob.new_empty(0)
         gradients = torch.cat([d_a, d_b, d_c.flatten()])
-        d_scores = _score_gradients(torch.cat([x.flatten() for x in places]), gradients, s, plain)
+        d_scores = _score_gradients(near, gradients, s, plain)
         d_scores = d_scores if lengths is None else d_scores / lengths.clamp(min=1)
         return *outputs, u, torch.ops.autoregembed.segment_sum_backward(d_scores, cu_seqlens, n, plain)
 
