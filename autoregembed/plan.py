@@ -107,7 +107,7 @@ class Weights:
     encoder: float
     trained: float
     decoder: float
-    loaded: float  # of encoder and decoder as they are read: fp32
+    loaded: float  # of encoder and decoder as they are read: fp32; the encoder's file lies in memory beside them
     gathered: float  # what FSDP2 holds whole at a time: two layers, tables, gradients of a layer and a table
     layers: int
 
@@ -116,7 +116,8 @@ def weights(config: Config, half: torch.dtype | None) -> Weights:
     with without_values(torch.device("meta")):
         encoder, decoder, _, _ = build_models(replace(config, compile=False))
     size = _bytes(encoder.parameters())
-    decoder_size = 0.0 if decoder is None else _bytes(decoder.parameters())
+    own = {id(p) for p in encoder.parameters()}
+    decoder_size = 0.0 if decoder is None else _bytes(p for p in decoder.parameters() if id(p) not in own)
     product = 4 if half is None else half.itemsize
     names = set(getattr(base_model(encoder.model), "_no_split_modules", None) or ())
     layers = [_bytes(m.parameters()) for m in encoder.model.modules() if type(m).__name__ in names]
@@ -236,16 +237,16 @@ def plan(config: Config, machine: Machine) -> Plan:
         step["libraries"] = libraries
         stay = w.encoder + w.decoder + 2 * w.trained
         found.device = {
-            "loading": libraries + w.loaded,
+            "loading": libraries + w.loaded + w.encoder,
             **{name: size + libraries for name, size in found.device.items()},
             "writing the results": libraries + stay + results,
         }
     else:
-        found.host = {"loading": libraries + w.loaded, "writing the results": libraries + results}
+        found.host = {"loading": libraries + w.loaded + w.encoder, "writing the results": libraries + results}
     return found
 
 
-RESULT_COPIES = 3  # of the encoder: the merged copy, the export, and the export as it is read again
+RESULT_COPIES = 2  # of the encoder: the merged copy, and the export as it is read again
 
 
 def _shared(parts: Counter[str], processes: int) -> dict[str, float]:
