@@ -27,7 +27,7 @@ from autoregembed.runtime import HALF_DTYPES, choose_precision
 from autoregembed.train_flags import plan_parser
 
 GB = 1e9
-EXACT_LAYERS = 6  # of more, a few are run and the rest is extrapolated
+FEW_LAYERS = (4, 8)  # of larger models where an estimate is enough
 STEPS = 200  # whose batches are compared
 SCORING_BUDGET = 8192  # of reference scores
 
@@ -191,8 +191,10 @@ def _extrapolated(found: list[tuple[int, dry_run.Peaks]], layers: int) -> list[C
     return out
 
 
-def plan(config: Config, machine: Machine) -> Plan:
+def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     """Bytes by use of a run of `config`; reads config.json, the tokenizer and the data.
+
+    Without `exact`, two smaller models of as wide layers are run, and the rest is extrapolated.
 
     Nothing is measured but the libraries of this process. Not counted: what the allocator keeps, the context of the
     device, and the buffers of NCCL.
@@ -202,7 +204,7 @@ def plan(config: Config, machine: Machine) -> Plan:
     w = weights(config, half)
     on_gpu = machine.device == "cuda" and half is not None and not machine.fsdp and config.attention != "sdpa"
     attention = VARLEN if on_gpu else SDPA
-    counts = [w.layers] if w.layers <= EXACT_LAYERS else [2, 4]
+    counts = [w.layers] if exact or w.layers <= FEW_LAYERS[-1] else list(FEW_LAYERS)
     steps, scored, tokens = [], [], 0
     batch: list[dict] = []
     for layers in counts:
@@ -346,9 +348,9 @@ def report(configs: list[Config], machine: Machine, console: Console) -> bool:
         fits &= _print(found, machine, console)
         short = machine.memory is None or found.peak > machine.memory
         if short:
-            console.print("\nwhat makes it smaller" + " " * 27 + "GB", highlight=False)
+            console.print("\nwhat makes it smaller" + " " * 20 + "about, GB", highlight=False)
             for name, changed, place in changes(config, machine, found.tokens):
-                console.print(f"  {name:<44}{plan(changed, place).peak / GB:>6.2f}", highlight=False)
+                console.print(f"  {name:<44}{plan(changed, place, exact=False).peak / GB:>6.2f}", highlight=False)
             console.print("  or a smaller max_length or batch_size", highlight=False)
     return fits
 
