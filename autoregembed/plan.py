@@ -196,7 +196,7 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
 
     Without `exact`, two smaller models of as wide layers are run, and the rest is extrapolated.
 
-    Nothing is measured but the libraries of this process. Not counted: what the allocator keeps, the context of the
+    Nothing is measured but the libraries of this process. Not counted: what an allocator keeps, the context of the
     device, and the buffers of NCCL.
     """
     precision = choose_precision(config) if machine.device == "cpu" or config.precision != "auto" else "bf16"
@@ -387,6 +387,12 @@ def _print(found: Plan, machine: Machine, console: Console) -> bool:
         console.print(f"\n{machine.device}: needs {found.peak / GB:.1f} GB; --memory says what it has", highlight=False)
         return fits
     fits &= found.peak <= machine.memory
+    if machine.device == "cpu":
+        console.print(
+            "\nglibc keeps freed blocks besides, which made the resident memory a third larger in one run; "
+            "MALLOC_MMAP_THRESHOLD_=65536 in the environment returns them, for slower steps",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     verdict = "fits" if found.peak <= machine.memory else "does not fit"
     console.print(
         f"\n{machine.device}: needs {found.peak / GB:.1f} GB of {machine.memory / GB:.1f} GB: {verdict}",
