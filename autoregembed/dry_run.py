@@ -162,6 +162,8 @@ def _fake(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> 
     made: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter.data, FakeTensor):  # another model has it as well
+                continue
             if id(parameter) not in made:
                 value = FakeTensor(mode, parameter.detach().to(dtype or parameter.dtype), torch.device("cpu"))
                 made[id(parameter)] = nn.Parameter(value, parameter.requires_grad), parameter

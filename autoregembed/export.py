@@ -251,6 +251,8 @@ def export(
             modules=[first, *_pooling(model, ids, centering)], device="cpu", prompts=encoder.prompts or None
         )
         exported.save(str(temporary / "whole"), create_model_card=False)
+        width = model.config.get_text_config().hidden_size
+        del whole, alone, model, first, exported  # what is read again need not lie beside two copies
         for path in source.iterdir():
             path.unlink()
         source.rmdir()
@@ -260,7 +262,7 @@ def export(
         _for_servers(temporary, max_length)
         _require_same(SentenceTransformer(str(temporary), device="cpu"), expected, texts, dtypes)
         text = model_card(
-            card or Card(), name=Path(folder).name, width=model.config.get_text_config().hidden_size,
+            card or Card(), name=Path(folder).name, width=width,
             max_length=max_length, num_compress_tokens=encoder.num_compress_tokens,
         )  # fmt: skip
         (temporary / "README.md").write_text(text, encoding="utf-8")

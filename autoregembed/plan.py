@@ -27,7 +27,7 @@ from autoregembed.runtime import HALF_DTYPES, choose_precision
 from autoregembed.train_flags import plan_parser
 
 GB = 1e9
-EXACT_LAYERS = 6  # of more, a few are run and the rest is extrapolated
+FEW_LAYERS = (4, 8)  # of larger models where an estimate is enough
 STEPS = 200  # whose batches are compared
 SCORING_BUDGET = 8192  # of reference scores
 
@@ -107,7 +107,7 @@ class Weights:
     encoder: float
     trained: float
     decoder: float
-    loaded: float  # of encoder and decoder as they are read: fp32
+    loaded: float  # of encoder and decoder as they are read: fp32; the encoder's file lies in memory beside them
     gathered: float  # what FSDP2 holds whole at a time: two layers, tables, gradients of a layer and a table
     layers: int
 
@@ -116,7 +116,8 @@ def weights(config: Config, half: torch.dtype | None) -> Weights:
     with without_values(torch.device("meta")):
         encoder, decoder, _, _ = build_models(replace(config, compile=False))
     size = _bytes(encoder.parameters())
-    decoder_size = 0.0 if decoder is None else _bytes(decoder.parameters())
+    own = {id(p) for p in encoder.parameters()}
+    decoder_size = 0.0 if decoder is None else _bytes(p for p in decoder.parameters() if id(p) not in own)
     product = 4 if half is None else half.itemsize
     names = set(getattr(base_model(encoder.model), "_no_split_modules", None) or ())
     layers = [_bytes(m.parameters()) for m in encoder.model.modules() if type(m).__name__ in names]
@@ -190,10 +191,12 @@ def _extrapolated(found: list[tuple[int, dry_run.Peaks]], layers: int) -> list[C
     return out
 
 
-def plan(config: Config, machine: Machine) -> Plan:
+def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     """Bytes by use of a run of `config`; reads config.json, the tokenizer and the data.
 
-    Nothing is measured but the libraries of this process. Not counted: what the allocator keeps, the context of the
+    Without `exact`, two smaller models of as wide layers are run, and the rest is extrapolated.
+
+    Nothing is measured but the libraries of this process. Not counted: what an allocator keeps, the context of the
     device, and the buffers of NCCL.
     """
     precision = choose_precision(config) if machine.device == "cpu" or config.precision != "auto" else "bf16"
@@ -201,7 +204,7 @@ def plan(config: Config, machine: Machine) -> Plan:
     w = weights(config, half)
     on_gpu = machine.device == "cuda" and half is not None and not machine.fsdp and config.attention != "sdpa"
     attention = VARLEN if on_gpu else SDPA
-    counts = [w.layers] if w.layers <= EXACT_LAYERS else [2, 4]
+    counts = [w.layers] if exact or w.layers <= FEW_LAYERS[-1] else list(FEW_LAYERS)
     steps, scored, tokens = [], [], 0
     batch: list[dict] = []
     for layers in counts:
@@ -236,16 +239,16 @@ def plan(config: Config, machine: Machine) -> Plan:
         step["libraries"] = libraries
         stay = w.encoder + w.decoder + 2 * w.trained
         found.device = {
-            "loading": libraries + w.loaded,
+            "loading": libraries + w.loaded + w.encoder,
             **{name: size + libraries for name, size in found.device.items()},
             "writing the results": libraries + stay + results,
         }
     else:
-        found.host = {"loading": libraries + w.loaded, "writing the results": libraries + results}
+        found.host = {"loading": libraries + w.loaded + w.encoder, "writing the results": libraries + results}
     return found
 
 
-RESULT_COPIES = 3  # of the encoder: the merged copy, the export, and the export as it is read again
+RESULT_COPIES = 2  # of the encoder: the merged copy, and the export as it is read again
 
 
 def _shared(parts: Counter[str], processes: int) -> dict[str, float]:
@@ -345,9 +348,9 @@ def report(configs: list[Config], machine: Machine, console: Console) -> bool:
         fits &= _print(found, machine, console)
         short = machine.memory is None or found.peak > machine.memory
         if short:
-            console.print("\nwhat makes it smaller" + " " * 27 + "GB", highlight=False)
+            console.print("\nwhat makes it smaller" + " " * 20 + "about, GB", highlight=False)
             for name, changed, place in changes(config, machine, found.tokens):
-                console.print(f"  {name:<44}{plan(changed, place).peak / GB:>6.2f}", highlight=False)
+                console.print(f"  {name:<44}{plan(changed, place, exact=False).peak / GB:>6.2f}", highlight=False)
             console.print("  or a smaller max_length or batch_size", highlight=False)
     return fits
 
@@ -384,6 +387,12 @@ def _print(found: Plan, machine: Machine, console: Console) -> bool:
         console.print(f"\n{machine.device}: needs {found.peak / GB:.1f} GB; --memory says what it has", highlight=False)
         return fits
     fits &= found.peak <= machine.memory
+    if machine.device == "cpu":
+        console.print(
+            "\nglibc keeps freed blocks besides, which made the resident memory a third larger in one run; "
+            "MALLOC_MMAP_THRESHOLD_=65536 in the environment returns them, for slower steps",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     verdict = "fits" if found.peak <= machine.memory else "does not fit"
     console.print(
         f"\n{machine.device}: needs {found.peak / GB:.1f} GB of {machine.memory / GB:.1f} GB: {verdict}",

@@ -1,5 +1,6 @@
 """Plans against runs: a run in a process of its own, with the peak of its resident memory by stretch."""
 
+import ctypes
 from pathlib import Path
 
 import distributed_cases as cases
@@ -46,6 +47,9 @@ def growth(options: dict) -> tuple[dict[str, float], dict[str, float]]:
     from autoregembed import plan, train
     from autoregembed.config import Config
 
+    # glibc keeps freed blocks of up to 32 MB, of which steps of other lengths can use a part: what is measured here is
+    # what is in use. M_MMAP_THRESHOLD is -3.
+    assert ctypes.CDLL(None).mallopt(-3, 1 << 16)
     config = Config(**options)
     planned = plan.plan(config, plan.Machine.here("cpu"))
     libraries = planned.step["libraries"]

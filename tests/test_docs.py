@@ -33,6 +33,7 @@ from autoregembed.integrations.sentence_transformers import AutoRegEmbedLoss, fr
 from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
+from autoregembed.train_flags import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -232,7 +233,9 @@ def test_the_changelog_begins_with_this_version():
 
 
 def raised(call) -> str:
-    with pytest.raises((ValueError, TypeError, IndexError, OSError, RuntimeError, ArithmeticError)) as error:
+    with pytest.raises(
+        (ValueError, TypeError, IndexError, OSError, RuntimeError, ArithmeticError, MemoryError)
+    ) as error:
         call()
     return str(error.value)
 
@@ -245,7 +248,7 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
     def rows(*lines: dict):
         return data.load_rows(write_jsonl(tmp_path / "rows.jsonl", list(lines)))
 
-    yield lambda: cli.read_config(["--learning_rte", "0.1"])
+    yield lambda: read_config(["--learning_rte", "0.1"])
     yield lambda: data.compression_rows(rows({"sentence": "a"}), prompt)
     yield lambda: data.alignment_rows(rows({"query": "a", "pos": "b", "answer": "c"}), prompt)
     (tmp_path / "cells.tsv").write_text("query\tpos\na\n")
@@ -254,6 +257,12 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
     common = {"stage": 1, "model": model_folder, "train_data": compression_file, "output_dir": str(tmp_path / "out")}
     wild = Config(**common, learning_rate=1e30, max_grad_norm=0, max_steps=9, batch_size=8, precision="fp32")
     yield lambda: train(wild, cli.Console(quiet=True))
+
+    def too_large():
+        with plan.naming_ways_out(Config(**common)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    yield too_large
     reference_scores.save_ref_logps(tmp_path / "scores", torch.zeros(1), torch.zeros(1, 1), {"data": "one"})
     yield lambda: reference_scores.load_ref_logps(tmp_path / "scores", {"data": "another"})
 
