@@ -5,6 +5,7 @@ import sys
 
 COMMANDS = {
     "train": "train CONFIG.yaml [--field value ...]",
+    "plan": "tell the memory that CONFIG.yaml will need",
     "encode": "embed the lines of a text file",
     "eval": "score a model by STS and retrieval",
     "export": "write a folder for sentence-transformers, centred if wanted",
@@ -36,10 +37,8 @@ def main() -> int:
 
         print(report())
         return 0
-    working = arguments[:1] in (["train"], ["encode"], ["eval"], ["export"], ["probe"], ["bench"]) and not {
-        "-h",
-        "--help",
-    } & {*arguments}
+    heavy = (["train"], ["plan"], ["encode"], ["eval"], ["export"], ["probe"], ["bench"])
+    working = arguments[:1] in heavy and not {"-h", "--help"} & {*arguments}
     if working and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"autoregembed {arguments[0]}: loading libraries", file=sys.stderr, flush=True)
     try:

@@ -33,6 +33,11 @@ class TrainState:
     seconds: float = 0.0
     skipped: list[int] = field(default_factory=list)  # steps that were not finite
 
+    @property
+    def last_metric(self) -> float | None:
+        known = [value for value in self.eval_metrics.values() if value is not None]
+        return known[-1] if known else None
+
 
 def rng_state() -> dict[str, Tensor]:
     """The states of this process's random generators that a training step draws from (not Python's or NumPy's)."""

@@ -2,109 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import itertools
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 
 from autoregembed.doctor import report
 from autoregembed.export_command import export_model
 from autoregembed.text_files import read_texts
-from autoregembed.train_flags import train_parser
+from autoregembed.train_flags import plan_parser, read_configs, train_parser
 
 console = Console(stderr=False)
-
-
-def _split_configs(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The values that belong to no flag, and the rest."""
-    takes_value = [a.startswith("-") and "=" not in a for a in arguments]
-    alone = [i for i, a in enumerate(arguments) if not a.startswith("-") and not (i and takes_value[i - 1])]
-    return [arguments[i] for i in alone], [a for i, a in enumerate(arguments) if i not in alone]
-
-
-def read_configs(arguments: list[str]) -> list[Any]:
-    """`read_config` for stages that run one after the other, from one YAML file each.
-
-    Flags override all files. Each stage starts from the model of the one before it; an `output_dir` that all have in
-    common receives a folder for each, with the name of its file.
-    """
-    files, flags = _split_configs(arguments)
-    if len(files) < 2:
-        return [read_config(arguments)]
-    configs: list[Any] = []
-    for file in files:
-        start = ["--model", str(Path(configs[-1].output_dir) / "model")] if configs else []
-        configs.append(read_config([file, *flags, *start]))
-    if len({c.output_dir for c in configs}) == 1:
-        stems = [Path(file).stem for file in files]
-        if len(set(stems)) < len(stems):
-            raise ValueError(f"config: got files named {stems}, expected different names, which name their folders")
-        for config, stem in zip(configs, stems, strict=True):
-            config.output_dir = str(Path(config.output_dir) / stem)
-    for before, config in itertools.pairwise(configs):
-        config.model, config.gguf_file = str(Path(before.output_dir) / "model"), None  # no GGUF folder any more
-    return configs
-
-
-def read_config(arguments: list[str]) -> Any:
-    """Reads `[CONFIG.yaml] [--field value ...]`, in any order, into a validated `Config`; flags override the file.
-
-    Raises:
-        ConfigError: more than one file, an unknown field (the nearest valid one is named), or a value of the wrong
-            type or range.
-    """
-    from autoregembed.config import Config, ConfigError
-
-    alone, flags = _split_configs(arguments)
-    if len(alone) > 1:
-        found = ", ".join(map(repr, alone))
-        raise ConfigError(f"config: got {found}, expected one YAML file, and one value for each flag")
-    if alone:  # first, so that flags override it wherever it stands
-        arguments = ["--config", *alone, *flags]
-    fields = list(inspect.signature(Config).parameters)
-    names = [a[2:].split("=")[0] for a in arguments if a.startswith("--")]
-    if "--config" in arguments:
-        if arguments[-1] == "--config":
-            raise ConfigError("config: got no value, expected a YAML file")
-        path = Path(arguments[arguments.index("--config") + 1]).expanduser()
-        arguments = [str(path) if i and arguments[i - 1] == "--config" else a for i, a in enumerate(arguments)]
-        try:
-            text = path.read_text(encoding="utf-8")
-            if len(text) > 1 << 20 or text.count("[") + text.count("{") > 1000:
-                raise ValueError("it is too large or too deeply nested for a config")
-            # Aliases of aliases make a few lines into gigabytes, and a flat config needs none.
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-                raise ValueError("it holds a YAML alias")
-            values = yaml.safe_load(text)
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-            raise ConfigError(f"config: got {str(path)!r}, which cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"config: got {type(values).__name__} in {str(path)!r}, expected a mapping of fields")
-        names += map(str, values)
-    for name in names:
-        if name not in (*fields, "config", "help", "print_config"):
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ConfigError(f"{name}: got an unknown field{hint}, expected {', '.join(fields)}")
-    try:
-        parsed: Namespace = train_parser(exit_on_error=False).parse_args(arguments)
-    except ArgumentError as error:
-        wrong = re.match(r'Parser key "(\w+)":.*(?:Got|Given) value: (.*)', str(error), re.DOTALL)
-        if wrong is None or wrong[1] not in fields:
-            raise ConfigError(f"config: got fields that cannot be parsed: {error}") from error
-        allowed = Config.__dataclass_fields__[wrong[1]].type
-        raise ConfigError(f"{wrong[1]}: got {wrong[2].strip()}, expected {allowed}") from error
-    return Config(**{name: parsed[name] for name in fields})
 
 
 def _doctor() -> None:
@@ -189,6 +104,7 @@ def _encode(model: str, texts: str, output: str, column: str | None = None, prom
     from safetensors.torch import save_file
 
     from autoregembed.files import atomic_file, require_writable_file
+    from autoregembed.progress import in_parts
 
     lines = read_texts(texts, column)
     target = Path(output)
@@ -199,7 +115,8 @@ def _encode(model: str, texts: str, output: str, column: str | None = None, prom
     _require_prompt(exported, prompt_name)
     require_writable_file(output, "output", size=4 * len(lines) * (exported.get_embedding_dimension() or 0))
     prompt = {"prompt": ""} if prompt_name == "none" else {"prompt_name": prompt_name}
-    embeddings = exported.encode(lines, **prompt, convert_to_tensor=True, show_progress_bar=False)
+    options = {**prompt, "convert_to_tensor": True, "show_progress_bar": False}
+    embeddings = in_parts(console, "texts", lambda part: exported.encode(part, **options), lines)
     with atomic_file(target) as temporary:
         if target.suffix == ".npy":
             with temporary.open("wb") as file:
@@ -231,6 +148,7 @@ def _evaluate(
     """
     from autoregembed import evaluate
     from autoregembed.files import json_text, require_writable_file, write_json
+    from autoregembed.progress import in_parts
 
     if json_file:
         require_writable_file(json_file, "json_file")
@@ -244,15 +162,16 @@ def _evaluate(
     parts = None if missing else evaluate.load_retrieval(str(corpus), str(queries), str(qrels), split)
     exported = _exported(model)
     options = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
+    shown = Console(stderr=True)  # stdout is the result's alone
 
     def embed(texts: list[str]) -> Any:
-        return exported.encode(texts, **options).cpu()
+        return in_parts(shown, "texts", lambda part: exported.encode(part, **options), texts).cpu()
 
     def embed_queries(texts: list[str]) -> Any:
-        return exported.encode_query(texts, **options).cpu()
+        return in_parts(shown, "queries", lambda part: exported.encode_query(part, **options), texts).cpu()
 
     def embed_documents(texts: list[str]) -> Any:
-        return exported.encode_document(texts, **options).cpu()
+        return in_parts(shown, "documents", lambda part: exported.encode_document(part, **options), texts).cpu()
 
     result: dict = {"model": model}
     if pairs is not None:
@@ -381,6 +300,14 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
+def _plan(arguments: list[str]) -> int:
+    import autoregembed.train  # noqa: F401  what a run imports counts as its libraries
+    from autoregembed import plan
+
+    machine, rest = plan.read_machine(arguments)
+    return 0 if plan.report(read_configs(rest), machine, console) else 1
+
+
 def _mute_other_bars() -> None:
     """Ours is the one display of progress; a hub's download keeps its bar."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when datasets is imported
@@ -414,6 +341,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="autoregembed", description=__doc__)
     commands = parser.add_subcommands(required=True, dest="command")
     commands.add_subcommand("train", train_parser(), help="train CONFIG.yaml [--field value ...]")
+    commands.add_subcommand("plan", plan_parser(), help="tell the memory that CONFIG.yaml will need")
     for name, function in _functions().items():
         sub = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
         flags = [n for n, p in inspect.signature(function).parameters.items() if p.default is False]
@@ -435,17 +363,18 @@ def _functions() -> dict[str, Callable]:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status.
 
-    0: done. 1: slower than `bench --compare` allows. 2: bad input. 130: interrupted, with a checkpoint saved.
+    0: done. 1: slower than `bench --compare` allows, or too large by `plan`. 2: bad input. 130: interrupted, with a
+    checkpoint saved.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] in (["train"], ["eval"], ["encode"], ["probe"], ["export"]):
+        if arguments[:1] in (["train"], ["plan"], ["eval"], ["encode"], ["probe"], ["export"]):
             _mute_other_bars()
-        if arguments[:1] == ["train"]:
+        if arguments[:1] in (["train"], ["plan"]):
             if "-h" in arguments or "--help" in arguments:
-                train_parser().print_help()
+                (train_parser() if arguments[0] == "train" else plan_parser()).print_help()
                 return 0
-            return _train(arguments[1:])
+            return (_train if arguments[0] == "train" else _plan)(arguments[1:])
         functions = _functions()
         if arguments[:1] in (["encode"], ["eval"], ["init"], ["completion"], ["probe"], ["export"]):
             arguments = [arguments[0], *_named(functions[arguments[0]], arguments[1:])]
@@ -456,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         console.print(str(stop) or "interrupted")
         return 130
-    except (ValueError, TypeError, IndexError, ArithmeticError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, IndexError, ArithmeticError, OSError, RuntimeError, MemoryError) as error:
         Console(stderr=True).print(
             f"{type(error).__name__}: {error}", style="red", highlight=False, markup=False, soft_wrap=True
         )

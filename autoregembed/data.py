@@ -193,6 +193,8 @@ def _alignment_texts(row: Row, columns: Columns | None, place: str) -> _Triplet:
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows to ids
 
+_LOOKED_AT = 1000  # rows of a stream, of which nobody knows how many there are
+
 
 def _nonempty(ids: list, column: str, place: str) -> list:
     if not ids:
@@ -376,25 +378,30 @@ def alignment_rows(
     return _map(rows, convert, _ALIGNMENT, prompt, "alignment-2", columns, num_proc)
 
 
-def check_negatives(rows: Dataset, options: Stage2Options) -> str | None:
+def check_negatives(rows: Dataset | IterableDataset, options: Stage2Options) -> str | None:
     """What to tell the user where negatives are wanted and missing in some rows, or there and not read.
+
+    Of a stream the first 1,000 rows are looked at.
 
     Raises:
         ValueError: they are wanted, and no row has one.
     """
-    without = sum(len(t) < 2 for t in rows["target_ids"])
+    streamed = isinstance(rows, IterableDataset)
+    found = [row["target_ids"] for row in rows.take(_LOOKED_AT)] if streamed else rows["target_ids"]
+    which = f"the first {len(found)} rows" if streamed else f"{len(found)} rows"
+    without = sum(len(t) < 2 for t in found)
     hard = options.contrastive_weight > 0 and options.hard_negatives
     wanted = "alignment_weight > 0" if options.alignment_weight > 0 else "hard_negatives is true" if hard else ""
-    if without == len(rows):
+    if without == len(found):
         if wanted:
             raise ValueError(
-                f"data: got no negative in any row, expected at least one when {wanted}; columns: neg, negative or "
-                "negative_1, negative_2 …"
+                f"data: got no negative in any {f'of {which}' if streamed else 'row'}, expected at least one when "
+                f"{wanted}; columns: neg, negative or negative_1, negative_2 …"
             )
         return None
     if not wanted:
         return "data: the negatives are not read, as hard_negatives is false and alignment_weight 0"
-    return f"data: {without} of {len(rows)} rows have no negative" if without else None
+    return f"data: {without} of {which} have no negative" if without else None
 
 
 def content_fingerprint(rows: Dataset) -> str:

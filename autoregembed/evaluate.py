@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from autoregembed.attention import keep_rope_per_text, rope_limit
 from autoregembed.cells import as_number, as_text, require_keys, require_text
 from autoregembed.models import base_model
 from autoregembed.packing import make_microbatches
@@ -38,7 +39,10 @@ def token_mean(model: Any, tokenizer: Any, texts: Sequence[str], *, token_budget
     if empty:
         raise ValueError(f"texts: got an empty text in row {empty[0]}, expected at least one token")
     out = torch.zeros(len(texts), base.get_input_embeddings().weight.shape[1])
-    for part in make_microbatches([len(x) for x in ids], token_budget):
+    lengths = [len(x) for x in ids]
+    alone = rope_limit(base) is not None  # in a batch the longest text would say how the others are rotated
+    keep_rope_per_text(base)
+    for part in [[i] for i in range(len(ids))] if alone else make_microbatches(lengths, token_budget):
         # Padded on the right, where causal attention does not look.
         mask = pad_sequence([torch.ones_like(ids[i]) for i in part], batch_first=True).to(base.device)
         padded = pad_sequence([ids[i] for i in part], batch_first=True).to(base.device)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from autoregembed.loading import reads_values
 from autoregembed.models import base_model, describe_dtypes
 
 
-@torch.no_grad()
+@reads_values
 def require_plain_embedding(model: Any, embedding_scale: float) -> None:
     """Raises ValueError for input embeddings that are not rows of their matrix times `embedding_scale`."""
     # `logprob` reads the matrix, so what a module adds to it (LoRA) or makes of it (dequantisation) would be lost.
@@ -27,7 +28,7 @@ def require_plain_embedding(model: Any, embedding_scale: float) -> None:
             )
 
 
-@torch.no_grad()
+@reads_values
 def require_linear_head(model: Any, eos_token_id: int, softcap: float | None, scale: float) -> None:
     """Raises ValueError for logits that are not softcap(scale · (hidden Wᵀ + bias)), by comparison with the model's."""
     head = model.get_output_embeddings()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from autoregembed import loading
 from autoregembed.files import CheckpointError, atomic_folder, read_json, write_json
 
 RECIPE = "autoregembed.json"
@@ -95,6 +96,8 @@ def load_causal_lm(
     loader = AutoModelForCausalLM if recipe.get("lm_head", True) else AutoModel
     with wrap_load_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if loading.absent():
+            return loading.empty_model(loader, source, dtype, **options), tokenizer, recipe
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **weights)
     missing = sorted(info["missing_keys"])
     if missing and not gguf_file:
@@ -360,9 +363,10 @@ def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
 
 def is_plain(parameter: Tensor) -> bool:
     """Whether a parameter is a Tensor and not a subclass with its own storage, such as a quantised one."""
-    return type(parameter.data) is Tensor
+    return loading.absent() or type(parameter.data) is Tensor
 
 
+@loading.reads_values
 def require_loaded(model: nn.Module) -> None:
     """Raises ValueError naming the first parameter that is not in memory: on the meta device, or offloaded."""
     for name, parameter in model.named_parameters():
@@ -394,6 +398,7 @@ def require_unadapted_head(model: Any) -> None:
         )
 
 
+@loading.reads_values
 def require_finite(model: nn.Module) -> None:
     """Raises ValueError naming the first parameter that holds a NaN or an infinity; quantised ones cannot."""
     for name, parameter in model.named_parameters():

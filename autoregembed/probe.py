@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from autoregembed.attention import IMPLEMENTATIONS, attention_backends, keep_rope_per_text, rope_limit, run_packed
+from autoregembed.loading import absent
 from autoregembed.models import base_model, describe_dtypes, max_positions
 from autoregembed.packing import Ids, pack
 from autoregembed.prefixes import share_prefixes
@@ -47,6 +48,11 @@ def use_packed_attention(
         ValueError: an unknown backend, one that cannot run for this model, or a model that does not keep the texts of a
             pack apart, cannot be run, or reads ids beside its `inputs_embeds`. Its attention is then left as it was.
     """
+    if absent():
+        backend = "sdpa" if backend == "auto" else backend
+        keep_rope_per_text(model)
+        model.set_attn_implementation(IMPLEMENTATIONS[backend])
+        return backend
     parameter = next(model.parameters())
     place, dtype = parameter.device, parameter.dtype
     if torch.is_autocast_enabled(place.type):
@@ -113,6 +119,8 @@ def verify_shared_prefixes(model: PreTrainedModel, length: int) -> None:
             f"share_prefixes: got a {name} whose rope depends on the length of a text, expected None or False: a "
             "prefix is then not the same before every target"
         )
+    if absent():
+        return
     prefix = [0, 1, 2, 1]
     rows = model.get_input_embeddings().weight.shape[0]
     texts = [[i % rows for i in [*prefix, *text]][:length] for text in [*_texts(model, 0, length), [2, 2]]]
@@ -201,7 +209,7 @@ def verify_length(
     Raises:
         ValueError: as `use_packed_attention` or `verify_shared_prefixes`, or such a text for a sharded model.
     """
-    if longest <= verified or not length_limits(model, longest, verified):
+    if longest <= verified or absent() or not length_limits(model, longest, verified):
         return max(longest, verified)
     if sharded:
         raise ValueError(

@@ -16,6 +16,7 @@ from autoregembed import distributed, sampling
 from autoregembed.decoder import Decoder
 from autoregembed.files import require_writable_folder
 from autoregembed.packing import Ids
+from autoregembed.progress import Display
 from autoregembed.reference_scores import ref_logps_fingerprint
 from autoregembed.score_files import cached_path, load_scores, save_scores
 
@@ -121,14 +122,16 @@ def cached_teacher_scores(
     )
     start = saved = time.perf_counter()
     step = distributed.world_size()
-    for first in range(0, len(wanted), step):
-        part = wanted[first : first + step]
-        scores[part] = compute_teacher_scores(encoder, decoder, rows, [all_blocks[i] for i in part])
-        now = time.perf_counter()
-        last = first + step >= len(wanted)
-        if distributed.broadcast_from_rank0(lambda: last or now - saved > _SAVE_EVERY):  # noqa: B023
-            saved = now
-            distributed.broadcast_from_rank0(lambda: save_scores(path, {"scores": scores}, fingerprint))
+    with Display(console, "teacher scores", len(wanted)) as display:
+        for first in range(0, len(wanted), step):
+            part = wanted[first : first + step]
+            scores[part] = compute_teacher_scores(encoder, decoder, rows, [all_blocks[i] for i in part])
+            now = time.perf_counter()
+            last = first + step >= len(wanted)
+            if distributed.broadcast_from_rank0(lambda: last or now - saved > _SAVE_EVERY):  # noqa: B023
+                saved = now
+                distributed.broadcast_from_rank0(lambda: save_scores(path, {"scores": scores}, fingerprint))
+            display.update(min(first + step, len(wanted)))
     console.print(f"teacher scores: {len(wanted)} blocks in {time.perf_counter() - start:.0f} s, kept in {path}")
     return scores
 

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from transformers import get_scheduler
 
-from autoregembed import data, distributed, sampling
+from autoregembed import data, distributed, plan, sampling
 from autoregembed.build import build_models, create_optimizer
 from autoregembed.checkpoint import (
     TrainState,
@@ -51,7 +51,7 @@ from autoregembed.lora_base import place, write_adapter
 from autoregembed.model_card import run_card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
-from autoregembed.progress import describe, progress_bar
+from autoregembed.progress import Display, describe
 from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
 from autoregembed.runtime import (
     HALF_DTYPES,
@@ -66,6 +66,7 @@ from autoregembed.runtime import (
     truncate_log,
 )
 from autoregembed.teacher_scores import cached_teacher_scores
+from autoregembed.training_plot import draw_training
 
 # What a resumed run may change: places (their contents are compared), what is written when, and how the same update is
 # computed. Everything else must be as it was.
@@ -78,7 +79,7 @@ FREE_FIELDS = {
 }  # fmt: skip
 
 RESULT_FOLDERS = ("model", "export", "adapter", "best", "checkpoints")
-RESULT_FILES = ("config.json", "lock", "metrics.jsonl", "nonfinite.jsonl", "summary.json")
+RESULT_FILES = ("config.json", "lock", "metrics.jsonl", "nonfinite.jsonl", "summary.json", "training.png")
 
 MAX_SKIPPED = 10  # steps in a row: by then the parameters are the reason, not the rows
 
@@ -90,9 +91,9 @@ def train(config: Config, console: Console | None = None) -> dict:
         ConfigError, CheckpointError, ScoresMismatch, OSError: the message says what is wrong, as do the errors of
             `data`, `Encoder` and `Decoder`.
         FloatingPointError: a loss or gradient is not finite; the rows of that step are named (see `on_nonfinite`).
-        Interrupted: after a Ctrl-C, with a checkpoint saved.
+        Interrupted: after a Ctrl-C, with a checkpoint saved. MemoryError: the message names what needs less.
     """
-    with deterministic(config.deterministic), contextlib.ExitStack() as held:
+    with deterministic(config.deterministic), plan.naming_ways_out(config), contextlib.ExitStack() as held:
         run = Run(config, console or Console())
         latest, damaged = distributed.broadcast_from_rank0(lambda: run.claim_output_dir(held))
         run.read_data()
@@ -191,10 +192,10 @@ class Run:
         tokenize = data.text_rows if self.unpaired else tokenize
         with self.accelerator.main_process_first():
             self.rows = tokenize(self.source, prompt, columns=config.column_map, num_proc=config.num_proc)
+        note = data.check_negatives(self.rows, config) if config.stage == 2 else None
+        if note:
+            self.console.print(note)
         if not config.streaming:
-            note = data.check_negatives(self.rows, config) if config.stage == 2 else None
-            if note:
-                self.console.print(note)
             self.fit_batch_size()
         rows_per_step = self.config.batch_size * self.world
         self.max_steps = config.max_steps or max(1, round(config.num_train_epochs * len(self.rows) / rows_per_step))
@@ -345,14 +346,11 @@ class Run:
             self.rows, config.batch_size, seed=config.seed, start=state.step, rank=self.accelerator.process_index,
             world=self.world, in_blocks=config.needs_teacher_scores,
         )  # fmt: skip
-        with progress_bar(self.console) as bar, stop_on_signal() as stop:
-            task = bar.add_task(f"stage {config.stage}", total=last, completed=state.step)
+        with Display(self.console, f"stage {config.stage}", last, state.step) as display, stop_on_signal() as stop:
             for step in range(state.step + 1, last + 1):
                 log = self.step(step, next(batches))
                 state.step = step
-                bar.update(task, advance=1, description=describe(config.stage, log))
-                if step % max(1, last // 20) == 0:
-                    self.console.print(f"{step:>6}/{last}  {describe(config.stage, log)}", highlight=False)
+                display.update(step, describe(log, state.last_metric))
                 if step == last or (config.eval_steps and step % config.eval_steps == 0):
                     self.evaluate_step(step)
                 if distributed.any_rank(stop.signalled, self.accelerator.device):
@@ -483,6 +481,7 @@ class Run:
         inside = adapter if self.recipe["adapter"] else None  # on the original model: a next stage may share it
         save_model(out / "model", merged(encoder), self.tokenizer, self.recipe, adapter=inside)
         self.export(encoder, "export")
+        draw_training(out, self.state.eval_metrics, self.console)
         write_json(out / "summary.json", summary)
 
     def export(self, encoder: Encoder, name: str) -> None:

@@ -15,10 +15,11 @@ from conftest import sentence, write_jsonl
 from safetensors.torch import load_file
 
 from autoregembed import Encoder, models
-from autoregembed.cli import main, read_config
+from autoregembed.cli import main
 from autoregembed.config import ConfigError
 from autoregembed.evaluate import load_sts, sts
 from autoregembed.testing import tiny_model, tiny_tokenizer
+from autoregembed.train_flags import read_config
 
 FIELDS = {"stage": 1, "model": "m", "train_data": "d.jsonl", "output_dir": "o"}
 
@@ -478,4 +479,4 @@ def test_the_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-m", "autoregembed"]
     result = subprocess.run([*command, "nonsense"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 2, result.stderr
-    assert "{train,encode,eval,doctor,bench,init,probe,completion}" in result.stderr
+    assert "{train,plan,encode,eval,doctor,bench,init,probe,export,completion}" in result.stderr

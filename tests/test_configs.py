@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from autoregembed.cli import main, read_config
+from autoregembed.cli import main
 from autoregembed.config import Config
 from autoregembed.train import train
-from autoregembed.train_flags import GROUPS, field_help
+from autoregembed.train_flags import GROUPS, field_help, read_config
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 STAGES = sorted(CONFIGS.glob("*/stage*.yaml"))

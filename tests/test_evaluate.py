@@ -377,6 +377,31 @@ def test_real_sts_pairs_load(shared):
     assert 0.5 < sts(bag_of_words, pairs)["spearman"] < 0.6
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                             "long_factor": [5.0] * 4, "original_max_position_embeddings": 8, "factor": 32.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 8},
+    ],
+    ids=["longrope", "dynamic"],
+)  # fmt: skip
+def test_token_mean_of_a_text_does_not_depend_on_longer_ones(options):
+    texts = [sentence(i, n) for i, n in enumerate((3, 30, 5, 20, 30, 3))]
+
+    def fresh():
+        return tiny_model(vocab_size=len(TOKENIZER), **options)
+
+    wanted = torch.cat([token_mean(fresh(), TOKENIZER, [text]) for text in texts])
+    for text, mean in zip(texts, wanted, strict=True):
+        hidden = fresh().model(torch.tensor([TOKENIZER(text)["input_ids"]])).last_hidden_state.mean(1)
+        torch.testing.assert_close(F.normalize(hidden, dim=-1)[0], mean, rtol=0, atol=1e-5)
+    model = fresh()
+    for order in ([0, 1, 2, 3, 4, 5], [1, 3, 0]):
+        found = token_mean(model, TOKENIZER, [texts[i] for i in order])
+        torch.testing.assert_close(found, wanted[order], rtol=0, atol=1e-5)
+
+
 def test_token_mean_in_batches_is_that_of_each_text_alone():
     model = tiny_model(vocab_size=len(TOKENIZER))
     texts = [sentence(i, 1 + 3 * (i % 5)) for i in range(12)]

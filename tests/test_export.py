@@ -309,3 +309,28 @@ def test_the_card_names_a_base_model_that_the_hub_knows(source, hub_id, title):
     assert 'SentenceTransformer("me/mine")' in text
     assert ("Fill in" in text) == (hub_id is None)
     assert "both refuse this folder" in text
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                             "long_factor": [5.0] * 4, "original_max_position_embeddings": 40, "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}, "max_position_embeddings": 40},
+    ],
+    ids=["longrope", "dynamic"],
+)  # fmt: skip
+def test_a_length_at_which_texts_would_rotate_each_other_is_refused(rope, tmp_path):
+    """sentence-transformers pads: the longest text of a batch would decide how the short ones are rotated."""
+    model = tiny_model(vocab_size=len(TOKENIZER), **rope)
+    ids = models.add_compress_tokens(model, TOKENIZER, 3)
+    fixed = {"compress_token_ids": ids, "bos_token_id": 1, "tokenizer": TOKENIZER, "max_length": 40}
+    encoder = Encoder(model, suffix_ids=[9, 8], **fixed)
+    if rope["rope_parameters"]["rope_type"] == "longrope":
+        with pytest.raises(ValueError, match="max_length: got 41, expected at most 40: sentence-transformers rotates"):
+            encoder.save_pretrained(tmp_path / "out", max_length=41)
+        assert not (tmp_path / "out").exists()
+    exported = load(encoder.save_pretrained(tmp_path / "out", max_length=40))
+    texts = ["the cat sat", sentence(1, 700), "dusk"]
+    found = exported.encode(texts, convert_to_tensor=True, batch_size=3)
+    torch.testing.assert_close(found, encoder.encode(texts, max_length=40), rtol=0, atol=1e-5)

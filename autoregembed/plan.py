@@ -1,0 +1,392 @@
+"""What a run will need of memory, before a weight is loaded: `autoregembed plan`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import parse_flag_from_env
+from rich.console import Console
+
+from autoregembed import data, dry_run, sampling
+from autoregembed.attention import SDPA, VARLEN
+from autoregembed.build import build_models
+from autoregembed.config import Config
+from autoregembed.loading import without_values
+from autoregembed.models import base_model
+from autoregembed.objective import encoder_lengths
+from autoregembed.packing import make_microbatches
+from autoregembed.runtime import HALF_DTYPES, choose_precision
+from autoregembed.train_flags import plan_parser
+
+GB = 1e9
+EXACT_LAYERS = 6  # of more, a few are run and the rest is extrapolated
+STEPS = 200  # whose batches are compared
+SCORING_BUDGET = 8192  # of reference scores
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to take place."""
+
+    device: str = "cpu"  # or cuda
+    processes: int = 1
+    fsdp: bool = False  # FSDP2; otherwise DDP where there are several processes
+    memory: float | None = None  # bytes of the device; None: unknown
+
+    @classmethod
+    def here(
+        cls, device: str | None = None, processes: int = 1, fsdp: bool = False, gb: float | None = None
+    ) -> Machine:
+        """This machine, where nothing else is said.
+
+        Raises:
+            ValueError: FSDP2 of one process, or on a CPU, or no such device.
+        """
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or found
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+        if processes < 1 or (fsdp and processes < 2):
+            raise ValueError(f"processes: got {processes}, expected at least {2 if fsdp else 1}")
+        if gb is not None:
+            memory: float | None = gb * GB
+        elif device == "cpu":
+            memory = main_memory()
+        else:
+            memory = torch.cuda.get_device_properties(0).total_memory if found == "cuda" else None
+        return cls(device, processes, fsdp, memory)
+
+
+@dataclass
+class Plan:
+    """Bytes that one process needs."""
+
+    model: str
+    stage: int
+    precision: str
+    rows: int  # of the largest step
+    tokens: int  # that it reads, encoder and decoder together
+    step: dict[str, float]  # the largest moment of a step by use, on the device
+    device: dict[str, float] = field(default_factory=dict)  # the peaks of a run's stretches, on the device
+    host: dict[str, float] = field(default_factory=dict)  # the same in main memory, where that is not the device
+
+    @property
+    def peak(self) -> float:
+        """The largest of them on the device."""
+        return max(self.device.values())
+
+    @property
+    def host_peak(self) -> float:
+        return max(self.host.values(), default=self.peak)
+
+
+def main_memory() -> float:
+    """Bytes of main memory, or of the share that the container has."""
+    total = float(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return total if text == "max" else min(total, float(text))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is there all the time
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a run's weights, from config.json."""
+
+    encoder: float
+    trained: float
+    decoder: float
+    loaded: float  # of encoder and decoder as they are read: fp32
+    gathered: float  # what FSDP2 holds whole at a time: two layers, tables, gradients of a layer and a table
+    layers: int
+
+
+def weights(config: Config, half: torch.dtype | None) -> Weights:
+    with without_values(torch.device("meta")):
+        encoder, decoder, _, _ = build_models(replace(config, compile=False))
+    size = _bytes(encoder.parameters())
+    decoder_size = 0.0 if decoder is None else _bytes(decoder.parameters())
+    product = 4 if half is None else half.itemsize
+    names = set(getattr(base_model(encoder.model), "_no_split_modules", None) or ())
+    layers = [_bytes(m.parameters()) for m in encoder.model.modules() if type(m).__name__ in names]
+    layer, table = max(layers, default=0.0), _bytes([encoder.model.get_input_embeddings().weight])
+    return Weights(
+        encoder=size,
+        trained=_bytes(p for p in encoder.parameters() if p.requires_grad),
+        decoder=decoder_size * product / 4,
+        loaded=size + decoder_size,
+        gathered=(3 * layer + 3 * table) * product / 4,
+        layers=encoder.model.config.get_text_config().num_hidden_layers,
+    )
+
+
+def _bytes(parameters: Any) -> float:
+    return float(sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters}.values()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a step adds
+
+
+def _rows(config: Config, models: dry_run.Models, processes: int) -> Iterator[list[dict]]:
+    """Batches of the run's first steps, in process 0."""
+    source = data.load_rows(config.train_data, config.train_split, config.streaming)
+    prompt = models.encoder.prompt
+    if models.decoder is not None:
+        k = models.encoder.num_compress_tokens
+        length = models.decoder.fit_max_target_length(k, config.max_target_length)
+        prompt = replace(prompt, max_target_length=length)
+    tokenize = data.compression_rows if config.stage == 1 else data.alignment_rows
+    if config.stage == 2 and data.is_unpaired(source, config.column_map):
+        tokenize = data.text_rows
+    rows = tokenize(source, prompt, columns=config.column_map, num_proc=config.num_proc)
+    if config.streaming:
+        steps, size = config.max_steps or 1, config.batch_size
+    else:
+        size = min(config.batch_size, max(1, len(rows) // processes))
+        steps = config.max_steps or max(1, round(config.num_train_epochs * len(rows) / size / processes))
+    found = sampling.batches(rows, size, seed=config.seed, world=processes)
+    for _, batch in zip(range(min(steps, STEPS)), found, strict=False):
+        yield batch
+
+
+def heaviest(config: Config, models: dry_run.Models, processes: int) -> tuple[list[dict], int]:
+    """The batch with most tokens, and how many."""
+    around = models.encoder.num_compress_tokens + (0 if models.decoder is None else len(models.decoder.prefix))
+
+    def tokens(rows: list[dict]) -> int:
+        read = sum(encoder_lengths(rows, models.encoder, config.hard_negatives))
+        if not config.needs_decoder:
+            return read
+        if config.stage == 1:
+            return read + sum(len(r["target_ids"]) + around for r in rows)
+        pairs = [t for r in rows for t in (r["target_ids"][0], *r["target_ids"])]
+        return read + sum(len(t) + around for t in pairs)
+
+    return max(((rows, tokens(rows)) for rows in _rows(config, models, processes)), key=lambda found: found[1])
+
+
+def _extrapolated(found: list[tuple[int, dry_run.Peaks]], layers: int) -> list[Counter[str]]:
+    """The peaks of a model of so many layers, from those of one or two smaller ones."""
+    if len(found) == 1:
+        return list(found[0][1].values())
+    (few, at_few), (more, at_more) = found
+    out = []
+    for stretch, parts in at_more.items():
+        before = at_few.get(stretch, Counter())
+        slope = {use: (parts[use] - before[use]) / (more - few) for use in {*parts, *before}}
+        out.append(Counter({use: max(0, round(before[use] + slope[use] * (layers - few))) for use in slope}))
+    return out
+
+
+def plan(config: Config, machine: Machine) -> Plan:
+    """Bytes by use of a run of `config`; reads config.json, the tokenizer and the data.
+
+    Nothing is measured but the libraries of this process. Not counted: what the allocator keeps, the context of the
+    device, and the buffers of NCCL.
+    """
+    precision = choose_precision(config) if machine.device == "cpu" or config.precision != "auto" else "bf16"
+    half = HALF_DTYPES.get(precision)
+    w = weights(config, half)
+    on_gpu = machine.device == "cuda" and half is not None and not machine.fsdp and config.attention != "sdpa"
+    attention = VARLEN if on_gpu else SDPA
+    counts = [w.layers] if w.layers <= EXACT_LAYERS else [2, 4]
+    steps, scored, tokens = [], [], 0
+    batch: list[dict] = []
+    for layers in counts:
+        models = dry_run.fake_models(config, half=half, device=machine.device, attention=attention, layers=layers)
+        if not batch:
+            batch, tokens = heaviest(config, models, machine.processes)
+        steps.append((layers, dry_run.step(config, models, batch)))
+        lengths = encoder_lengths(batch, models.encoder, False)
+        part = make_microbatches(lengths, SCORING_BUDGET)[0]
+        few = [batch[i] for i in part]
+        scored.append((layers, dry_run.scoring(models, few, config.needs_ref_logps)))
+    sharing = machine.processes if machine.fsdp else 1
+    fixed = {
+        "encoder, weights": w.encoder / sharing,
+        "decoder, weights": w.decoder / sharing,
+        "optimizer": 2 * w.trained / sharing,
+    }
+    if machine.fsdp:
+        fixed["gathered layers and tables"] = w.gathered
+    elif machine.processes > 1:
+        fixed["buckets of DDP"] = w.trained
+    if config.stage == 2 and not config.alignment_weight and config.needs_decoder:
+        fixed["decoder, weights"] = 0.0  # its scores are there before the first step
+    moments = [fixed | _shared(parts, sharing) for parts in _extrapolated(steps, w.layers)]
+    step = max(moments, key=lambda parts: sum(parts.values()))
+    before = max(p.total() for p in _extrapolated(scored, w.layers)) + (w.encoder + w.decoder) / sharing
+    found = Plan(config.model, config.stage, precision, len(batch), tokens, step)
+    found.device = {"scores before it": before, "a step": sum(step.values())}
+    results = w.encoder * RESULT_COPIES
+    libraries = float(psutil.Process().memory_info().rss)
+    if machine.device == "cpu":
+        step["libraries"] = libraries
+        stay = w.encoder + w.decoder + 2 * w.trained
+        found.device = {
+            "loading": libraries + w.loaded,
+            **{name: size + libraries for name, size in found.device.items()},
+            "writing the results": libraries + stay + results,
+        }
+    else:
+        found.host = {"loading": libraries + w.loaded, "writing the results": libraries + results}
+    return found
+
+
+RESULT_COPIES = 3  # of the encoder: the merged copy, the export, and the export as it is read again
+
+
+def _shared(parts: Counter[str], processes: int) -> dict[str, float]:
+    return {use: size / (processes if use == dry_run.GRADIENTS else 1) for use, size in parts.items() if size}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What to change
+
+
+def ways(config: Config, fsdp: bool = False) -> dict[str, str]:
+    """What a config can still change to need less memory: a field and its value, and what that does."""
+    found = {}
+    budget = config.token_budget
+    found["token_budget"] = "passes of fewer tokens, same update" if budget is None else f"below {budget}"
+    if not config.gradient_checkpointing:
+        found["gradient_checkpointing: true"] = "the encoder's layers run twice, same update"
+    if not config.lora_rank:
+        found["lora_rank: 16"] = "adapters in place of all weights: hardly any gradients and optimizer"
+    if not fsdp:
+        found["FSDP2"] = "weights, gradients and optimizer shared out over the processes: docs/distributed.md"
+    if config.stage == 2 and config.hard_negatives:
+        found["hard_negatives: false"] = "negatives are not encoded"
+    found["max_length, batch_size"] = "less to read a step"
+    return found
+
+
+@contextlib.contextmanager
+def naming_ways_out(config: Config) -> Iterator[None]:
+    """A run that meets the end of the memory says what would make it smaller.
+
+    Raises:
+        MemoryError: in place of torch's own errors, of which the one for main memory has no type.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+        known = "; ".join(f"{name} ({effect})" for name, effect in ways(config, fsdp).items())
+        reason = str(error).strip().split("\n")[0]
+        raise MemoryError(
+            f"memory: got too little ({reason}), expected what `autoregembed plan` tells; what needs less: {known}"
+        ) from error
+
+
+def changes(config: Config, machine: Machine, tokens: int) -> Iterator[tuple[str, Config, Machine]]:
+    """Ways that `plan` can compute, each alone, then those that keep the update the same together."""
+    budget = max(256, 2 ** int(math.log2(max(2, (config.token_budget or tokens) // 4))))
+    yield f"token_budget: {budget}", replace(config, token_budget=budget), machine
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing: true", replace(config, gradient_checkpointing=True), machine
+    both = replace(config, token_budget=budget, gradient_checkpointing=True)
+    yield "both", both, machine
+    if not config.lora_rank:
+        yield "both and lora_rank: 16", replace(both, lora_rank=16, freeze=[]), machine
+    if machine.device == "cuda" and not machine.fsdp:
+        processes = max(8, machine.processes)
+        yield f"both and FSDP2, {processes} processes", both, replace(machine, processes=processes, fsdp=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def read_machine(arguments: list[str]) -> tuple[Machine, list[str]]:
+    """The machine that the flags of `plan` describe, and the arguments that are those of `train`."""
+    own: list[str] = []
+    rest: list[str] = []
+    for i, argument in enumerate(arguments):
+        name = argument.split("=")[0]
+        before = arguments[i - 1] if i else ""
+        mine = name in ("--device", "--memory", "--processes", "--fsdp")
+        (own if mine or before in ("--device", "--memory", "--processes") else rest).append(argument)
+    found = plan_parser(exit_on_error=False).parse_args(own)
+    return Machine.here(found.device, found.processes, found.fsdp, found.memory), rest
+
+
+def chained(configs: list[Config]) -> list[Config]:
+    """Configs that can be planned before the first has run: each starts from the first one's model."""
+    out: list[Config] = []
+    for config in configs:
+        if out:
+            k = config.num_compress_tokens or out[-1].num_compress_tokens
+            start = out[-1]
+            config = replace(config, model=start.model, gguf_file=start.gguf_file, num_compress_tokens=k)
+        out.append(config)
+    return out
+
+
+def report(configs: list[Config], machine: Machine, console: Console) -> bool:
+    """Prints a plan of every config; whether all fit."""
+    fits = True
+    for config in chained(configs):
+        found = plan(config, machine)
+        fits &= _print(found, machine, console)
+        short = machine.memory is None or found.peak > machine.memory
+        if short:
+            console.print("\nwhat makes it smaller" + " " * 27 + "GB", highlight=False)
+            for name, changed, place in changes(config, machine, found.tokens):
+                console.print(f"  {name:<44}{plan(changed, place).peak / GB:>6.2f}", highlight=False)
+            console.print("  or a smaller max_length or batch_size", highlight=False)
+    return fits
+
+
+def _print(found: Plan, machine: Machine, console: Console) -> bool:
+    sharing = f", FSDP2 of {machine.processes} processes" if machine.fsdp else ""
+    ddp = f", DDP of {machine.processes} processes" if machine.processes > 1 and not machine.fsdp else ""
+    console.print(
+        f"\nstage {found.stage}: {found.model}, {found.rows} rows and {found.tokens} tokens a step, {found.precision}, "
+        f"{machine.device}{sharing}{ddp}; computed for one process, nothing is loaded\n",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+    def line(name: str, size: float) -> None:
+        console.print(f"  {name:<44}{size / GB:>6.2f}", highlight=False, markup=False)
+
+    console.print("largest moment of a step" + " " * 24 + "GB", highlight=False)
+    for name, size in found.step.items():
+        line(name, size)
+    console.print("\npeak while" + " " * 38 + "GB", highlight=False)
+    for name, size in found.device.items():
+        line(name, size)
+    for name, size in found.host.items():
+        line(f"{name}, in main memory", size)
+    available = main_memory()
+    host = found.host_peak * machine.processes
+    fits = found.host_peak * machine.processes <= available
+    if machine.processes > 1 or found.host:
+        console.print(
+            f"\nmain memory: {host / GB:.1f} GB for {machine.processes} processes, this machine has "
+            f"{available / GB:.1f} GB", highlight=False,
+        )  # fmt: skip
+    if machine.memory is None:
+        console.print(f"\n{machine.device}: needs {found.peak / GB:.1f} GB; --memory says what it has", highlight=False)
+        return fits
+    fits &= found.peak <= machine.memory
+    verdict = "fits" if found.peak <= machine.memory else "does not fit"
+    console.print(
+        f"\n{machine.device}: needs {found.peak / GB:.1f} GB of {machine.memory / GB:.1f} GB: {verdict}",
+        highlight=False,
+    )
+    return fits

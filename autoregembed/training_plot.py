@@ -1,0 +1,48 @@
+"""training.png: the losses of a run and its evaluations, from `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from autoregembed.files import atomic_file
+
+_PARTS = ("loss", "align", "nce", "distill")
+
+
+def draw_training(folder: Path, eval_metrics: Mapping[str, float | None], console: Console) -> None:
+    """Writes `folder`/training.png; without matplotlib, which the training does not need, it says so.
+
+    Args:
+        folder: has `metrics.jsonl`.
+        eval_metrics: Spearman's correlation by step; None where it is undefined.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        console.print("training.png: not drawn, matplotlib is not installed (pip install matplotlib)", highlight=False)
+        return
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = {int(step): value for step, value in eval_metrics.items() if value is not None}
+    # No pyplot: it would choose a backend for the whole process.
+    figure = Figure(figsize=(9 if scores else 5, 3.6), layout="constrained", dpi=120)
+    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+    names = [name for name in _PARTS if any(row.get(name) is not None for row in rows)]
+    for name in names if len(names) != 2 else names[:1]:  # a single part is the loss itself, but for its weight
+        found = {row["step"]: row[name] for row in rows if row.get(name) is not None}
+        axes[0].plot(list(found), list(found.values()), label=name, linewidth=1.8 if name == "loss" else 0.9)
+    axes[0].set(
+        xlabel="step", title="loss" if len(names) < 3 else "loss, and its parts before their weights", xmargin=0.02
+    )
+    if len(names) > 2:
+        axes[0].legend(frameon=False)
+    if scores:
+        axes[1].plot(list(scores), list(scores.values()), marker="o", markersize=4)
+        axes[1].set(xlabel="step", title="Spearman's correlation on eval_data")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    with atomic_file(folder / "training.png") as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
