@@ -215,7 +215,7 @@ def sharded_passes() -> None:
     for how in ({}, {"share_prefixes": True, "gradient_checkpointing": True}):
         shared = make(**how)
         shared.shard(torch.device("cpu"))
-        for budget in (8, 40, 1000):  # pairs of a row apart, rows apart, one pass
+        for budget in (30, 45, 1000):  # pairs apart, rows apart, one pass
             found.append((shared, budget))
     for decoder, budget in [(whole, None), *found]:
         leaf = z.clone().requires_grad_()
