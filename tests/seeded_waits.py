@@ -2,7 +2,7 @@
 
     python tests/seeded_waits.py [substring of a file's name]
 
-Prints one line a file and exits with the number of survivors. Outcome: all 42 caught.
+Prints one line a file and exits with the number of survivors.
 """
 
 from __future__ import annotations
