@@ -7,8 +7,9 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from autoregembed import Decoder, Encoder
+from autoregembed.adapters import add_lora
 from autoregembed.attention import compile_layers
-from autoregembed.models import add_lora, base_model
+from autoregembed.models import base_model
 from autoregembed.testing import tiny_model
 
 SIZES = [(3, 9, 9), (4, 4), (17, 2, 3, 5, 8)]
