@@ -266,8 +266,12 @@ def ways(config: Config, fsdp: bool = False) -> dict[str, str]:
     found["token_budget"] = "passes of fewer tokens, same update" if budget is None else f"below {budget}"
     if not config.gradient_checkpointing:
         found["gradient_checkpointing: true"] = "the encoder's layers run twice, same update"
+    if config.needs_decoder and not config.decoder_gradient_checkpointing:
+        found["decoder_gradient_checkpointing: true"] = "the decoder's layers run twice, same update"
     if not config.lora_rank:
         found["lora_rank: 16"] = "adapters in place of all weights: hardly any gradients and optimizer"
+    elif config.share_base is False:
+        found["share_base: auto"] = "the encoder's frozen weights are the decoder's"
     if not fsdp:
         found["FSDP2"] = "weights, gradients and optimizer shared out over the processes: docs/distributed.md"
     if config.stage == 2 and config.hard_negatives:
@@ -303,12 +307,15 @@ def changes(config: Config, machine: Machine, tokens: int) -> Iterator[tuple[str
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing: true", replace(config, gradient_checkpointing=True), machine
     both = replace(config, token_budget=budget, gradient_checkpointing=True)
-    yield "both", both, machine
+    if config.needs_decoder and not config.decoder_gradient_checkpointing:
+        yield "decoder_gradient_checkpointing: true", replace(config, decoder_gradient_checkpointing=True), machine
+        both = replace(both, decoder_gradient_checkpointing=True)
+    yield "all of these", both, machine
     if not config.lora_rank:
-        yield "both and lora_rank: 16", replace(both, lora_rank=16, freeze=[]), machine
+        yield "all and lora_rank: 16", replace(both, lora_rank=16, freeze=[]), machine
     if machine.device == "cuda" and not machine.fsdp:
         processes = max(8, machine.processes)
-        yield f"both and FSDP2, {processes} processes", both, replace(machine, processes=processes, fsdp=True)
+        yield f"all and FSDP2, {processes} processes", both, replace(machine, processes=processes, fsdp=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_the_command_plans_stages_that_have_not_run(model_folder, compression_fi
     assert main(["plan", *files, "--model", model_folder, "--batch_size", "4", "--memory", "0.001"]) == 1
     printed = capsys.readouterr().out
     assert "does not fit" in printed
-    assert "both and lora_rank: 16" in printed
+    assert "all and lora_rank: 16" in printed
 
 
 def allocation_of_main_memory(*_):
@@ -82,5 +82,6 @@ def test_the_end_of_the_memory_names_ways_out(ends, model_folder, compression_fi
     config = stage1(model_folder, compression_file, tmp_path / "out", gradient_checkpointing=True)
     with pytest.raises(MemoryError, match=r"memory: got too little .*`autoregembed plan`.*token_budget") as caught:
         train.train(config, quiet)
-    assert "gradient_checkpointing: true" not in str(caught.value)
+    assert "; gradient_checkpointing: true" not in str(caught.value)
+    assert "; decoder_gradient_checkpointing: true" in str(caught.value)
     assert "lora_rank: 16" in str(caught.value)
