@@ -74,9 +74,10 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("emit_cosine_general", "any", 32, 0): Tile(64, 64, 16, 8, 2),
     # sums to log-probabilities; its product is for rows whose target is improbable beyond bf16's range
     ("finish", "any", 16, 0): Tile(64, 64, 32, 4, 2, registers=255),
-    ("finish", "any", 32, 0): Tile(64, 64, 16, 8, 2, registers=255),
+    ("finish", "sm_100", 16, 0): Tile(64, 32, 32, 4, 2, registers=255),
+    ("finish", "any", 32, 0): Tile(64, 32, 16, 8, 2, registers=255),
     ("finish_general", "any", 16, 0): Tile(64, 64, 32, 8, 2, registers=255),
-    ("finish_general", "any", 32, 0): Tile(64, 64, 16, 8, 2, registers=255),
+    ("finish_general", "any", 32, 0): Tile(64, 32, 16, 8, 2, registers=255),
     # logits to onehot − softmax, one program a row; by the dtype of the logits
     ("epilogue", "any", 16, 0): Tile(1, 8192, warps=16, registers=128),
     ("epilogue", "any", 32, 0): Tile(1, 8192, warps=8, programs=2, registers=128),
