@@ -100,8 +100,9 @@ def test_a_step_is_that_of_one_process_on_the_joined_batch(model_folder, files, 
         if "parts" in name:
             assert len({step["parts"] for step in steps}) > 1
         assert wanted["norm"] > 0.5 or name == "one negative in all"  # it is clipped
-        # The norms of the model round to float32, otherwise in other packs.
-        room = 1e-6 if "parts" in name else 1e-10
+        # The norms of the model round to float32, otherwise in other packs: those of parts, and of a process whose
+        # pairs share enough prefixes where another's do not.
+        room = 1e-6 if "parts" in name or name == "one negative in all" else 1e-10
         for step in steps:
             assert distance(step["gradients"], wanted["gradients"]) < room, name
             assert step["norm"] == pytest.approx(wanted["norm"], rel=room)

@@ -428,9 +428,11 @@ def wrong_values(field: str) -> list:
     kind = typing.get_type_hints(Config)[field]
     if typing.get_origin(kind) is typing.Literal:
         return ["zzz", 7, [1]]
+    unset = type(None) in typing.get_args(kind)  # then None is right
     kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
     kinds = kinds if typing.get_origin(kind) is not list else [list]
     values = WRONG[typing.get_origin(kinds[0]) or kinds[0]]
+    values = [v for v in values if not (unset and v is None)]
     return [v for v in values if not (len(kinds) > 1 and isinstance(v, list))]  # lora_targets: a list or a string
 
 
