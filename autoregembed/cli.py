@@ -116,7 +116,9 @@ def _encode(model: str, texts: str, output: str, column: str | None = None, prom
     require_writable_file(output, "output", size=4 * len(lines) * (exported.get_embedding_dimension() or 0))
     prompt = {"prompt": ""} if prompt_name == "none" else {"prompt_name": prompt_name}
     options = {**prompt, "convert_to_tensor": True, "show_progress_bar": False}
-    embeddings = in_parts(console, "texts", lambda part: exported.encode(part, **options), lines)
+    place = {text: i for i, text in enumerate(dict.fromkeys(lines))}  # equal texts are embedded once
+    distinct = in_parts(console, "texts", lambda part: exported.encode(part, **options), list(place))
+    embeddings = distinct[[place[text] for text in lines]]
     with atomic_file(target) as temporary:
         if target.suffix == ".npy":
             with temporary.open("wb") as file:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import sentence, write_jsonl
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 
 from autoregembed import Encoder, models
 from autoregembed.cli import main
@@ -304,6 +305,19 @@ def test_encode_writes_the_embeddings_of_the_lines(source, exported, tmp_path, m
     found = load_file(output)["embeddings"]
     torch.testing.assert_close(found, expected(texts), rtol=0, atol=1e-5)
     assert "3 embeddings of 32 numbers" in capsys.readouterr().out
+
+
+def test_equal_lines_are_embedded_once_and_written_each_in_its_place(exported, tmp_path, monkeypatch):
+    read, encode = [], SentenceTransformer.encode
+    monkeypatch.setattr(
+        SentenceTransformer, "encode", lambda self, part, **options: read.extend(part) or encode(self, part, **options)
+    )
+    texts = ["a mat", "the cat", "a mat", "the dog", "the cat"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    assert main(["encode", exported[0], str(tmp_path / "texts.txt"), str(tmp_path / "e.safetensors")]) == 0
+    found = load_file(tmp_path / "e.safetensors")["embeddings"]
+    torch.testing.assert_close(found, exported[1](texts), rtol=0, atol=1e-5)
+    assert sorted(read) == ["a mat", "the cat", "the dog"]
 
 
 def test_a_name_with_npy_gets_a_file_that_numpy_reads(exported, tmp_path):
