@@ -1,4 +1,4 @@
-"""The `autoregembed` command: train, encode, eval, export, probe, doctor, bench, init, completion."""
+"""The `autoregembed` command: train, plan, encode, eval, export, probe, doctor, bench, init, completion."""
 
 from __future__ import annotations
 

@@ -273,7 +273,7 @@ def ways(config: Config, fsdp: bool = False) -> dict[str, str]:
     elif config.share_base is False:
         found["share_base: auto"] = "the encoder's frozen weights are the decoder's"
     if not fsdp:
-        found["FSDP2"] = "weights, gradients and optimizer shared out over the processes: docs/distributed.md"
+        found["FSDP2"] = "weights, gradients and optimizer shared out over the processes: docs/howto/distributed.md"
     if config.stage == 2 and config.hard_negatives:
         found["hard_negatives: false"] = "negatives are not encoded"
     found["max_length, batch_size"] = "less to read a step"

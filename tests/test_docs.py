@@ -198,8 +198,9 @@ def test_commands_parse(page, tmp_path, monkeypatch, capsys):
 
 
 def test_no_page_names_a_page_that_is_gone():
-    """mkdocs checks the site's own links; this holds what README, CONTRIBUTING and the configurations point at."""
-    for page in [*PAGES[:2], *ROOT.glob("examples/configs/*/*.yaml")]:
+    """mkdocs checks the site's own links; this holds what README, CONTRIBUTING, configurations and code point at."""
+    code = [file for folder in ("autoregembed", "kernels", "bench") for file in (ROOT / folder).rglob("*.py")]
+    for page in [*PAGES[:2], *ROOT.glob("examples/configs/*/*.yaml"), *code]:
         for link in re.findall(r"(?<![/\w])docs/[\w/.-]+\.(?:md|svg|py)", page.read_text(encoding="utf-8")):
             assert (ROOT / link).is_file(), f"{page.name}: {link}"
 
