@@ -200,6 +200,8 @@ class Config(Stage2Options):
         share_prefixes: targets of one z run the decoder's bos and the K rows of z once. Default: where the model can
             and it saves time; true: always, or the model is refused; false: each target has its own.
         compile: torch.compile the layers of encoder and decoder.
+        cuda_graphs: capture a step, and replay it for batches whose padded shapes it has seen. Without a token_budget,
+            on one GPU.
         seed: seeds everything.
         deterministic: use torch's deterministic algorithms, so that two runs on the same machine agree in every bit.
         on_nonfinite: what happens when the loss or gradient of a step is not finite. Such a step never updates
@@ -267,6 +269,7 @@ class Config(Stage2Options):
     decoder_gradient_checkpointing: bool = False
     share_prefixes: bool | None = None
     compile: bool = False
+    cuda_graphs: bool = False
     seed: int = 0
     deterministic: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -313,6 +316,8 @@ class Config(Stage2Options):
         for name in ("model", "decoder", "train_data", "eval_data", "output_dir", "ref_logps_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
+        if self.cuda_graphs:
+            self._require_repeatable()
         if self.save_best and not (self.eval_data and self.eval_steps):
             raise ConfigError("save_best: got True, expected False unless eval_data and eval_steps are set")
         if self.streaming and self.max_steps is None:
@@ -326,6 +331,20 @@ class Config(Stage2Options):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"freeze: got {pattern!r}, expected regular expressions ({error})") from error
+
+    def _require_repeatable(self) -> None:
+        """What makes a step depend on more than its padded shapes, or reads numbers on the host."""
+        needs = {
+            "token_budget": (None, "a step in several passes has other shapes every time"),
+            "gradient_checkpointing": (False, "it saves the state of the random generator on the host"),
+            "precision": (("auto", "fp32", "bf16"), "the loss scale of fp16 is decided on the host"),
+            "share_prefixes": ((None, False), "how many tokens are shared changes from batch to batch"),
+            "attention": (("auto", "varlen", "flash_attention_2"), "sdpa makes a call for every length"),
+        }
+        for name, (expected, reason) in needs.items():
+            value, allowed = getattr(self, name), expected if isinstance(expected, tuple) else (expected,)
+            if value not in allowed:
+                raise ConfigError(f"{name}: got {value!r} with cuda_graphs, expected {expected!r}: {reason}")
 
     @property
     def column_map(self) -> dict[str, str] | None:

@@ -436,7 +436,7 @@ class Encoder(nn.Module):
         ]
 
     def forward(
-        self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
+        self, ids: Sequence[Ids] | Packed, suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
     ) -> Tensor:
         """Encodes B texts, in one packed pass or in several that each fit in memory.
 
@@ -445,7 +445,7 @@ class Encoder(nn.Module):
         is that of one pass over all texts, whatever the loss does with z, for one more forward.
 
         Args:
-            ids: B texts as token ids, without bos, suffix or compress tokens.
+            ids: B texts as token ids, without bos, suffix or compress tokens; or a pack of `sequences`, unchecked.
             suffix_ids: B suffixes that replace the default one.
             token_budget: tokens of one pass, with suffix and compress tokens; a longer text makes a pass of its own.
                 None: one pass.
@@ -460,13 +460,14 @@ class Encoder(nn.Module):
 
         Source: gradient caching, Gao et al., arXiv 2101.06983.
         """
-        embedding = self.model.get_input_embeddings()
-        vocabulary = embedding.weight.shape[0]
-        check_ids("ids", ids, vocabulary)
+        if isinstance(ids, Packed):
+            return self._run(ids.ids, ids)
+        weight = self.model.get_input_embeddings().weight
+        check_ids("ids", ids, len(weight))
         if len(ids) == 0:
             raise ValueError("ids: got no text, expected at least one")
         if suffix_ids is not None:  # each may be empty
-            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], vocabulary)
+            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], len(weight))
         sequences = self.sequences(ids, suffix_ids)
         limit, longest = max_positions(self.model), max(map(len, sequences))
         if limit is not None and longest > limit:
@@ -479,15 +480,14 @@ class Encoder(nn.Module):
         )
         microbatches = make_microbatches([len(s) for s in sequences], token_budget)
         if self.sharded and token_budget is not None:
-            microbatches = distributed.equalize_microbatches(microbatches, embedding.weight.device)
+            microbatches = distributed.equalize_microbatches(microbatches, weight.device)
         if len(microbatches) == 1:
-            packed = pack(sequences, embedding.weight.device)
-            return self._run(packed.ids, packed)
+            return self.forward(pack(sequences, weight.device))
         z = []
         for microbatch in microbatches:
-            packed = pack([sequences[i] for i in microbatch], embedding.weight.device)
+            packed = pack([sequences[i] for i in microbatch], weight.device)
             z.append(checkpoint(self._run, packed.ids, packed, use_reentrant=False))
-        return torch.cat(z)[order_of(microbatches, embedding.weight.device)]
+        return torch.cat(z)[order_of(microbatches, weight.device)]
 
     def _run(self, ids: Tensor, packed: Packed) -> Tensor:
         """z (B, K, D) of one pack; `ids` are its own, since `checkpoint` keeps the random state by tensor arguments."""

@@ -36,6 +36,7 @@ from autoregembed.checkpoint import (
     save_checkpoint,
 )
 from autoregembed.config import Config, ConfigError
+from autoregembed.cuda_graphs import captured
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.evaluate import load_sts, sts
@@ -75,7 +76,7 @@ FREE_FIELDS = {
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
     "log_with", "num_proc", "export_dtype", "model_name", "license", "decoder_gradient_checkpointing", "share_prefixes",
-    "share_base",
+    "share_base", "cuda_graphs",
 }  # fmt: skip
 
 RESULT_FOLDERS = ("model", "export", "adapter", "best", "checkpoints")
@@ -285,6 +286,8 @@ class Run:
             max(self.max_steps, config.warmup_steps + 1),
         )  # fmt: skip
         self.objective = Objective(config, self.wrapped, self.decoder, self.accelerator, ref_logps, teacher_scores)
+        if config.cuda_graphs:
+            self.objective, self.optimizer = captured(self.objective, self.optimizer)
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -368,8 +371,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
         found = self.objective(batch)
-        clipped = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.max_grad_norm or math.inf)
-        found["grad_norm"] = distributed.to_full_tensor(clipped)
+        found["grad_norm"] = self.objective.clip()
         # The one wait for the device in a step: whether to update is decided here.
         log = dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
         norm = log.pop("grad_norm")
