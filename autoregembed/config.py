@@ -154,6 +154,8 @@ class Config(Stage2Options):
             it as its prompt "query". Default: that of `model`.
         passage_instruction: stage 2: before positives and negatives; the prompt "document" of the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
+        compress_init: for a model without compress tokens: the text whose tokens' embeddings they start from, repeated
+            to K tokens. Default: a comma.
         max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
             the model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
@@ -232,6 +234,7 @@ class Config(Stage2Options):
     query_instruction: str | None = None
     passage_instruction: str | None = None
     num_compress_tokens: int | None = None
+    compress_init: str | None = None
     max_length: int | None = None
     max_target_length: int | None = None
     train_split: str | None = None

@@ -26,8 +26,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "eval_split", "num_proc",
     ),
     "model": (
-        "model", "decoder", "gguf_file", "trust_remote_code", "num_compress_tokens", "z_norm", "decoder_add_bos",
-        "init_output_rms", "freeze", "lora_rank", "lora_alpha", "lora_targets", "share_base",
+        "model", "decoder", "gguf_file", "trust_remote_code", "num_compress_tokens", "compress_init", "z_norm",
+        "decoder_add_bos", "init_output_rms", "freeze", "lora_rank", "lora_alpha", "lora_targets", "share_base",
         "base_dtype", "attention",
     ),
     "objective": (
