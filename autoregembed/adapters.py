@@ -124,6 +124,13 @@ def save_adapter(encoder: Any, folder: Path) -> None:
     write_json(folder / _CONFIG, {**config, "trainable_token_indices": {name: encoder.compress_token_ids}})
 
 
+def copy_adapter(source: Any, target: Any) -> None:
+    """Gives a PeftModel the trained weights of another one with the same adapter, on a base of another dtype."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source, save_embedding_layers=False))
+
+
 def embedding_name(model: Any) -> str:
     """The name of the embedding matrix' module in the model under a PeftModel.
 

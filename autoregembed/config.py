@@ -184,7 +184,8 @@ class Config(Stage2Options):
             without them; a next stage goes on with the adapters. auto: where the decoder is the model under the
             adapters. true: the run is refused where it is not.
         base_dtype: of the weights under LoRA adapters: fp32, bf16, fp16, or auto: that of `precision` where they are
-            shared, otherwise fp32.
+            shared, otherwise fp32. int8 (torchao) and nf4 (bitsandbytes, GPU only) quantise the linear layers and leave
+            embeddings and head in that of `precision`; model and export have the adapters merged into plain weights.
         z_norm: none, or match_rms: scale z to the RMS of the decoder's input embeddings.
         decoder_add_bos: the decoder reads bos before z. The released code has none there, and the decoder's attention
             sink then falls on one of the vectors of z, a different one for each text.
@@ -258,7 +259,7 @@ class Config(Stage2Options):
     lora_alpha: float = 16.0
     lora_targets: list[str] | str = "all-linear"
     share_base: bool | Literal["auto"] = "auto"
-    base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    base_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = "auto"
     z_norm: Literal["none", "match_rms"] = "none"
     decoder_add_bos: bool = False
     init_output_rms: bool = False

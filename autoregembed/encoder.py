@@ -31,7 +31,6 @@ from autoregembed.models import (
     max_positions,
     original_of,
     require_finite,
-    require_gradients,
     require_loaded,
     require_unadapted_head,
     scale_output,
@@ -42,6 +41,7 @@ from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, order_of, pack
 from autoregembed.probe import use_packed_attention, verify_length
 from autoregembed.prompt import INSTRUCTION, Prompt, batch_token_ids, instruction_ids, require_fast
+from autoregembed.quantized import prepare_quantized
 
 
 def text_embedding(z: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         if bos_token_id is not None:
             check_ids("bos_token_id", [[bos_token_id]], vocabulary)
         require_finite(model)
-        require_gradients(model)
+        prepare_quantized(self)
         claim(model, self)
         self.compress_rows = None
         if own_compress_rows is not False:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,14 @@ def load_causal_lm(
     gguf_file: str | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    quantization: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, dict]:
     """A causal LM, its tokenizer and its recipe: `autoregembed.json` of a folder this library wrote, else {}.
 
     An exported encoder has no head; its base model is returned.
+
+    Args:
+        quantization: `quantization_config` and `device_map` of `from_pretrained`; not with a GGUF file.
 
     Raises:
         CheckpointError: the source cannot be loaded, or lacks weights that Transformers would then draw at random.
@@ -93,6 +97,7 @@ def load_causal_lm(
     require_source(source)
     options = {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})}
     weights: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}  # never a pickle
+    weights |= quantization or {}
     recipe = read_recipe(source)
     loader = AutoModelForCausalLM if recipe.get("lm_head", True) else AutoModel
     with wrap_load_errors(source):
@@ -408,17 +413,3 @@ def require_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_plain(parameter) and parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
             raise ValueError(f"model: got a non-finite value in {name}, expected finite weights")
-
-
-def require_gradients(model: nn.Module) -> None:
-    """Raises ValueError for bitsandbytes' 4-bit layers on a CPU.
-
-    An evaluation repacks their weights for its own kernel, and every later backward multiplies by wrong values.
-    """
-    for name, module in model.named_modules():
-        four_bit = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)
-        if four_bit and module.weight.device.type == "cpu":
-            raise ValueError(
-                f"model: got a {type(module).__name__} on a CPU in {name}, whose gradient is wrong there after an "
-                "evaluation, expected a GPU, or 8 bits (torchao), or model.dequantize()"
-            )

@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from autoregembed import data, distributed, plan, sampling
-from autoregembed.build import build_models, create_optimizer
+from autoregembed.build import build_models, create_optimizer, on_plain_weights
 from autoregembed.checkpoint import (
     TrainState,
     latest_checkpoint,
@@ -52,6 +52,7 @@ from autoregembed.model_card import run_card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
 from autoregembed.progress import Display, describe
+from autoregembed.quantized import num_elements
 from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
 from autoregembed.runtime import (
     HALF_DTYPES,
@@ -177,7 +178,7 @@ class Run:
     def require_space(self) -> None:
         """Before the training: what is certain to be written must fit onto the disk."""
         least = 4 if self.config.lora_rank else 1  # merged in fp32
-        sizes = [(p.numel() * max(p.element_size(), least), p.requires_grad) for p in self.encoder.parameters()]
+        sizes = [(num_elements(p) * max(p.element_size(), least), p.requires_grad) for p in self.encoder.parameters()]
         weights, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
         # Each replaces its predecessor once it is whole; a checkpoint holds the weights and AdamW's two moments.
         results = weights * (1 if (self.out / "model").exists() else 2)
@@ -439,9 +440,9 @@ class Run:
     # The result
 
     def full_encoder(self) -> Encoder:
-        """The trained encoder with all of its weights in process 0; in the others, what they hold."""
+        """The trained encoder with all of its weights, plain ones, in process 0; in the others, what they hold."""
         if not self.sharded:
-            return self.encoder
+            return on_plain_weights(self.config, self.encoder)
         weights = self.accelerator.get_state_dict(self.wrapped)
         if not self.accelerator.is_main_process:
             return self.encoder
