@@ -292,12 +292,15 @@ def _train(arguments: list[str]) -> int:
         if len(configs) > 1:
             console.rule(f"{config.output_dir}: stage {config.stage}")
         summary = train(config, console)
-        found = {step: value for step, value in summary["spearman"].items() if value is not None}
-        if found:
-            console.print("spearman  " + "  ".join(f"step {k}: {v:.4f}" for k, v in found.items()), highlight=False)
-        for name in ("model", "export", "best"):
-            if name in summary:
-                console.print(f"{name:<9} {summary[name]}", highlight=False, markup=False, soft_wrap=True)
+        metric = summary["eval_metric"]
+        found = {step: values.get(metric) for step, values in summary["evaluations"].items()}
+        known = [f"step {step}: {value:.4f}" for step, value in found.items() if value is not None]
+        if known:
+            console.print(f"{metric:<9} " + "  ".join(known), highlight=False)
+        if summary["model_step"] != summary["steps"]:
+            console.print(f"the best  step {summary['model_step']}, whose model is kept", highlight=False)
+        for name in ("model", "export"):
+            console.print(f"{name:<9} {summary[name]}", highlight=False, markup=False, soft_wrap=True)
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
     return 0

@@ -154,14 +154,19 @@ class Config(Stage2Options):
             it as its prompt "query". Default: that of `model`.
         passage_instruction: stage 2: before positives and negatives; the prompt "document" of the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
+        compress_init: for a model without compress tokens: the text whose tokens' embeddings they start from, repeated
+            to K tokens. Default: a comma.
         max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
             the model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
         train_split: the split of a hub data set, or of the qrels of a BEIR folder; default: train.
         streaming: stream the data; needs `max_steps`, and no reference scores.
-        eval_data: rows of sentence1, sentence2, score; Spearman's correlation is measured before, during and after
-            training.
+        eval_data: what is measured before, during and after training: rated pairs, rows of sentence1, sentence2,
+            score, or texts alone, rows of text or a folder of .txt files, of which at most 256 are read.
         eval_split: its split.
+        eval_metric: spearman for rated pairs; for texts mean_cosine, view_accuracy, effective_rank or uniformity. All
+            that the data allow are measured; this one is shown, and chooses what `save_best` keeps. Default: spearman,
+            or mean_cosine.
         eval_steps: evaluate every so many steps; 0: only before and after.
         max_steps: optimizer steps; default: from `num_train_epochs`.
         num_train_epochs: passes over the data when `max_steps` is not given.
@@ -182,7 +187,8 @@ class Config(Stage2Options):
             without them; a next stage goes on with the adapters. auto: where the decoder is the model under the
             adapters. true: the run is refused where it is not.
         base_dtype: of the weights under LoRA adapters: fp32, bf16, fp16, or auto: that of `precision` where they are
-            shared, otherwise fp32.
+            shared, otherwise fp32. int8 (torchao) and nf4 (bitsandbytes, GPU only) quantise the linear layers and leave
+            embeddings and head in that of `precision`; model and export have the adapters merged into plain weights.
         z_norm: none, or match_rms: scale z to the RMS of the decoder's input embeddings.
         decoder_add_bos: the decoder reads bos before z. The released code has none there, and the decoder's attention
             sink then falls on one of the vectors of z, a different one for each text.
@@ -211,13 +217,14 @@ class Config(Stage2Options):
         save_steps: save a checkpoint every so many steps and after the last; 0: only on interruption.
         save_total_limit: how many checkpoints are kept, the newest; older ones are removed once the new one has been
             read back whole.
-        save_best: keep an export of the best evaluation (`eval_steps`) in best/.
+        save_best: model/ and export/ are those of the best evaluation (`eval_metric`, every `eval_steps`), written
+            when it is reached; without it, those of the last step.
         resume_from_checkpoint: continue from the newest whole checkpoint of `output_dir`, if there is one, in the same
             bits. Without it the run starts anew and refuses a folder that holds checkpoints.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb; several as a list. Those that write
             files do so in `output_dir`/autoregembed.
         num_proc: processes that tokenize.
-        export_dtype: of the weights in export/ and best/: fp32, bf16, fp16, or auto: that of the trained weights.
+        export_dtype: of the weights in export/: fp32, bf16, fp16, or auto: that of the trained weights.
         model_name: of the trained model, for its card: a hub id such as user/name, or any name.
         license: of the trained model, for its card: an SPDX id such as apache-2.0.
     """
@@ -234,12 +241,14 @@ class Config(Stage2Options):
     query_instruction: str | None = None
     passage_instruction: str | None = None
     num_compress_tokens: int | None = None
+    compress_init: str | None = None
     max_length: int | None = None
     max_target_length: int | None = None
     train_split: str | None = None
     streaming: bool = False
     eval_data: str | None = None
     eval_split: str | None = None
+    eval_metric: Literal["spearman", "mean_cosine", "view_accuracy", "effective_rank", "uniformity"] | None = None
     eval_steps: int = 0
     max_steps: int | None = None
     num_train_epochs: float = 1.0
@@ -257,7 +266,7 @@ class Config(Stage2Options):
     lora_alpha: float = 16.0
     lora_targets: list[str] | str = "all-linear"
     share_base: bool | Literal["auto"] = "auto"
-    base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    base_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = "auto"
     z_norm: Literal["none", "match_rms"] = "none"
     decoder_add_bos: bool = False
     init_output_rms: bool = False
@@ -316,8 +325,18 @@ class Config(Stage2Options):
         for name in ("model", "decoder", "train_data", "eval_data", "output_dir", "ref_logps_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
+<<<<<<< HEAD
         if self.cuda_graphs:
             self._require_repeatable()
+=======
+        if self.eval_metric and not self.eval_data:
+            raise ConfigError(f"eval_metric: got {self.eval_metric!r}, expected None without eval_data")
+        if self.ref_logps_file and not self.needs_ref_logps:
+            raise ConfigError(
+                f"ref_logps_file: got {self.ref_logps_file!r}, expected None with stage {self.stage}, "
+                f"ref_margin={self.ref_margin!r} and alignment_weight={self.alignment_weight}"
+            )
+>>>>>>> main
         if self.save_best and not (self.eval_data and self.eval_steps):
             raise ConfigError("save_best: got True, expected False unless eval_data and eval_steps are set")
         if self.streaming and self.max_steps is None:

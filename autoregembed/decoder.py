@@ -27,7 +27,6 @@ from autoregembed.models import (
     original_in,
     read_recipe,
     require_finite,
-    require_gradients,
     require_loaded,
     require_no_hidden_adapters,
     split_gguf,
@@ -39,6 +38,7 @@ from autoregembed.passes import PairwiseScores, checkpoint_layers, in_order
 from autoregembed.prefixes import SharedPrefixes, choose_passes, pass_tokens, select, share_prefixes
 from autoregembed.probe import allow_shared_prefixes, use_packed_attention, verify_length
 from autoregembed.prompt import batch_token_ids
+from autoregembed.quantized import prepare_quantized
 from autoregembed.sharding import gather_shared, shard_frozen
 from autoregembed.sharing import SharedBase
 
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
             raise ValueError("eos_token_id: got None here and in the model's config, expected a token id")
         self.eos_token_id = int(eos_token_id)
         require_finite(model)
-        require_gradients(model)
+        prepare_quantized(model)
         if gradient_checkpointing:
             checkpoint_layers(model)
         head = model.get_output_embeddings()
@@ -125,7 +125,8 @@ class Decoder(nn.Module):
                 f"model: got {type(model).__name__}, which has no head, expected a causal LM with its lm_head"
             )
         if type(head) is not nn.Linear or not is_plain(head.weight):
-            kind = type(head).__name__ if type(head) is not nn.Linear else type(head.weight.data).__name__
+            quantised = isinstance(head, nn.Linear) and not is_plain(head.weight)
+            kind = type(head.weight.data if quantised else head).__name__
             raise ValueError(
                 f"model: got an lm_head of type {kind}, expected a plain nn.Linear: merge adapters into it "
                 "(merge_and_unload), leave it out of quantisation (such as llm_int8_skip_modules)"
