@@ -409,17 +409,18 @@ class Encoder(nn.Module):
             write_compress_rows(self.model, self.compress_token_ids, self.compress_rows)
 
     @torch.no_grad()
-    def init_output_rms(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
+    def init_output_rms(
+        self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
+    ) -> None:
         """Scales the model's final norm so that each dimension of z has a given RMS over some texts.
 
-        A few dimensions of an LM's last hidden states are ten times as large as the rest. A decoder reads such a z as
-        noise until training has tamed them; this does so before the first step and adds nothing to the model.
+        A few dimensions of an LM's last hidden states are ten times the rest, and such a z is noise to a decoder.
 
         Args:
             rms: (D,) of the decoder's input embeddings (`Decoder.input_rms_per_dimension`).
-            ids, suffix_ids: as in `forward`; a hundred texts are plenty.
+            ids, suffix_ids, token_budget: as in `forward`; a hundred texts are plenty.
         """
-        z = self(ids, suffix_ids).double()
+        z = self(ids, suffix_ids, token_budget).double()
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         if self.shared is not None:
             self.shared.require_own(final_norm(self.model), "a final norm")

@@ -252,7 +252,7 @@ class Run:
         rows, n = self.rows, 128
         few = rows.take(n) if self.config.streaming else rows.select(range(0, len(rows), -(-len(rows) // n)))
         texts = texts_of(list(few), hard_negatives=False)
-        self.encoder.init_output_rms(self.decoder.input_rms_per_dimension(), *texts)
+        self.encoder.init_output_rms(self.decoder.input_rms_per_dimension(), *texts, self.config.token_budget or 4096)
         self.recipe["output_rms_initialized"] = True
 
     # ------------------------------------------------------------------------------------------------------------------
