@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from autoregembed.prompt import INSTRUCTION
 from autoregembed.reference import (
     BETA,
     DISTILLATION_TEMPERATURE,
@@ -155,7 +156,7 @@ class Config(Stage2Options):
         passage_instruction: stage 2: before positives and negatives; the prompt "document" of the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
         compress_init: for a model without compress tokens: the text whose tokens' embeddings they start from, repeated
-            to K tokens. Default: a comma.
+            to K tokens. Default: " ,", a comma.
         max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
             the model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
@@ -237,7 +238,7 @@ class Config(Stage2Options):
     gguf_file: str | None = None
     trust_remote_code: bool = False
     columns: dict[str, str] | str | None = None
-    instruction: str = "Represent the text."
+    instruction: str = INSTRUCTION
     query_instruction: str | None = None
     passage_instruction: str | None = None
     num_compress_tokens: int | None = None
@@ -325,10 +326,8 @@ class Config(Stage2Options):
         for name in ("model", "decoder", "train_data", "eval_data", "output_dir", "ref_logps_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
-<<<<<<< HEAD
         if self.cuda_graphs:
             self._require_repeatable()
-=======
         if self.eval_metric and not self.eval_data:
             raise ConfigError(f"eval_metric: got {self.eval_metric!r}, expected None without eval_data")
         if self.ref_logps_file and not self.needs_ref_logps:
@@ -336,7 +335,6 @@ class Config(Stage2Options):
                 f"ref_logps_file: got {self.ref_logps_file!r}, expected None with stage {self.stage}, "
                 f"ref_margin={self.ref_margin!r} and alignment_weight={self.alignment_weight}"
             )
->>>>>>> main
         if self.save_best and not (self.eval_data and self.eval_steps):
             raise ConfigError("save_best: got True, expected False unless eval_data and eval_steps are set")
         if self.streaming and self.max_steps is None:

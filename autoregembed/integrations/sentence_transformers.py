@@ -1,6 +1,6 @@
 """Losses for `SentenceTransformerTrainer`, on models that `Encoder.save_pretrained` wrote.
 
-    model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start", instruction="Represent the text.")
+    model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start")
     SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=AutoRegEmbedLoss(model)).train()
 
 The columns are anchor and positive, or anchor, positive and negatives.
