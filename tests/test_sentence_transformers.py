@@ -428,7 +428,7 @@ def test_what_a_model_card_says(model):
         (
             lambda m: FusedInfoNCELoss(m, directions=EVERY)(features(m, TRIPLETS), None),
             ValueError,
-            "sentence_features: got 3 columns with 'doc_to_doc'",
+            "sentence_features: got 4 columns with 'doc_to_doc'",
         ),
         (
             lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, TRIPLETS), None),
