@@ -40,6 +40,9 @@ def main() -> int:
     heavy = (["train"], ["plan"], ["encode"], ["eval"], ["export"], ["probe"], ["bench"])
     working = arguments[:1] in heavy and not {"-h", "--help"} & {*arguments}
     if working:
+        from autoregembed.cpu import bound_primitive_caches
+
+        bound_primitive_caches()
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the bar here is the command's own
     if working and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"autoregembed {arguments[0]}: loading libraries", file=sys.stderr, flush=True)
