@@ -144,6 +144,7 @@ MULTIMODAL = {
     "mistral3": ({"model_type": "mistral"}, {**_VISION, "model_type": "pixtral"}),
     "qwen2_5_vl": (_QWEN, _QWEN_VISION),
     "qwen2_vl": (_QWEN, _QWEN_VISION),
+    "qwen3_5, attention only": ({**_QWEN, "layer_types": ["full_attention"] * 2}, _QWEN_VISION),
     "qwen3_vl": (_QWEN, _QWEN_VISION),
 }
 NO_TEXT_MODEL = {"qwen2_5_vl", "qwen2_vl", "qwen3_vl"}  # Transformers has no causal LM for their text part
@@ -196,6 +197,9 @@ def composite(name):
     default = CONFIG_MAPPING[name.split(",")[0]]()
     sizes = {field: value for field, value in SIZES.items() if hasattr(default.get_text_config(), field)}
     config = type(default)(text_config={**sizes, **text}, vision_config=vision)
+    for field, value in vars(config).items():  # ids of images and the like lie within the vocabulary
+        if field.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= SIZES["vocab_size"]:
+            setattr(config, field, 310)
     torch.manual_seed(0)
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]._from_config(config, dtype=torch.float64).eval()
     with torch.no_grad():
