@@ -67,7 +67,8 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
     known = recipe if start.adapter is None else {k: v for k, v in recipe.items() if k != "compress_token_ids"}
     encoder = Encoder.from_model(
         model, tokenizer, recipe=known, num_compress_tokens=config.num_compress_tokens, attention="sdpa",
-        instruction=config.instruction, max_length=fit_length("max_length", config.max_length, max_positions(model)),
+        compress_init=config.compress_init, instruction=config.instruction,
+        max_length=fit_length("max_length", config.max_length, max_positions(model)),
         lora_rank=0 if start.adapter else config.lora_rank, lora_alpha=config.lora_alpha,
         lora_targets=config.lora_targets, adapter=start.adapter,
         # The whole name: PEFT compares ends, and "norm" is the end of every layer's norms.

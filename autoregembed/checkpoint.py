@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,21 @@ class TrainState:
     """What a checkpoint keeps besides tensors."""
 
     step: int = 0  # the last one done
-    eval_metrics: dict[str, float | None] = field(default_factory=dict)  # Spearman's correlation by step
+    evaluations: dict[str, dict[str, float | None]] = field(default_factory=dict)  # by step, every metric by name
+    best_step: int = 0  # whose model the run has written; 0: none yet
     seconds: float = 0.0
     skipped: list[int] = field(default_factory=list)  # steps that were not finite
 
-    @property
-    def last_metric(self) -> float | None:
-        known = [value for value in self.eval_metrics.values() if value is not None]
-        return known[-1] if known else None
+    @classmethod
+    def restored(cls, saved: dict, folder: Path) -> TrainState:
+        """From what `load_checkpoint` returns; raises CheckpointError where an earlier version wrote it."""
+        names = [f.name for f in fields(cls)]
+        if missing := [name for name in names if name not in saved]:
+            raise CheckpointError(
+                f"resume_from_checkpoint: got {str(folder)!r} without {missing[0]!r}, expected a checkpoint of this "
+                "version"
+            )
+        return cls(**{name: saved[name] for name in names})
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -154,14 +154,19 @@ class Config(Stage2Options):
             it as its prompt "query". Default: that of `model`.
         passage_instruction: stage 2: before positives and negatives; the prompt "document" of the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
+        compress_init: for a model without compress tokens: the text whose tokens' embeddings they start from, repeated
+            to K tokens. Default: a comma.
         max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
             the model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
         train_split: the split of a hub data set, or of the qrels of a BEIR folder; default: train.
         streaming: stream the data; needs `max_steps`, and no reference scores.
-        eval_data: rows of sentence1, sentence2, score; Spearman's correlation is measured before, during and after
-            training.
+        eval_data: what is measured before, during and after training: rated pairs, rows of sentence1, sentence2,
+            score, or texts alone, rows of text or a folder of .txt files, of which at most 256 are read.
         eval_split: its split.
+        eval_metric: spearman for rated pairs; for texts mean_cosine, view_accuracy, effective_rank or uniformity. All
+            that the data allow are measured; this one is shown, and chooses what `save_best` keeps. Default: spearman,
+            or mean_cosine.
         eval_steps: evaluate every so many steps; 0: only before and after.
         max_steps: optimizer steps; default: from `num_train_epochs`.
         num_train_epochs: passes over the data when `max_steps` is not given.
@@ -201,6 +206,8 @@ class Config(Stage2Options):
         share_prefixes: targets of one z run the decoder's bos and the K rows of z once. Default: where the model can
             and it saves time; true: always, or the model is refused; false: each target has its own.
         compile: torch.compile the layers of encoder and decoder.
+        cuda_graphs: capture a step, and replay it for batches whose padded shapes it has seen. Without a token_budget,
+            on one GPU.
         seed: seeds everything.
         deterministic: use torch's deterministic algorithms, so that two runs on the same machine agree in every bit.
         on_nonfinite: what happens when the loss or gradient of a step is not finite. Such a step never updates
@@ -210,13 +217,14 @@ class Config(Stage2Options):
         save_steps: save a checkpoint every so many steps and after the last; 0: only on interruption.
         save_total_limit: how many checkpoints are kept, the newest; older ones are removed once the new one has been
             read back whole.
-        save_best: keep an export of the best evaluation (`eval_steps`) in best/.
+        save_best: model/ and export/ are those of the best evaluation (`eval_metric`, every `eval_steps`), written
+            when it is reached; without it, those of the last step.
         resume_from_checkpoint: continue from the newest whole checkpoint of `output_dir`, if there is one, in the same
             bits. Without it the run starts anew and refuses a folder that holds checkpoints.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb; several as a list. Those that write
             files do so in `output_dir`/autoregembed.
         num_proc: processes that tokenize.
-        export_dtype: of the weights in export/ and best/: fp32, bf16, fp16, or auto: that of the trained weights.
+        export_dtype: of the weights in export/: fp32, bf16, fp16, or auto: that of the trained weights.
         model_name: of the trained model, for its card: a hub id such as user/name, or any name.
         license: of the trained model, for its card: an SPDX id such as apache-2.0.
     """
@@ -233,12 +241,14 @@ class Config(Stage2Options):
     query_instruction: str | None = None
     passage_instruction: str | None = None
     num_compress_tokens: int | None = None
+    compress_init: str | None = None
     max_length: int | None = None
     max_target_length: int | None = None
     train_split: str | None = None
     streaming: bool = False
     eval_data: str | None = None
     eval_split: str | None = None
+    eval_metric: Literal["spearman", "mean_cosine", "view_accuracy", "effective_rank", "uniformity"] | None = None
     eval_steps: int = 0
     max_steps: int | None = None
     num_train_epochs: float = 1.0
@@ -268,6 +278,7 @@ class Config(Stage2Options):
     decoder_gradient_checkpointing: bool = False
     share_prefixes: bool | None = None
     compile: bool = False
+    cuda_graphs: bool = False
     seed: int = 0
     deterministic: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -314,6 +325,18 @@ class Config(Stage2Options):
         for name in ("model", "decoder", "train_data", "eval_data", "output_dir", "ref_logps_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
+<<<<<<< HEAD
+        if self.cuda_graphs:
+            self._require_repeatable()
+=======
+        if self.eval_metric and not self.eval_data:
+            raise ConfigError(f"eval_metric: got {self.eval_metric!r}, expected None without eval_data")
+        if self.ref_logps_file and not self.needs_ref_logps:
+            raise ConfigError(
+                f"ref_logps_file: got {self.ref_logps_file!r}, expected None with stage {self.stage}, "
+                f"ref_margin={self.ref_margin!r} and alignment_weight={self.alignment_weight}"
+            )
+>>>>>>> main
         if self.save_best and not (self.eval_data and self.eval_steps):
             raise ConfigError("save_best: got True, expected False unless eval_data and eval_steps are set")
         if self.streaming and self.max_steps is None:
@@ -327,6 +350,20 @@ class Config(Stage2Options):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"freeze: got {pattern!r}, expected regular expressions ({error})") from error
+
+    def _require_repeatable(self) -> None:
+        """What makes a step depend on more than its padded shapes, or reads numbers on the host."""
+        needs = {
+            "token_budget": (None, "a step in several passes has other shapes every time"),
+            "gradient_checkpointing": (False, "it saves the state of the random generator on the host"),
+            "precision": (("auto", "fp32", "bf16"), "the loss scale of fp16 is decided on the host"),
+            "share_prefixes": ((None, False), "how many tokens are shared changes from batch to batch"),
+            "attention": (("auto", "varlen", "flash_attention_2"), "sdpa makes a call for every length"),
+        }
+        for name, (expected, reason) in needs.items():
+            value, allowed = getattr(self, name), expected if isinstance(expected, tuple) else (expected,)
+            if value not in allowed:
+                raise ConfigError(f"{name}: got {value!r} with cuda_graphs, expected {expected!r}: {reason}")
 
     @property
     def column_map(self) -> dict[str, str] | None:

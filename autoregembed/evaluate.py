@@ -1,10 +1,10 @@
-"""How well embeddings rank texts: STS by Spearman's correlation, retrieval by nDCG and recall."""
+"""How good embeddings are: STS by Spearman's correlation, retrieval by nDCG and recall, and what needs no label."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,22 @@ from autoregembed.packing import make_microbatches
 from autoregembed.tables import read_documents, read_qrels, read_rows
 
 Embed = Callable[[list[str]], Tensor]  # n texts -> (n, D) float, rows of norm 1
+
+
+class Metric(NamedTuple):
+    title: str
+    higher: bool  # whether more is better
+
+
+# What a run is evaluated by (`Config.eval_metric`).
+METRICS = {
+    "spearman": Metric("Spearman's correlation of cosine with human ratings", True),
+    "mean_cosine": Metric("mean cosine of different texts", False),
+    "view_accuracy": Metric("share of texts whose first half is nearest to their second", True),
+    "effective_rank": Metric("effective rank of the embeddings about their mean", True),
+    "uniformity": Metric("log of the mean of exp(-2 |x - y|^2) over different texts", False),
+}
+LABEL_FREE = tuple(METRICS)[1:]
 
 
 @torch.inference_mode()
@@ -122,6 +138,77 @@ def sts(embed: Embed, pairs: Any) -> dict[str, Any]:
     except ValueError as error:
         why = str(error).replace("x:", "similarities:", 1).replace("y:", "scores:", 1)
         return {"spearman": None, "spearman_undefined": why}
+
+
+def load_texts(source: str, split: str | None = None, column: str = "text") -> list[str]:
+    """The different texts of a column, in order: of rows, of .txt files or of a folder of them.
+
+    Args:
+        column: where the first row lacks it, "text" is read.
+
+    Raises:
+        TypeError, ValueError: a row without the column, an empty text or none, or fewer than two different texts.
+    """
+    texts: dict[str, None] = {}
+    for place, row in read_rows(source, split):
+        if not texts and column not in row:
+            column = "text"
+        require_keys(row, [column], place)
+        texts[require_text(as_text(row[column], column, place), column, place)] = None
+    if len(texts) < 2:
+        raise ValueError(f"data: got one text in {source!r}, expected at least two different ones")
+    return list(texts)
+
+
+def label_free(embed: Embed, texts: Sequence[str]) -> dict[str, Any]:
+    """`LABEL_FREE` of different texts: what can be said of embeddings where nobody has rated anything.
+
+    Texts and their halves are embedded in one call, n + 2n texts. Where embeddings are not finite, every metric is None
+    and "undefined" says why.
+
+    Returns:
+        mean_cosine: of all pairs; near 1 where embeddings share a few strong directions.
+        view_accuracy: by cosine, over texts that can be halved, of chance 1/n; None for fewer than two of them.
+        effective_rank: exp of the entropy of the singular values about the mean (Roy & Vetterli 2007; RankMe, arXiv
+            2210.02885, is the same without the mean), at most min(n − 1, D); 0 where all embeddings are equal.
+        uniformity: log mean exp(−2 |x − y|²) (arXiv 2005.10242), 0 where all embeddings are equal.
+
+    Raises:
+        ValueError: fewer than two different texts.
+    """
+    texts = list(dict.fromkeys(texts))
+    n = len(texts)
+    if n < 2:
+        raise ValueError(f"texts: got {n}, expected at least two different ones")
+    views = [halves for text in texts if (halves := _halves(text)) is not None]
+    embedded = embed([*texts, *(a for a, _ in views), *(b for _, b in views)]).cpu().double()
+    e, first, second = F.normalize(embedded, dim=1).split([n, len(views), len(views)])
+    if not embedded.isfinite().all():
+        return {**dict.fromkeys(LABEL_FREE), "undefined": "embeddings: got a value that is not finite"}
+    found = None
+    if len(views) > 1:
+        nearest = best_columns(first, second, torch.arange(len(views)), 1)
+        found = sum(columns == [i] for i, columns in enumerate(nearest)) / len(views)
+    return {
+        "mean_cosine": float((e.sum(0).square().sum() - e.square().sum()) / (n * (n - 1))),
+        "view_accuracy": found,
+        "effective_rank": _effective_rank(e),
+        "uniformity": float((-2 * torch.pdist(e).square()).exp().mean().log()),
+    }
+
+
+def _halves(text: str) -> tuple[str, str] | None:
+    """By words, or by characters where white space parts none."""
+    words, gap = (text.split(), " ") if len(text.split()) > 1 else ([*text.strip()], "")
+    middle = (len(words) + 1) // 2
+    return (gap.join(words[:middle]), gap.join(words[middle:])) if len(words) > 1 else None
+
+
+def _effective_rank(e: Tensor) -> float:
+    deviations = torch.linalg.svdvals(e - e.mean(0)) / math.sqrt(len(e))
+    kept = deviations[deviations.square() > 1e-9]  # below it is the noise of fp32
+    share = kept / kept.sum()
+    return float((-share * share.log()).sum().exp()) if len(kept) else 0.0
 
 
 def retrieval(

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from autoregembed.config import Config
+from autoregembed.evaluate import METRICS
 from autoregembed.tables import sources_of
 
 TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "autoregembed"]
@@ -34,8 +35,9 @@ class Card:
         license: SPDX id, or another that the Hugging Face hub knows. It is never guessed.
         train_data: the data file or data set.
         recipe: the options of the training, as YAML can write them.
-        eval_data: what `eval_metrics` are measured on.
-        eval_metrics: Spearman's correlation with human ratings by step, "0" before training; None where there is none.
+        eval_data: what `evaluations` are measured on.
+        evaluations: the metrics of `evaluate.METRICS` by step, "0" before training; None where one is undefined.
+        eval_metric: the metric that the card shows.
         model_name: of this model, perhaps its hub id; by default that of the base model and -autoregembed.
     """
 
@@ -44,7 +46,8 @@ class Card:
     train_data: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     eval_data: str | None = None
-    eval_metrics: Mapping[str, float | None] = field(default_factory=dict)
+    evaluations: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    eval_metric: str = "spearman"
     model_name: str | None = None
 
 
@@ -65,7 +68,13 @@ def _name(source: str | None) -> str | None:
     return _hub_id(source) or Path(source).name
 
 
-def _servers(num_compress_tokens: int) -> str:
+def _servers(num_compress_tokens: int, centred: bool) -> str:
+    if centred:
+        return (
+            "sentence-transformers computes these vectors, and so does what runs on it. They are centred by a layer "
+            "behind the pooling, which vLLM and Text Embeddings Inference do not apply: both refuse this folder. Do "
+            "not force a pooling on them; the vectors would be others."
+        )
     if num_compress_tokens == 1:
         return (
             "sentence-transformers, vLLM and Text Embeddings Inference compute these vectors from this folder: the "
@@ -94,7 +103,9 @@ def adapter_card(model: str, instruction: str, num_compress_tokens: int, gguf_fi
     )
 
 
-def model_card(card: Card, *, name: str, width: int, max_length: int, num_compress_tokens: int) -> str:
+def model_card(
+    card: Card, *, name: str, width: int, max_length: int, num_compress_tokens: int, centred: bool = False
+) -> str:
     """Markdown with YAML metadata, as the Hugging Face hub reads it.
 
     Args:
@@ -103,16 +114,18 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
         width: D, numbers of an embedding.
         max_length: tokens of a text, with instruction and compress tokens.
         num_compress_tokens: K.
+        centred: a `Centering` follows the pooling.
     """
-    measured = sorted((int(step), score) for step, score in card.eval_metrics.items() if score is not None)
+    values = ((int(step), found.get(card.eval_metric)) for step, found in card.evaluations.items())
+    measured = sorted((step, value) for step, value in values if value is not None)
     hub_id = _hub_id(card.base_model)
-    base, data, rated = _name(card.base_model), _name(card.train_data), _name(card.eval_data) or "unnamed"
+    base, data, held_out = _name(card.base_model), _name(card.train_data), _name(card.eval_data) or "unnamed"
     name = card.model_name or (f"{Path(base).name}-autoregembed" if base else name)
     facts = {"license": card.license != "unknown", "base_model": hub_id, "the training data": data}
     missing = [fact for fact, known in facts.items() if not known]
-    scored: dict[str, Any] = {"task_type": "sts", "dataset_type": rated, "dataset_name": rated}
+    scored: dict[str, Any] = {"task_type": "sts", "dataset_type": held_out, "dataset_name": held_out}
     results = None
-    if measured:
+    if measured and card.eval_metric == "spearman":  # the others are no scores that a hub knows
         results = [EvalResult(**scored, metric_type="spearman_cosine", metric_value=round(measured[-1][1], 4))]
     metadata = ModelCardData(
         library_name="sentence-transformers",
@@ -134,7 +147,7 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
         f'model = SentenceTransformer("{name}")  # or the path of this folder\n'
         'embeddings = model.encode(["A text.", "Another one."])\n```',
         "## Servers",
-        _servers(num_compress_tokens),
+        _servers(num_compress_tokens, centred),
         "## Training",
         f"Data: {data or 'not stated'}. Licence of the model: {card.license}.",
     ]
@@ -143,13 +156,16 @@ def model_card(card: Card, *, name: str, width: int, max_length: int, num_compre
     if measured:
         steps = ["before" if step == 0 else f"after step {step}" for step, _ in measured]
         rows = [f"| {step} | {score:.4f} |" for step, (_, score) in zip(steps, measured, strict=True)]
-        parts += ["## Scores", f"Spearman's correlation of cosine with human ratings, {rated}:"]
+        title = METRICS[card.eval_metric].title
+        parts += ["## Scores", f"{title[0].upper()}{title[1:]}, {held_out}:"]
         parts.append("\n".join(["| | |", "|---|---|", *rows]))
     parts += ["## Citation", f"```bibtex\n{CITATION}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
-def run_card(config: Config, base_model: str, eval_metrics: dict[str, float | None]) -> Card:
+def run_card(
+    config: Config, base_model: str, eval_metric: str | None, evaluations: Mapping[str, Mapping[str, float | None]]
+) -> Card:
     """The model card's facts of a run: the options that are not the default, without the places of its files."""
     left_out = {"model", "decoder", "train_data", "eval_data", "ref_logps_file", "output_dir"}
     left_out |= {"resume_from_checkpoint", "log_with", "num_proc", "license", "model_name"}
@@ -157,4 +173,7 @@ def run_card(config: Config, base_model: str, eval_metrics: dict[str, float | No
     recipe = {k: v for k, v in asdict(config).items() if k not in left_out and v != defaults[k]}
     sources = [Path(s).name if Path(s).exists() else s for s in sources_of(config.train_data)]
     train_data = ", ".join(sources)
-    return Card(base_model, config.license, train_data, recipe, config.eval_data, eval_metrics, config.model_name)
+    return Card(
+        base_model, config.license, train_data, recipe, config.eval_data, evaluations, eval_metric or "spearman",
+        config.model_name,
+    )  # fmt: skip

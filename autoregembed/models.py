@@ -20,6 +20,7 @@ from autoregembed.files import CheckpointError, atomic_folder, read_json, write_
 from autoregembed.modalities import reads_more_than_text, text_model
 
 RECIPE = "autoregembed.json"
+COMPRESS_INIT = ","
 RECIPE_VERSION = 2  # 1: the fields of 0.2
 
 
@@ -183,30 +184,33 @@ def original_of(source: str, gguf_file: str | None) -> dict[str, str | None]:
     }
 
 
-def compress_embeddings(model: Any, tokenizer: Any, k: int) -> tuple[list[int], Tensor]:
+def compress_embeddings(model: Any, tokenizer: Any, k: int, words: str | None = None) -> tuple[list[int], Tensor]:
     """Ids for K compress tokens, behind the vocabulary, and the embeddings (K, D) that they start from.
 
     The ids are rows of the embedding matrix, or would be, and not entries of the tokenizer, so no text can contain one.
-    The embeddings are that of a blank plus noise of a tenth of the matrix' standard deviation: a frequent token keeps
-    the activations in their usual range, a random vector does not. The model stays as it is.
+    The embeddings are those of the tokens of `words` (by default a comma), as often as it takes, plus noise of a tenth
+    of the matrix' standard deviation: an LM knows how to go on after words, and reads a random vector as noise. The
+    model stays as it is.
 
     Raises:
-        ValueError: K outside 1..positions - 1.
+        ValueError: K outside 1..positions - 1; `words` without a token.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
     if not 1 <= k < limit:
         raise ValueError(f"num_compress_tokens: got {k}, expected 1..{limit - 1}")
     used, weight = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.detach()
     known = weight[: min(used, len(weight))].float()  # without the random rows of tokens that the model never had
+    tokens = tokenizer(COMPRESS_INIT if words is None else words, add_special_tokens=False)["input_ids"]
+    if not tokens and words is not None:
+        raise ValueError(f"compress_init: got {words!r}, expected a text of at least one token")
     noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    blank = tokenizer(" ", add_special_tokens=False)["input_ids"]
-    center = known[blank[0]] if blank else known.mean(0)
-    return list(range(used, used + k)), (center + 0.1 * known.std(0) * noise).to(weight.dtype)
+    rows = known[[tokens[i % len(tokens)] for i in range(k)]] if tokens else known.mean(0)
+    return list(range(used, used + k)), (rows + 0.1 * known.std(0) * noise).to(weight.dtype)
 
 
-def add_compress_tokens(model: Any, tokenizer: Any, k: int) -> list[int]:
+def add_compress_tokens(model: Any, tokenizer: Any, k: int, words: str | None = None) -> list[int]:
     """Writes `compress_embeddings` into the embedding matrix, which grows where it has to; returns their ids."""
-    ids, rows = compress_embeddings(model, tokenizer, k)
+    ids, rows = compress_embeddings(model, tokenizer, k, words)
     write_compress_rows(model, ids, rows)
     return ids
 

@@ -17,12 +17,12 @@ _EVERY = 600.0  # seconds after which a slow run says something all the same
 _PART = 512  # texts between two looks at the clock
 
 
-def describe(log: dict[str, float], spearman: float | None = None) -> str:
-    """The numbers of a step, the most wanted first, since a narrow terminal cuts the end."""
+def describe(log: dict[str, float], measured: tuple[str, float] | None = None) -> str:
+    """The numbers of a step, the most wanted first, since a narrow terminal cuts the end; `measured` is a metric."""
     parts = ("loss", "align", "nce", "distill", "accuracy", "s1", "s2")
     found = [f"{n} {log[n]:.3f}" for n in parts if n in log]
-    if spearman is not None:
-        found.insert(1, f"spearman {spearman:.4f}")
+    if measured is not None:
+        found.insert(1, f"{measured[0]} {measured[1]:.4f}")
     return "  ".join([*found, f"{log['tokens_per_second']:.0f} tok/s", f"{log['memory_gb']:.1f} GB"])
 
 

@@ -15,7 +15,7 @@ import functools
 import math
 import time
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ from autoregembed.checkpoint import (
     save_checkpoint,
 )
 from autoregembed.config import Config, ConfigError
+from autoregembed.cuda_graphs import captured
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.evaluate import load_sts, sts
 from autoregembed.export import EXPORT_DTYPES, merged
 from autoregembed.files import (
     read_json,
@@ -47,6 +47,7 @@ from autoregembed.files import (
     weights_fingerprint,
     write_json,
 )
+from autoregembed.held_out import HeldOut, step_of
 from autoregembed.lora_base import not_shared_because, place, write_adapter
 from autoregembed.model_card import run_card
 from autoregembed.models import save_model
@@ -76,10 +77,10 @@ FREE_FIELDS = {
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
     "log_with", "num_proc", "export_dtype", "model_name", "license", "decoder_gradient_checkpointing", "share_prefixes",
-    "share_base",
+    "share_base", "eval_metric", "cuda_graphs",
 }  # fmt: skip
 
-RESULT_FOLDERS = ("model", "export", "adapter", "best", "checkpoints")
+RESULT_FOLDERS = ("model", "export", "adapter", "checkpoints")
 RESULT_FILES = ("config.json", "lock", "metrics.jsonl", "nonfinite.jsonl", "summary.json", "training.png")
 
 MAX_SKIPPED = 10  # steps in a row: by then the parameters are the reason, not the rows
@@ -102,13 +103,13 @@ def train(config: Config, console: Console | None = None) -> dict:
         run.tokenize_data()
         run.place_models()
         if latest is None and not run.sharded:
-            run.state.eval_metrics["0"] = run.evaluate()  # before init_output_rms changes the encoder
+            run.evaluate(0)  # before init_output_rms changes the encoder
         run.init_output_rms()
         run.prepare()
         if config.resume_from_checkpoint and run.resume(latest, damaged):
             return read_json(run.out / "summary.json", "output_dir")
-        if not run.state.eval_metrics:
-            run.state.eval_metrics["0"] = run.evaluate()
+        if run.state.step == 0 and not run.state.evaluations:
+            run.evaluate(0)
         distributed.broadcast_from_rank0(run.begin_logs)
         run.loop()
         return run.finish()
@@ -152,7 +153,7 @@ class Run:
     def read_data(self) -> None:
         """First of all: a wrong file must not wait for the model."""
         config = self.config
-        self.pairs = load_sts(config.eval_data, config.eval_split) if config.eval_data else None
+        self.held_out = HeldOut(config, self.console)
         # By all at once: a wrong file is then raised by all, and the cache's own lock lets one of them write.
         self.source = data.load_rows(config.train_data, config.train_split, config.streaming)
         data.check_first_row(self.source, config.stage, config.column_map)
@@ -227,16 +228,23 @@ class Run:
             for model in self.models:
                 model.use_attention(attention)
 
-    def evaluate(self) -> float | None:
-        """Spearman's correlation on the evaluation pairs, None without any or where it is undefined."""
-        if self.pairs is None:
-            return None
+    def evaluate(self, step: int) -> None:
+        """Adds what the model of this step is worth on the evaluation data, and keeps the model if it is the best."""
+        if self.held_out.metric is None:
+            return
         encode = functools.partial(self.encoder.encode, shared=True)
         with self.accelerator.autocast():
-            found = sts(encode, self.pairs)
-        if found["spearman"] is None:
-            self.console.print(f"evaluation: no Spearman correlation, {found['spearman_undefined']}", highlight=False)
-        return found["spearman"]
+            found = self.held_out.evaluate(encode, self.console)
+        state = self.state
+        best = state.evaluations[str(state.best_step)] if state.best_step else {}
+        state.evaluations[str(step)] = found
+        values = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
+        if step and values:
+            self.console.print(f"{step:>6}/{self.max_steps}  {values}", highlight=False)
+        if step and self.config.save_best and self.held_out.is_better(found, best):
+            state.best_step = step
+            encoder = self.full_encoder()
+            distributed.broadcast_from_rank0(lambda: self.write_model(encoder, step))
 
     def init_output_rms(self) -> None:
         if not self.config.init_output_rms or self.decoder is None or self.recipe["output_rms_initialized"]:
@@ -286,6 +294,8 @@ class Run:
             max(self.max_steps, config.warmup_steps + 1),
         )  # fmt: skip
         self.objective = Objective(config, self.wrapped, self.decoder, self.accelerator, ref_logps, teacher_scores)
+        if config.cuda_graphs:
+            self.objective, self.optimizer = captured(self.objective, self.optimizer)
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -315,7 +325,9 @@ class Run:
         saved = load_checkpoint(
             latest, self.encoder, self.optimizer.optimizer, run=self.settings, rank=accelerator.process_index
         )
-        self.state = TrainState(**{f.name: saved[f.name] for f in fields(TrainState)})
+        self.state = TrainState.restored(saved, latest)
+        if self.state.best_step != distributed.broadcast_from_rank0(lambda: step_of(self.out / "model")):
+            self.state.best_step = 0  # the run had got further than its checkpoint, and overwritten that model
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
         with warnings.catch_warnings():
@@ -353,9 +365,9 @@ class Run:
             for step in range(state.step + 1, last + 1):
                 log = self.step(step, next(batches))
                 state.step = step
-                display.update(step, describe(log, state.last_metric))
+                display.update(step, describe(log, self.held_out.last(state.evaluations)))
                 if step == last or (config.eval_steps and step % config.eval_steps == 0):
-                    self.evaluate_step(step)
+                    self.evaluate(step)
                 if distributed.any_rank(stop.signalled, self.accelerator.device):
                     folder = self.save_checkpoint()
                     raise Interrupted(
@@ -369,8 +381,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
         found = self.objective(batch)
-        clipped = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.max_grad_norm or math.inf)
-        found["grad_norm"] = distributed.to_full_tensor(clipped)
+        found["grad_norm"] = self.objective.clip()
         # The one wait for the device in a step: whether to update is decided here.
         log = dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
         norm = log.pop("grad_norm")
@@ -415,14 +426,6 @@ class Run:
                 f"{str(file)!r} has the rows"
             )
 
-    def evaluate_step(self, step: int) -> None:
-        metrics = self.state.eval_metrics
-        metrics[str(step)] = self.evaluate()
-        if metrics[str(step)] is not None:
-            self.console.print(f"{step:>6}/{self.max_steps}  spearman {metrics[str(step)]:.4f}", highlight=False)
-        if self.config.save_best and best_step(metrics) == str(step):
-            distributed.broadcast_from_rank0(functools.partial(self.export, self.full_encoder(), "best"))
-
     def save_checkpoint(self) -> Path:
         accelerator = self.accelerator
         folder = self.checkpoints / f"step-{self.state.step:08d}"
@@ -452,24 +455,26 @@ class Run:
         other.load_state_dict(weights)
         return other
 
+    @property
+    def kept_step(self) -> int:
+        """The step of `save_best`, 0 where there is none."""
+        return self.state.best_step if self.config.save_best else 0
+
     def finish(self) -> dict:
-        config, out, metrics = self.config, self.out, self.state.eval_metrics
-        best: dict[str, Any] = {}
-        if config.save_best:
-            step = int(best_step(metrics))
-            best = {"best": str(out / "best"), "best_step": step} if step else {"best": None, "best_step": None}
+        config, out, state = self.config, self.out, self.state
         summary = {
             "stage": config.stage,
             "steps": self.max_steps,
-            "train_seconds": round(self.state.seconds, 1),
-            "spearman": metrics,
+            "train_seconds": round(state.seconds, 1),
+            "eval_metric": self.held_out.metric,
+            "evaluations": state.evaluations,
             "model": str(out / "model"),
             "export": str(out / "export"),
-            **best,
+            "model_step": self.kept_step or self.max_steps,
             "device": str(self.accelerator.device),
             "processes": self.world,
             "precision": self.precision,
-            "skipped_steps": len(self.state.skipped),
+            "skipped_steps": len(state.skipped),
             "attention": self.encoder.attention,
         }
         encoder = self.full_encoder()
@@ -479,21 +484,17 @@ class Run:
         return summary
 
     def write_results(self, encoder: Encoder, summary: dict) -> None:
+        if not self.kept_step:
+            self.write_model(encoder, self.max_steps)
+        draw_training(self.out, summary["evaluations"], summary["eval_metric"], self.console)
+        write_json(self.out / "summary.json", summary)
+
+    def write_model(self, encoder: Encoder, step: int) -> None:
         config, out = self.config, self.out
+        self.recipe["step"] = step
         adapter = write_adapter(config, encoder, out / "adapter") if config.lora_rank else None
         inside = adapter if self.recipe["adapter"] else None  # on the original model: a next stage may share it
         save_model(out / "model", merged(encoder), self.tokenizer, self.recipe, adapter=inside)
-        self.export(encoder, "export")
-        draw_training(out, self.state.eval_metrics, self.console)
-        write_json(out / "summary.json", summary)
-
-    def export(self, encoder: Encoder, name: str) -> None:
-        card = run_card(self.config, self.recipe["decoder"], self.state.eval_metrics)
-        dtype = EXPORT_DTYPES.get(self.config.export_dtype)
-        encoder.save_pretrained(self.out / name, dtype=dtype, overwrite=True, card=card)
-
-
-def best_step(eval_metrics: dict[str, float | None]) -> str:
-    """The step with the highest metric, the first of several; a NaN counts as none."""
-    known = {s: m for s, m in eval_metrics.items() if s != "0" and m is not None and m == m}
-    return max(known, key=lambda step: known[step], default="0")
+        card = run_card(config, self.recipe["decoder"], self.held_out.metric, self.state.evaluations)
+        dtype = EXPORT_DTYPES.get(config.export_dtype)
+        encoder.save_pretrained(out / "export", dtype=dtype, overwrite=True, card=card)

@@ -8,17 +8,21 @@ from pathlib import Path
 
 from rich.console import Console
 
+from autoregembed.evaluate import METRICS
 from autoregembed.files import atomic_file
 
 _PARTS = ("loss", "align", "nce", "distill")
 
 
-def draw_training(folder: Path, eval_metrics: Mapping[str, float | None], console: Console) -> None:
+def draw_training(
+    folder: Path, evaluations: Mapping[str, Mapping[str, float | None]], eval_metric: str | None, console: Console
+) -> None:
     """Writes `folder`/training.png; without matplotlib, which the training does not need, it says so.
 
     Args:
         folder: has `metrics.jsonl`.
-        eval_metrics: Spearman's correlation by step; None where it is undefined.
+        evaluations: metrics by step; None where one is undefined.
+        eval_metric: the metric that is drawn; None: none.
     """
     try:
         from matplotlib.figure import Figure
@@ -26,7 +30,8 @@ def draw_training(folder: Path, eval_metrics: Mapping[str, float | None], consol
         console.print("training.png: not drawn, matplotlib is not installed (pip install matplotlib)", highlight=False)
         return
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = {int(step): value for step, value in eval_metrics.items() if value is not None}
+    found = {int(step): values.get(eval_metric or "") for step, values in evaluations.items()}
+    scores = {step: value for step, value in found.items() if value is not None}
     # No pyplot: it would choose a backend for the whole process.
     figure = Figure(figsize=(9 if scores else 5, 3.6), layout="constrained", dpi=120)
     axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
@@ -41,7 +46,10 @@ def draw_training(folder: Path, eval_metrics: Mapping[str, float | None], consol
         axes[0].legend(frameon=False)
     if scores:
         axes[1].plot(list(scores), list(scores.values()), marker="o", markersize=4)
-        axes[1].set(xlabel="step", title="Spearman's correlation on eval_data")
+        assert eval_metric is not None
+        metric = METRICS[eval_metric]
+        axes[1].set(xlabel="step", title=metric.title)
+        axes[1].set_ylabel("more is better" if metric.higher else "less is better")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_file(folder / "training.png") as temporary:

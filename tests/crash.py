@@ -84,7 +84,7 @@ def config(folder: Path, stage: int, out: Path) -> Config:
 
 def bits(out: Path) -> dict[str, str]:
     """Hashes of all that a run leaves but times, memory and places."""
-    names = ["model/model.safetensors", "export/model.safetensors", "best/model.safetensors"]
+    names = ["model/model.safetensors", "export/model.safetensors"]
     names += [f"checkpoints/step-{STEPS:08d}/{n}.safetensors" for n in ("trainable", "optimizer", "rng")]
     names += ["adapter/adapter_model.safetensors"]
     found = {n: hashlib.sha256((out / n).read_bytes()).hexdigest() for n in names if (out / n).exists()}
@@ -92,7 +92,7 @@ def bits(out: Path) -> dict[str, str]:
     for row in log:
         del row["tokens_per_second"], row["memory_gb"]
     summary = json.loads((out / "summary.json").read_text())
-    for name in ("train_seconds", "model", "export", "best"):
+    for name in ("train_seconds", "model", "export"):
         summary.pop(name, None)
     return {**found, "log": repr(log), "summary": repr(summary)}
 

@@ -43,9 +43,12 @@ def compiled():
     torch.compiler.reset()
 
 
-def test_no_pack_is_compiled_anew(compiled):
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_pack_is_compiled_anew(compiled, lora):
     graphs, backend = compiled
     model = tiny_model(vocab_size=128)
+    if lora:
+        model = add_lora(model, [120, 121], rank=2, alpha=4.0, targets="all-linear")
     plain = Encoder(model, compress_token_ids=[120, 121], bos_token_id=1, suffix_ids=[5])
     frozen = Decoder(tiny_model(vocab_size=128), bos_token_id=1)
     wanted = [step(plain, frozen, sizes) for sizes in SIZES]

@@ -24,6 +24,7 @@ SMALL = {
     "max_length": 64,
     "max_target_length": 32,
     "eval_data": None,
+    "save_best": False,
 }
 
 

@@ -13,6 +13,7 @@ from autoregembed import cli, data, sampling, score_distillation, teacher_scores
 from autoregembed.build import build_models
 from autoregembed.config import ConfigError
 from autoregembed.encoder import text_embedding
+from autoregembed.evaluate import LABEL_FREE
 from autoregembed.files import CheckpointError
 from autoregembed.objective import Objective, texts_of
 from autoregembed.prompt import Prompt
@@ -193,7 +194,7 @@ def test_texts_alone_train_without_a_pair(model_folder, text_file, sts_file, tmp
     assert len(log) == 3
     assert all(row["distill"] == pytest.approx(row["loss"]) for row in log)
     assert (tmp_path / "run" / "export" / "modules.json").is_file()
-    assert summary["spearman"]["3"] != summary["spearman"]["0"]
+    assert summary["evaluations"]["3"] != summary["evaluations"]["0"]
 
 
 @pytest.mark.parametrize("weights", [{"alignment_weight": 1.0}, {"alignment_weight": 0.0, "contrastive_weight": 1.0}])
@@ -249,6 +250,8 @@ def test_distillation_adds_to_the_other_losses(model_folder, alignment_file, tmp
         ({"distillation_weight": -1.0}, "distillation_weight: got -1.0"),
         ({"teacher_temperature": 0.0}, "teacher_temperature: got 0.0"),
         ({"distillation_mixture": 1.5}, "distillation_mixture: got 1.5"),
+        ({"ref_margin": "none", "ref_logps_file": "f"}, "ref_logps_file: got 'f', expected None with stage 2"),
+        ({"stage": 1, "ref_logps_file": "f"}, "ref_logps_file: got 'f', expected None with stage 1"),
         ({"distillation_mixture": 0.5}, "distillation_pairs: got 'mask' with distillation_mixture 0.5"),
         ({"distillation_weight": 1.0, "ref_margin": "none", "streaming": True}, "expected 0 when streaming"),
     ],
@@ -258,7 +261,7 @@ def test_wrong_options_are_named(options, message):
         stage2("m", "d", "o", **options)
 
 
-def test_a_folder_of_texts_becomes_an_export_in_one_command(model_folder, sts_file, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_texts_becomes_an_export_in_one_command(model_folder, tmp_path, monkeypatch, capsys):
     """Both stages of the ready configuration, by a user who has no pairs."""
     from sentence_transformers import SentenceTransformer
 
@@ -269,14 +272,24 @@ def test_a_folder_of_texts_becomes_an_export_in_one_command(model_folder, sts_fi
         (texts / f"{name}.txt").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["init", "label-free"]) == 0
-    flags = ["--model", model_folder, "--train_data", str(texts), "--output_dir", "out", "--max_steps", "2"]
-    assert cli.main(["train", "label-free/stage1.yaml", "label-free/stage2.yaml", *flags, "--eval_data", sts_file]) == 0
+    flags = ["--model", model_folder, "--output_dir", "out", "--max_steps", "2", "--eval_steps", "1"]
+    assert cli.main(["train", "label-free/stage1.yaml", "label-free/stage2.yaml", *flags]) == 0
     assert SentenceTransformer("out/stage2/export").encode(["the cat"]).shape == (1, 32)
     kept = [json.loads(Path(f"out/stage{n}/config.json").read_text()) for n in (1, 2)]
     assert [c["model"] for c in kept] == [model_folder, "out/stage1/model"]
     assert kept[1]["distillation_weight"] == 1.0
     shown = capsys.readouterr().out
     assert "teacher scores: 2 blocks of 12 × 12 pairs" in shown
+    for stage, steps in (("stage1", "012"), ("stage2", "012")):
+        summary = json.loads(Path(f"out/{stage}/summary.json").read_text())
+        found = summary["evaluations"]
+        assert (summary["eval_metric"], [*found]) == ("mean_cosine", [*steps])
+        assert all(set(values) == set(LABEL_FREE) and None not in values.values() for values in found.values())
+        kept = min("12", key=lambda step: found[step]["mean_cosine"]) if stage == "stage1" else "2"
+        assert summary["model_step"] == int(kept)
+        recipe = json.loads(Path(f"out/{stage}/model/autoregembed.json").read_text())
+        assert recipe["step"] == int(kept)
+        assert f"mean_cosine step 0: {found['0']['mean_cosine']:.4f}" in " ".join(shown.split())
 
 
 def test_stages_with_folders_of_their_own_keep_them(tmp_path):

@@ -1,4 +1,5 @@
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import pytrec_eval
@@ -9,12 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoregembed import Encoder
+from autoregembed.config import Config
 from autoregembed.encoder import text_embedding
 from autoregembed.evaluate import (
+    LABEL_FREE,
+    METRICS,
     best_columns,
     judged_queries,
+    label_free,
     load_retrieval,
     load_sts,
+    load_texts,
     retrieval,
     spearman,
     sts,
@@ -121,6 +127,90 @@ def test_an_undefined_correlation_is_none_with_the_reason():
 def test_sts_needs_its_columns(tmp_path):
     with pytest.raises(ValueError, match=r"missing \['score'\]"):
         load_sts(write_jsonl(tmp_path / "a.jsonl", [{"sentence1": "a", "sentence2": "b"}]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Without labels
+
+
+def by_hand(texts: dict[str, list[float]], views: list[tuple[list[float], list[float]]]) -> dict[str, float]:
+    """The metrics of `label_free`, pair by pair in plain Python."""
+    rows = [[x / math.hypot(*row) for x in row] for row in texts.values()]
+    pairs = [(a, b) for i, a in enumerate(rows) for b in rows[:i]]
+    cosines = [sum(x * y for x, y in zip(a, b, strict=True)) for a, b in pairs]
+    spread = [math.exp(-2 * math.dist(a, b) ** 2) for a, b in pairs]
+    found = [
+        max(range(len(views)), key=lambda j, a=a: F.cosine_similarity(*torch.tensor([a, views[j][1]]), 0))
+        for a, _ in views
+    ]
+    mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    scatter = torch.tensor([[x - m for x, m in zip(row, mean, strict=True)] for row in rows], dtype=torch.float64)
+    sigma = torch.linalg.eigvalsh(scatter.T @ scatter).clamp(min=0).sqrt()
+    share = [float(s / sigma.sum()) for s in sigma if s > 1e-4]
+    return {
+        "mean_cosine": sum(cosines) / len(cosines),
+        "view_accuracy": sum(i == j for i, j in enumerate(found)) / len(views),
+        "effective_rank": math.exp(-sum(p * math.log(p) for p in share)),
+        "uniformity": math.log(sum(spread) / len(spread)),
+    }
+
+
+def test_metrics_without_labels_by_hand():
+    table = {
+        "one two three": [1.0, 0.2, 0.0],
+        "four five": [0.3, 2.0, 0.1],
+        "six": [0.1, 0.4, 0.9],
+        "x": [2.0, 1.0, 1.0],
+    }
+    halves = {"one two": [1.0, 0.0, 0.0], "three": [0.9, 0.1, 0.0], "four": [0.0, 1.0, 0.0], "five": [1.0, 0.2, 0.1],
+              "si": [0.0, 0.1, 1.0], "x": table["x"]}  # fmt: skip
+    views = [(halves["one two"], halves["three"]), (halves["four"], halves["five"]), (halves["si"], table["x"])]
+    seen = []
+    found = label_free(vectors({**halves, **table}, seen), [*table, "four five"])
+    assert found == pytest.approx(by_hand(table, views), abs=1e-6)
+    assert found["view_accuracy"] == pytest.approx(2 / 3)
+    assert tuple(found) == LABEL_FREE
+    assert seen == [[*table, "one two", "four", "si", "three", "five", "x"]], "in one call, each once"
+
+
+def test_metrics_without_labels_tell_a_collapse_from_a_spread():
+    texts = [f"{i} and {i}" for i in range(40)]
+    alike = label_free(lambda found: torch.ones(len(found), 64), texts)
+    assert alike == pytest.approx(
+        {"mean_cosine": 1, "view_accuracy": 1 / 40, "effective_rank": 0, "uniformity": 0}, abs=1e-6
+    )
+    apart = label_free(lambda found: torch.eye(40, 64).repeat(3, 1), texts)
+    assert apart["view_accuracy"] == 1
+    assert apart["mean_cosine"] == pytest.approx(0)
+    assert apart["effective_rank"] == pytest.approx(39)
+    assert apart["uniformity"] == pytest.approx(-4)
+    for name in LABEL_FREE:
+        assert (apart[name] > alike[name]) == METRICS[name].higher
+    nothing = label_free(lambda found: torch.full((len(found), 3), math.nan), texts)
+    assert nothing == {**dict.fromkeys(LABEL_FREE), "undefined": "embeddings: got a value that is not finite"}
+    assert label_free(lambda found: torch.eye(len(found)), ["a", "b"])["view_accuracy"] is None, "no halves"
+    with pytest.raises(ValueError, match="texts: got 1, expected at least two different ones"):
+        label_free(lambda found: torch.ones(len(found), 3), ["a b", "a b"])
+
+
+def test_the_metrics_of_the_config_are_these():
+    named, _ = get_args(get_type_hints(Config)["eval_metric"])
+    assert get_args(named) == tuple(METRICS)
+
+
+def test_texts_of_an_evaluation_are_read_as_those_of_training(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one\n\ntwo\n")
+    (folder / "b.txt").write_text("two\nthree")
+    assert load_texts(str(folder)) == load_texts(str(folder), column="body") == ["one", "two", "three"]
+    rows = [{"text": "a", "body": "b"}, {"text": "c", "body": "d"}]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert load_texts(file) == ["a", "c"]
+    assert load_texts(file, column="body") == ["b", "d"]
+    file = write_jsonl(tmp_path / "b.jsonl", [*rows, {"text": "e"}])
+    with pytest.raises(ValueError, match=r"in line 3 of 'b.jsonl', expected \{body\}"):
+        load_texts(file, column="body")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

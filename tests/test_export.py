@@ -253,7 +253,7 @@ def test_the_card_is_valid_metadata_with_three_lines_that_run(tmp_path):
         train_data=str(tmp_path / "pairs.jsonl"),
         recipe={"stage": 2, "learning_rate": 1e-4},
         eval_data="mteb/stsbenchmark-sts",
-        eval_metrics={"20": 0.61, "0": 0.2345678, "10": None},
+        evaluations={"20": {"spearman": 0.61}, "0": {"spearman": 0.2345678}, "10": {"spearman": None}},
     )
     folder = encoder_of().save_pretrained(tmp_path / "out", card=known)
     card = ModelCard.load(folder / "README.md")
@@ -276,6 +276,15 @@ def test_the_card_is_valid_metadata_with_three_lines_that_run(tmp_path):
     scope: dict = {}
     exec(code.replace('"base-autoregembed"', repr(str(folder))), scope)
     assert scope["embeddings"].shape == (2, 32)
+
+
+def test_a_card_shows_what_needs_no_label_as_no_score_of_the_hub(tmp_path):
+    from huggingface_hub import ModelCard
+
+    card = Card(eval_data="texts", evaluations={"5": {"mean_cosine": 0.5}}, eval_metric="mean_cosine")
+    card = ModelCard.load(encoder_of().save_pretrained(tmp_path / "out", card=card) / "README.md")
+    assert card.data.eval_results is None
+    assert "Mean cosine of different texts, texts:\n\n| | |\n|---|---|\n| after step 5 | 0.5000 |" in card.content
 
 
 def test_a_card_without_facts_guesses_none(tmp_path):

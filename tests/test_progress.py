@@ -39,12 +39,12 @@ def shown(total: int, *, width: int = 80, terminal: bool = False, done: int = 0)
     console = Console(file=out, width=width, force_terminal=terminal, legacy_windows=False)
     with Display(console, "stage 2", total, done) as display:
         for step in range(done + 1, total + 1):
-            display.update(step, describe(LOG, 0.71))
+            display.update(step, describe(LOG, ("spearman", 0.71)))
     return out.getvalue()
 
 
 def test_the_numbers_that_people_want_stand_first():
-    line = describe(LOG, 0.71234)
+    line = describe(LOG, ("spearman", 0.71234))
     assert line == "loss 1.250  spearman 0.7123  align 0.500  nce 2.000  s1 0.100  1234 tok/s  1.5 GB"
     assert [clock(x) for x in (0, 59.6, 3723)] == ["0:00", "1:00", "1:02:03"]
 

@@ -13,7 +13,7 @@ import torch
 from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
-from autoregembed import models, runtime, sampling
+from autoregembed import held_out, models, runtime, sampling
 from autoregembed import train as train_module
 from autoregembed.config import ConfigError
 from autoregembed.files import CheckpointError
@@ -292,21 +292,47 @@ def test_a_constant_schedule_can_be_made_longer(model_folder, compression_file, 
         train(longer, quiet)
 
 
-def test_the_best_evaluation_is_kept(model_folder, compression_file, sts_file, tmp_path, quiet, monkeypatch):
-    scores = iter([0.9, 0.1, 0.5, 0.5, 0.3])
-    monkeypatch.setattr(train_module, "sts", lambda *_: {"spearman": next(scores)})
-    options = {"lr_scheduler_type": "constant", "eval_data": sts_file}
-    config = stage1(
-        model_folder, compression_file, tmp_path / "out", max_steps=4, eval_steps=1, save_best=True, **options
-    )
-    summary = train(config, quiet)
-    assert (summary["best_step"], summary["best"]) == (2, str(tmp_path / "out" / "best"))
-    scores = iter([0.9, 0.1])
-    train(stage1(model_folder, compression_file, tmp_path / "two", max_steps=2, **options), quiet)
-    best, wanted = (load_file(tmp_path / n / "model.safetensors") for n in ("out/best", "two/export"))
-    assert all(torch.equal(best[n], wanted[n]) for n in wanted)
+@pytest.mark.parametrize("metric", ["spearman", "mean_cosine"])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_model_of_the_best_evaluation_is_kept(
+    metric, lora_rank, model_folder, compression_file, sts_file, tmp_path, quiet, monkeypatch
+):
+    """The second of four steps, also where the run was stopped after the third and after the last."""
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": sentence(i, 4)} for i in range(5)])
+    sign = 1 if metric == "spearman" else -1
+    values: list = []
+    function = "sts" if metric == "spearman" else "label_free"
+    monkeypatch.setattr(held_out, function, lambda *_: {metric: values.pop(0)})
+    options = {"lr_scheduler_type": "constant", "eval_data": sts_file if sign > 0 else texts, "lora_rank": lora_rank}
+    options |= {"eval_metric": metric, "eval_steps": 1, "save_steps": 1, "save_best": True}
+
+    def run(name: str, steps: int, *scores: float | None, **more) -> dict:
+        values[:] = [None if x is None else sign * x for x in scores]
+        config = stage1(model_folder, compression_file, tmp_path / name, max_steps=steps, **{**options, **more})
+        summary = train(config, quiet)
+        assert values == []
+        return summary
+
+    assert run("out", 4, 0.9, 0.1, 0.5, 0.5, None)["model_step"] == 2
+    again = {"resume_from_checkpoint": True}
+    run("parts", 3, 0.9, 0.1, 0.5, 0.5)
+    assert run("parts", 4, None, **again)["model_step"] == 2
+    (tmp_path / "parts" / "summary.json").unlink()
+    assert run("parts", 4, **again)["model_step"] == 2
+    assert run("better", 4, 0.9, None, 0.5, 0.5, 0.6)["model_step"] == 4
+    run("two", 2, 0.9, 0.1, 0.5, save_best=False)
+    files = ["model/model.safetensors", "export/model.safetensors", "adapter/adapter_model.safetensors"]
+    for file in files if lora_rank else files[:2]:
+        wanted = load_file(tmp_path / "two" / file)
+        for name, same in (("out", True), ("parts", True), ("better", False)):
+            found = load_file(tmp_path / name / file)
+            assert all(torch.equal(found[n], wanted[n]) for n in wanted) == same, (name, file)
+    (tmp_path / "parts" / "summary.json").unlink()
+    assert run("parts", 4, save_best=False, **again)["model_step"] == 4
     with pytest.raises(ConfigError, match=r"^save_best: got True"):
         stage1(model_folder, compression_file, tmp_path / "out", save_best=True)
+    with pytest.raises(ConfigError, match=r"^eval_metric: got 'uniformity', expected None without eval_data"):
+        stage1(model_folder, compression_file, tmp_path / "out", eval_metric="uniformity")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,9 +75,17 @@ def test_an_update_does_not_depend_on_how_the_step_is_cut(model_folder, compress
 
 
 def test_wrong_evaluation_data_is_refused_before_anything_is_loaded(model_folder, compression_file, tmp_path, quiet):
-    wrong = write_jsonl(tmp_path / "wrong.jsonl", [{"text": "the cat"}])
-    with pytest.raises(ValueError, match="sentence1"):
-        train(stage1(str(tmp_path / "no model"), compression_file, tmp_path / "out", eval_data=wrong), quiet)
+    pair = {"sentence1": "a", "sentence2": "b", "score": 1}
+    for rows, options, message in (
+        ([{"title": "the cat"}], {}, "sentence1"),
+        ([{"text": "the cat"}] * 2, {}, "got one text in"),
+        ([{"text": "the cat"}, {"text": " "}], {}, "got an empty 'text' in line 2"),
+        ([{"text": "a"}, {"text": "b"}], {"eval_metric": "spearman"}, "^eval_metric: got 'spearman', expected mean_c"),
+        ([pair, pair | {"score": 2}], {"eval_metric": "uniformity"}, "expected spearman: .* holds rated pairs"),
+    ):
+        wrong = write_jsonl(tmp_path / "wrong.jsonl", rows)
+        with pytest.raises(ValueError, match=message):
+            train(stage1("no model", compression_file, tmp_path / "out", eval_data=wrong, **options), quiet)
 
 
 @pytest.mark.parametrize("hard_negatives", [False, True])
@@ -125,11 +133,12 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     card = (tmp_path / "two" / "export" / "README.md").read_text()
     for part in ("license: mit", f"made from {Path(model_folder).name} by", "Data: stage2.jsonl.", "stage: 2"):
         assert part in card
-    for step, score in second["spearman"].items():
-        assert f"| {'before' if step == '0' else f'after step {step}'} | {score:.4f} |" in card
+    for step, found in second["evaluations"].items():
+        assert f"| {'before' if step == '0' else f'after step {step}'} | {found['spearman']:.4f} |" in card
     assert "contrastive_weight: 1.0" in card
     assert str(tmp_path) not in card
-    assert second["spearman"]["0"] == pytest.approx(first["spearman"]["25"], abs=1e-6)
+    last = first["evaluations"]["25"]["spearman"]
+    assert second["evaluations"]["0"]["spearman"] == pytest.approx(last, abs=1e-6)
     config = stage2(second["model"], alignment_file, "unused")
     encoder = build_models(config)[0]
     texts = ["the cat sat", "rain fell over old stone bridges </s> and <EMBED0> boats", "dusk " * 600]
@@ -139,19 +148,13 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
 
 
 def test_the_export_has_the_dtype_and_the_name_of_the_config(model_folder, compression_file, sts_file, tmp_path, quiet):
-    options = {
-        "export_dtype": "bf16",
-        "model_name": "me/mine",
-        "eval_data": sts_file,
-        "eval_steps": 2,
-        "save_best": True,
-    }
+    options = {"export_dtype": "bf16", "model_name": "me/mine", "eval_data": sts_file}
     made = train(stage1(model_folder, compression_file, tmp_path / "out", **options), quiet)
-    for folder in (made["export"], made["best"]):
-        assert {w.dtype for w in load_file(f"{folder}/model.safetensors").values()} == {torch.bfloat16}
-        card = (Path(folder) / "README.md").read_text(encoding="utf-8")
-        assert "\n# me/mine\n" in card
-        assert "export_dtype: bf16" in card
+    folder = Path(made["export"])
+    assert {w.dtype for w in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "\n# me/mine\n" in card
+    assert "export_dtype: bf16" in card
     weights = load_file(f"{made['model']}/model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}, "stage 2 starts from these"
 
@@ -275,7 +278,7 @@ def test_an_unwritable_output_folder_fails_at_once(model_folder, compression_fil
 
 
 @pytest.mark.parametrize(
-    "name", ["model", "export", "adapter", "best", "checkpoints", "summary.json", "metrics.jsonl", "training.png"]
+    "name", ["model", "export", "adapter", "checkpoints", "summary.json", "metrics.jsonl", "training.png"]
 )
 def test_what_stands_in_the_way_of_a_result_is_named_before_the_model_is_loaded(
     name, compression_file, tmp_path, quiet
@@ -368,9 +371,9 @@ def test_equal_embeddings_leave_no_nan_in_what_a_run_writes(model_folder, compre
     console = Console(file=io.StringIO(), width=1000)
     options = {"eval_data": pairs, "eval_steps": 1, "save_best": True, "save_steps": 1, "max_steps": 2}
     summary = train(stage1(model_folder, compression_file, tmp_path / "out", **options), console)
-    assert summary["spearman"] == {"0": None, "1": None, "2": None}
-    assert (summary["best"], summary["best_step"]) == (None, None)
-    assert "evaluation: no Spearman correlation, similarities: got no two different" in console.file.getvalue()
+    assert summary["evaluations"] == {step: {"spearman": None} for step in "012"}
+    assert summary["model_step"] == 2, "the last, where none is the best"
+    assert "evaluation: no spearman, similarities: got no two different" in console.file.getvalue()
     written = [p for p in (tmp_path / "out").rglob("*.json*") if p.is_file()]
     assert len(written) > 8
     for path in written:

@@ -100,7 +100,7 @@ def plot(out: Path, summaries: list[dict], token_mean_score: float) -> None:
         file = out / folder / "metrics.jsonl"
         log = [json.loads(line) for line in file.read_text().splitlines()]
         left.plot([offset + r["step"] for r in log], [r["loss"] for r in log], color=f"C{i}", label=title)
-        scores = [(offset + int(s), v) for s, v in summary["spearman"].items() if v is not None]
+        scores = [(offset + int(s), v["spearman"]) for s, v in summary["evaluations"].items()]
         right.plot(*zip(*scores, strict=True), "o-", color=f"C{i}", label=folder)
         offset += summary["steps"]
     right.axhline(token_mean_score, color="0.6", linestyle="--", label="untrained, mean over tokens")
@@ -139,7 +139,7 @@ def main() -> None:
     lm, tokenizer, _ = load_causal_lm(model, gguf_file=read_config([str(HERE / "stage1.yaml")]).gguf_file)
     plain = sts(lambda texts: token_mean(lm, tokenizer, texts), pairs)["spearman"]
 
-    scores = [list(s["spearman"].values()) for s in summaries]
+    scores = [[found["spearman"] for found in s["evaluations"].values()] for s in summaries]
     seconds = [s["train_seconds"] for s in summaries]
     summary = {
         "spearman_untrained": scores[0][0],

@@ -200,7 +200,7 @@ class Study:
 
     def last(self, cell: dict, seed: int, rate: float | None) -> float:
         """The last development score of a cell."""
-        return list([self.run(config) for config in self.chain(cell, seed, rate)][-1]["spearman"].values())[-1]
+        return list(curve([self.run(config) for config in self.chain(cell, seed, rate)][-1]).values())[-1]
 
     def result(self, cell: dict, seed: int, rate: float | None, test: bool = True) -> dict:
         """What a cell has learned; `test`: the test pairs are read too. A stage-2 model is left as its export."""
@@ -238,7 +238,7 @@ class Study:
                     "seconds": s["train_seconds"],
                     "tflops": self.flops(c) / 1e12,
                     "tokens": c.max_steps * c.batch_size * sum(mean_lengths(c, self.tokenizer)),
-                    "curve": s["spearman"],
+                    "curve": curve(s),
                 }
                 for c, s in zip(configs, summaries, strict=True)
             ],
@@ -294,6 +294,11 @@ def similarities(encoder: Encoder, pairs) -> dict[str, float]:
     a, b = ([place[t] for t in pairs[c]] for c in ("sentence1", "sentence2"))
     found = spaces(encoder.encode(texts))
     return {name: spearman(F.cosine_similarity(x[a], x[b]), pairs["score"]) for name, x in found.items()}
+
+
+def curve(summary: dict) -> dict[str, float]:
+    """Spearman's correlation by step."""
+    return {step: found["spearman"] for step, found in summary["evaluations"].items()}
 
 
 def trained(config: Config) -> tuple[Encoder, Decoder]:
