@@ -325,10 +325,8 @@ class Config(Stage2Options):
         for name in ("model", "decoder", "train_data", "eval_data", "output_dir", "ref_logps_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
-<<<<<<< HEAD
         if self.cuda_graphs:
             self._require_repeatable()
-=======
         if self.eval_metric and not self.eval_data:
             raise ConfigError(f"eval_metric: got {self.eval_metric!r}, expected None without eval_data")
         if self.ref_logps_file and not self.needs_ref_logps:
@@ -336,7 +334,6 @@ class Config(Stage2Options):
                 f"ref_logps_file: got {self.ref_logps_file!r}, expected None with stage {self.stage}, "
                 f"ref_margin={self.ref_margin!r} and alignment_weight={self.alignment_weight}"
             )
->>>>>>> main
         if self.save_best and not (self.eval_data and self.eval_steps):
             raise ConfigError("save_best: got True, expected False unless eval_data and eval_steps are set")
         if self.streaming and self.max_steps is None:
