@@ -195,7 +195,8 @@ def composite(name):
     """A seeded float64 model that also reads images."""
     text, vision = MULTIMODAL[name]
     default = CONFIG_MAPPING[name.split(",")[0]]()
-    sizes = {field: value for field, value in SIZES.items() if hasattr(default.get_text_config(), field)}
+    known = type(default.get_text_config())  # an instance raises for what differs by layer
+    sizes = {field: value for field, value in SIZES.items() if hasattr(known, field)}
     config = type(default)(text_config={**sizes, **text}, vision_config=vision)
     for field, value in vars(config).items():  # ids of images and the like lie within the vocabulary
         if field.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= SIZES["vocab_size"]:
