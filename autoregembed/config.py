@@ -160,7 +160,7 @@ class Config(Stage2Options):
         train_split: the split of a hub data set, or of the qrels of a BEIR folder; default: train.
         streaming: stream the data; needs `max_steps`, and no reference scores.
         eval_data: what is measured before, during and after training: rated pairs, rows of sentence1, sentence2,
-            score, or texts alone, rows of text or a folder of .txt files, of which at most 256 are read.
+            score, or texts alone, rows of text or a folder of .txt files, of which at most 128 are read.
         eval_split: its split.
         eval_metric: spearman for rated pairs; for texts mean_cosine, view_accuracy, effective_rank or uniformity. All
             that the data allow are measured; this one is shown, and chooses what `save_best` keeps. Default: spearman,

@@ -325,7 +325,7 @@ def stage2_loss(
         decoder: the frozen decoder; None where `alignment_weight` is 0.
         z: (R, K, D): the queries, the positives and, for hard negatives, all negatives (`texts_of`).
         rows: B rows with `target_ids`, [positive, *negatives] as the decoder scores them.
-        ref_logps: r_a (B,), r_c (B, ≥ M), where `options.uses_ref_logps`.
+        ref_logps: r_a (B,), r_c (B, ≥ M), where `options.uses_ref_logps`, and only there.
         teacher_scores: (B, B), log p(positive_j | z of query i) by the model before the stage, for distillation.
         embeddings: (R, D), in the order of z, what InfoNCE compares; by default normalize(mean_k z).
         passages: the token ids of the texts behind the queries' embeddings, which tell equal passages; by default those
@@ -335,6 +335,11 @@ def stage2_loss(
 
     Source: arXiv 2502.11401, §3.3.
     """
+    if ref_logps is not None and not options.uses_ref_logps:
+        raise ValueError(
+            f"ref_logps: got scores, expected None, since ref_margin={options.ref_margin!r} and "
+            f"alignment_weight={options.alignment_weight}"
+        )
     alignment = contrastive = distillation = None
     stats: dict[str, Tensor] = {}
     if options.alignment_weight:

@@ -1,3 +1,4 @@
+import io
 import math
 from typing import get_args, get_type_hints
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from conftest import sentence, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from autoregembed import Encoder
 from autoregembed.config import Config
@@ -26,6 +28,7 @@ from autoregembed.evaluate import (
     sts,
     token_mean,
 )
+from autoregembed.held_out import HeldOut
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -211,6 +214,12 @@ def test_texts_of_an_evaluation_are_read_as_those_of_training(tmp_path):
     file = write_jsonl(tmp_path / "b.jsonl", [*rows, {"text": "e"}])
     with pytest.raises(ValueError, match=r"in line 3 of 'b.jsonl', expected \{body\}"):
         load_texts(file, column="body")
+    out = io.StringIO()
+    many = write_jsonl(tmp_path / "c.jsonl", [{"body": str(i)} for i in range(300)])
+    config = Config(stage=1, model="m", train_data=many, output_dir="o", eval_data=many, columns="text=body")
+    texts = HeldOut(config, Console(file=out)).texts
+    assert (len(texts), texts[0], texts[64], texts[-1]) == (128, "0", "150", "297")
+    assert "eval_data: 128 of 300 texts are read, spread evenly" in out.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
