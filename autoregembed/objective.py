@@ -32,6 +32,7 @@ from autoregembed.ops import (
 )
 from autoregembed.packing import Ids, Packed, index_on, make_microbatches
 from autoregembed.passes import sum_of_passes
+from autoregembed.teacher_scores import log_marginal
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
@@ -278,20 +279,33 @@ def distillation_loss(
     Args:
         options: temperatures, mixture, and whether a query's own passage counts.
         query, passages: (B, D).
-        scores: (B, B), the teacher's log p(d_j | z_i).
+        scores: (≥ B, B), the teacher's log p(d_j | z_i), −inf where it has scored no pair. Rows beyond B, of other
+            texts' z, enter the marginal alone.
         keys: the token ids of query i and passage i, which tell equal texts.
     """
     mask = target = None
+    scores, others = scores.tensor_split([len(query)])
+    chosen = None
+    if scores.device.type == "cpu" and bool(scores.isneginf().any()):  # those of candidates lie on the host
+        chosen = ~scores.isneginf()
     if options.distillation_pairs == "mask":
         # A text that is the query, or its passage, by another index is what the pair is: known.
         same = [[d in (own, x) for _, d in keys] for x, own in keys]
-        mask = ~torch.tensor(same, device=query.device)
+        chosen = ~torch.tensor(same) if chosen is None else chosen & ~torch.tensor(same)
     elif options.distillation_mixture < 1:
         target = torch.arange(len(query), device=query.device)
+    marginal: str | Tensor = "batch"
+    if len(others):
+        kept = scores if chosen is None else scores.masked_fill(~chosen.to(scores.device), -torch.inf)
+        marginal = log_marginal(torch.cat([kept, others]), options.teacher_temperature).to(
+            query.device, non_blocking=True
+        )
+    if chosen is not None:
+        mask = chosen.to(query.device, non_blocking=True)
     return score_distillation(
         query, passages, scores.to(query.device, non_blocking=True), temperature=options.distillation_temperature,
         teacher_temperature=options.teacher_temperature, mask=mask, target=target,
-        mixture=options.distillation_mixture,
+        mixture=options.distillation_mixture, marginal=marginal,
     )  # fmt: skip
 
 
@@ -326,7 +340,8 @@ def stage2_loss(
         z: (R, K, D): the queries, the positives and, for hard negatives, all negatives (`texts_of`).
         rows: B rows with `target_ids`, [positive, *negatives] as the decoder scores them.
         ref_logps: r_a (B,), r_c (B, ≥ M), where `options.uses_ref_logps`, and only there.
-        teacher_scores: (B, B), log p(positive_j | z of query i) by the model before the stage, for distillation.
+        teacher_scores: (≥ B, B), log p(positive_j | z of query i) by the model before the stage, for distillation; more
+            rows are for the marginal (`distillation_loss`).
         embeddings: (R, D), in the order of z, what InfoNCE compares; by default normalize(mean_k z).
         passages: the token ids of the texts behind the queries' embeddings, which tell equal passages; by default those
             of the rows.
@@ -395,7 +410,7 @@ class Objective:
     decoder: Decoder | None
     accelerator: Accelerator
     ref_logps: tuple[Tensor, Tensor] | None = None  # r_a (rows of the data,), r_c (rows of the data, M)
-    teacher_scores: Tensor | None = None  # (blocks of the data, B, B)
+    teacher_scores: Tensor | None = None  # (blocks of the data, ≥ B, B)
 
     def __post_init__(self) -> None:
         self.accelerator.unwrap_model(self.encoder).sharded = self._is_sharded
@@ -460,7 +475,8 @@ class Objective:
         teacher_scores = None
         if self.teacher_scores is not None:
             place = torch.tensor([r["place"] for r in rows])
-            teacher_scores = self.teacher_scores[rows[0]["block"]][place][:, place]
+            found = self.teacher_scores[rows[0]["block"]]
+            teacher_scores = torch.cat([found[place], found[found.shape[1] :]])[:, place]
         out = stage2_loss(
             config, self.decoder, z, rows, ref_logps=ref_logps, teacher_scores=teacher_scores,
             token_budget=config.token_budget,
