@@ -190,6 +190,11 @@ class AutoRegEmbedLoss(DecoderLoss):
 
     def _ref_logps(self, labels: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.options.uses_ref_logps:
+            if labels is not None:
+                raise ValueError(
+                    f"labels: got {tuple(labels.shape)}, expected None, as ref_margin={self.options.ref_margin!r} and "
+                    f"alignment_weight={self.options.alignment_weight} read no scores: leave out the column 'label'"
+                )
             return None
         expected = (len(like), width)
         if labels is None or tuple(labels.shape) != expected:
