@@ -28,6 +28,9 @@ def main() -> int:
         return 0
     working = not HEAVY.isdisjoint(arguments[:1]) and not {"-h", "--help"} & {*arguments}
     if working:
+        from autoregembed.cpu import bound_primitive_caches
+
+        bound_primitive_caches()
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the bar here is the command's own
     if working and os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"autoregembed {arguments[0]}: loading libraries", file=sys.stderr, flush=True)

@@ -209,7 +209,7 @@ class GraphedObjective(Objective):
         if config.contrastive_weight:
             inputs = inputs._replace(passage_ids=torch.tensor(text_keys(texts[len(rows) :])))
         if config.distillation_weight:
-            unknown = unknown_pairs(config, keys_of(rows))
+            unknown = unknown_pairs(config, keys_of(rows), teacher_scores)
             inputs = inputs._replace(teacher_scores=teacher_scores, unknown=unknown)
         return inputs
 

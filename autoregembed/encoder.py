@@ -155,8 +155,8 @@ class Encoder(nn.Module):
             name_or_path: a hub id, a folder, a GGUF file, or what `save_pretrained` or a training run wrote (`model/`
                 or `export/`); what those folders say of themselves is the default of the next three.
             num_compress_tokens: K; by default 5. They are added to a model that has none.
-            compress_init: a text whose tokens' embeddings they then start from; by default a comma.
-            instruction: between text and compress tokens; by default "Represent the text.".
+            compress_init: a text whose tokens' embeddings they then start from; by default " ,".
+            instruction: between text and compress tokens; by default "Keywords:".
             max_length: as in the constructor.
             lora_rank: above 0, LoRA adapters and the compress tokens train in place of all parameters (needs `peft`).
             lora_alpha, lora_targets: `lora_alpha` and `target_modules` of `peft.LoraConfig`.
@@ -409,17 +409,18 @@ class Encoder(nn.Module):
             write_compress_rows(self.model, self.compress_token_ids, self.compress_rows)
 
     @torch.no_grad()
-    def init_output_rms(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
+    def init_output_rms(
+        self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
+    ) -> None:
         """Scales the model's final norm so that each dimension of z has a given RMS over some texts.
 
-        A few dimensions of an LM's last hidden states are ten times as large as the rest. A decoder reads such a z as
-        noise until training has tamed them; this does so before the first step and adds nothing to the model.
+        A few dimensions of an LM's last hidden states are ten times the rest, and such a z is noise to a decoder.
 
         Args:
             rms: (D,) of the decoder's input embeddings (`Decoder.input_rms_per_dimension`).
-            ids, suffix_ids: as in `forward`; a hundred texts are plenty.
+            ids, suffix_ids, token_budget: as in `forward`; a hundred texts are plenty.
         """
-        z = self(ids, suffix_ids).double()
+        z = self(ids, suffix_ids, token_budget).double()
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         if self.shared is not None:
             self.shared.require_own(final_norm(self.model), "a final norm")

@@ -17,9 +17,10 @@ from transformers.utils import cached_file
 
 from autoregembed import loading
 from autoregembed.files import CheckpointError, atomic_folder, read_json, write_json
+from autoregembed.modalities import reads_more_than_text, text_model
+from autoregembed.prompt import COMPRESS_INIT
 
 RECIPE = "autoregembed.json"
-COMPRESS_INIT = ","
 RECIPE_VERSION = 2  # 1: the fields of 0.2
 
 
@@ -103,7 +104,7 @@ def load_causal_lm(
     with wrap_load_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         if loading.absent():
-            return loading.empty_model(loader, source, dtype, **options), tokenizer, recipe
+            return text_model(loading.empty_model(loader, source, dtype, **options)), tokenizer, recipe
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **weights)
     missing = sorted(info["missing_keys"])
     if missing and not gguf_file:
@@ -118,7 +119,7 @@ def load_causal_lm(
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
         model = plain
-    return model, tokenizer, recipe
+    return text_model(model), tokenizer, recipe
 
 
 _RECIPE_TYPES: dict[str, Any] = {
@@ -187,7 +188,7 @@ def compress_embeddings(model: Any, tokenizer: Any, k: int, words: str | None = 
     """Ids for K compress tokens, behind the vocabulary, and the embeddings (K, D) that they start from.
 
     The ids are rows of the embedding matrix, or would be, and not entries of the tokenizer, so no text can contain one.
-    The embeddings are those of the tokens of `words` (by default a comma), as often as it takes, plus noise of a tenth
+    The embeddings are those of the tokens of `words` (by default " ,"), as often as it takes, plus noise of a tenth
     of the matrix' standard deviation: an LM knows how to go on after words, and reads a random vector as noise. The
     model stays as it is.
 
@@ -256,8 +257,14 @@ def base_model(model: Any) -> Any:
     """The part of a causal LM (PEFT-wrapped or not) that maps ids to last hidden states.
 
     Raises:
-        ValueError: a PeftModel that puts virtual tokens before a text, which lie outside that part.
+        ValueError: a model of several modalities, or a PeftModel that puts virtual tokens before a text, which lie
+            outside that part.
     """
+    if reads_more_than_text(model):
+        raise ValueError(
+            f"model: got {type(model).__name__}, which reads more than text, expected its text part alone: "
+            "from_pretrained takes it out, as does autoregembed.modalities.text_model(model)"
+        )
     if hasattr(model, "get_base_model"):
         for config in model.peft_config.values():
             if config.is_prompt_learning:

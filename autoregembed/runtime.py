@@ -21,6 +21,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from autoregembed.config import Config, ConfigError
+from autoregembed.cpu import bound_primitive_caches
 from autoregembed.files import atomic_file, json_text
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
 from autoregembed.quantized import require_quantizer
@@ -45,6 +46,7 @@ def make_accelerator(config: Config, precision: str) -> Accelerator:
             raise ConfigError(
                 f"log_with: got {name!r}, expected an installed tracker ({', '.join(installed) or 'none is'})"
             )
+    bound_primitive_caches()
     # An earlier run in this process may have had another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(

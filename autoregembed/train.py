@@ -252,7 +252,7 @@ class Run:
         rows, n = self.rows, 128
         few = rows.take(n) if self.config.streaming else rows.select(range(0, len(rows), -(-len(rows) // n)))
         texts = texts_of(list(few), hard_negatives=False)
-        self.encoder.init_output_rms(self.decoder.input_rms_per_dimension(), *texts)
+        self.encoder.init_output_rms(self.decoder.input_rms_per_dimension(), *texts, self.config.token_budget or 4096)
         self.recipe["output_rms_initialized"] = True
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -284,6 +284,7 @@ class Run:
             if config.needs_teacher_scores:
                 assert decoder is not None
                 given = {"seed": config.seed, "num_blocks": read, "console": self.console}
+                given |= {n: getattr(config, f"distillation_{n}") for n in ("candidates", "marginal_texts")}
                 size = config.batch_size
                 teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, size, fingerprint, **given)
         if config.stage == 2 and not config.alignment_weight:

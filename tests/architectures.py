@@ -10,9 +10,14 @@ import re
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from autoregembed import Decoder, Encoder
+from autoregembed.modalities import reads_more_than_text, text_model
 from autoregembed.models import base_model
 
 K, COMPRESS, SUFFIX = 3, [317, 318, 319], [7, 8]
@@ -58,7 +63,7 @@ OPTIONS = {
     "zamba": {"layer_types": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
-# Of several parts (vision, audio, patches of bytes), or no config of its own.
+# Of several parts (vision, audio, patches of bytes; some are in MULTIMODAL), or no config of its own.
 EXCLUDED = {
     "blt", "cohere_compass_text", "dots3_note", "dots3_note_text", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4",
     "gemma4_assistant", "gemma4_unified", "gemma4_unified_assistant", "gemma4_unified_text", "git", "got_ocr2",
@@ -120,6 +125,29 @@ ENCODERS_REFUSED = {
     "stablelm", "stablelm, parallel", "trocr", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xlstm",
     "xmod", "zamba", "zamba2", "zaya",
 }  # fmt: skip
+_VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+           "image_size": 28, "patch_size": 14}  # fmt: skip
+_QWEN_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "embed_dim": 16,
+                "out_hidden_size": 32, "num_position_embeddings": 16, "fullatt_block_indexes": [0],
+                "deepstack_visual_indexes": [0]}  # fmt: skip
+_QWEN = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+# Models that also read images: options of the text model and of the vision model.
+MULTIMODAL = {
+    "gemma3": ({}, _VISION),
+    "gemma4": ({"global_head_dim": 8, "hidden_size_per_layer_input": 0}, {**_VISION, "head_dim": 8}),
+    "gemma4, per-layer embeddings": (
+        {"global_head_dim": 8, "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 320},
+        {**_VISION, "head_dim": 8},
+    ),
+    "internvl": ({"model_type": "qwen2"}, _VISION),
+    "llava": ({"model_type": "llama"}, {**_VISION, "model_type": "clip_vision_model"}),
+    "mistral3": ({"model_type": "mistral"}, {**_VISION, "model_type": "pixtral"}),
+    "qwen2_5_vl": (_QWEN, _QWEN_VISION),
+    "qwen2_vl": (_QWEN, _QWEN_VISION),
+    "qwen3_5, attention only": ({**_QWEN, "layer_types": ["full_attention"] * 2}, _QWEN_VISION),
+    "qwen3_vl": (_QWEN, _QWEN_VISION),
+}
+NO_TEXT_MODEL = {"qwen2_5_vl", "qwen2_vl", "qwen3_vl"}  # Transformers has no causal LM for their text part
 DECODERS_REFUSED = {*ENCODERS_REFUSED, "dory", "gemma3n_text", "modernbert-decoder"}
 
 
@@ -163,29 +191,74 @@ def check_refusal(message):
     assert "nan" not in message, message
 
 
-@torch.no_grad()
+def composite(name):
+    """A seeded float64 model that also reads images."""
+    text, vision = MULTIMODAL[name]
+    default = CONFIG_MAPPING[name.split(",")[0]]()
+    known = type(default.get_text_config())  # an instance raises for what differs by layer
+    sizes = {field: value for field, value in SIZES.items() if hasattr(known, field)}
+    config = type(default)(text_config={**sizes, **text}, vision_config=vision)
+    for field, value in vars(config).items():  # ids of images and the like lie within the vocabulary
+        if field.endswith(("token_id", "token_index")) and isinstance(value, int) and value >= SIZES["vocab_size"]:
+            setattr(config, field, 310)
+    torch.manual_seed(0)
+    model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]._from_config(config, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
 def check(name):
+    """An architecture for text alone."""
+    plain = tiny(name)
+    check_model(plain, plain, name in ENCODERS_REFUSED, name in DECODERS_REFUSED)
+
+
+def check_multimodal(name):
+    """Refused as it is; its text model is right by what the whole model makes of text."""
+    whole = composite(name)
+    for make in (lambda: Encoder(whole, compress_token_ids=COMPRESS), lambda: Decoder(whole)):
+        with pytest.raises(ValueError, match=r"^model: got \w+, which reads more than text, expected its text part"):
+            make()
+    if name in NO_TEXT_MODEL:
+        with pytest.raises(ValueError, match=r"^model: got \w+, which reads more than text, and whose \w+ is no"):
+            text_model(whole)
+        return
+    text = text_model(copy.deepcopy(whole))
+    assert len(list(text.parameters())) < len(list(whole.parameters()))
+    assert not any(p.is_meta for p in (*text.parameters(), *text.buffers()))
+    check_model(text, whole, False, "per-layer" in name)
+
+
+def hidden_states(model, row):
+    inner = model.model if reads_more_than_text(model) else base_model(model)
+    return inner(input_ids=row, use_cache=False).last_hidden_state[0]
+
+
+@torch.no_grad()
+def check_model(text, plain, encoder_refused, decoder_refused):
+    """An encoder and a decoder of `text` against `plain` on each text alone."""
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in LENGTHS]
-    plain = tiny(name)
     width = plain.get_input_embeddings().weight.shape[1]
     z = torch.randn(len(texts), K, width, dtype=torch.float64, generator=generator)
     encoder = decoder = None
     try:
-        encoder = Encoder(copy.deepcopy(plain), compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=1)
+        encoder = Encoder(copy.deepcopy(text), compress_token_ids=COMPRESS, suffix_ids=SUFFIX, bos_token_id=1)
     except ValueError as error:
         check_refusal(str(error))
     try:
-        decoder = Decoder(copy.deepcopy(plain), eos_token_id=2)
+        decoder = Decoder(copy.deepcopy(text), eos_token_id=2)
     except ValueError as error:
         check_refusal(str(error))
-    assert (encoder is None) == (name in ENCODERS_REFUSED)
-    assert (decoder is None) == (name in DECODERS_REFUSED)
+    assert (encoder is None) == encoder_refused
+    assert (decoder is None) == decoder_refused
     if encoder is not None:
         for ids, found in zip(texts, encoder(texts), strict=True):
             alone = copy.deepcopy(plain)  # some ropes remember what they have read
             row = torch.tensor([[1, *ids, *SUFFIX, *COMPRESS]])
-            expected = base_model(alone)(input_ids=row, use_cache=False).last_hidden_state[0, -K:]
+            expected = hidden_states(alone, row)[-K:]
             assert (found - expected).norm() < TOLERANCE * expected.norm()
     if decoder is not None:
         for pair, found in zip(zip(z, texts, strict=True), decoder.logprob(z, texts), strict=True):
@@ -199,3 +272,8 @@ def check(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_is_right_or_refused(name):
     check(name)
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_a_model_of_several_modalities_is_right_or_refused(name):
+    check_multimodal(name)

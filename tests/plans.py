@@ -1,4 +1,11 @@
-"""Every plan of a list against the run that it is for: `pytest tests/plans.py`, nightly."""
+"""Every plan of a list against the run that it is for: `pytest tests/plans.py`, nightly.
+
+`python tests/plans.py` prints the table of them, planned and measured.
+"""
+
+import itertools
+import tempfile
+from pathlib import Path
 
 import plan_cases
 import pytest
@@ -20,3 +27,26 @@ def data_files(tmp_path_factory) -> dict[int, str]:
 @pytest.mark.parametrize("architecture", plan_cases.SHAPES)
 def test_a_run_needs_what_was_planned(architecture, stage, options, data_files, tmp_path):
     plan_cases.assert_planned(architecture, stage, data_files[stage], tmp_path, **options)
+
+
+def report() -> None:
+    """A line for every stretch of every case: MB beyond the imported libraries, and planned over measured."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = plan_cases.write_data(folder)
+        for architecture, stage, kind in itertools.product(plan_cases.SHAPES, (1, 2), OPTIONS):
+            place = folder / f"{architecture}-{stage}-{kind}".replace(" ", "-")
+            place.mkdir()
+            planned, measured = plan_cases.compared(architecture, stage, files[stage], place, **OPTIONS[kind])
+            for stretch, size in planned.items():
+                found = measured.get(stretch, 0.0)
+                ratio = f"{size / found:5.2f}" if found > 0 else "    -"
+                line = f"{architecture:9} {stage} {kind:9} {stretch:20} {size / 1e6:7.0f} {found / 1e6:7.0f} {ratio}"
+                print(line, flush=True)
+            peaks = max(planned.values()), max(measured.values())
+            print(f"{architecture:9} {stage} {kind:9} {'peak':20} {peaks[0] / 1e6:7.0f} {peaks[1] / 1e6:7.0f}"
+                  f" {peaks[0] / peaks[1]:5.2f}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    report()

@@ -1,7 +1,7 @@
 """A part of the list in architectures.py: one architecture of each kind."""
 
 import pytest
-from architectures import ARCHITECTURES, DECODERS_REFUSED, ENCODERS_REFUSED, check
+from architectures import ARCHITECTURES, DECODERS_REFUSED, ENCODERS_REFUSED, MULTIMODAL, check, check_multimodal
 
 FEW = [
     "llama, tied", "llama, yarn", "phi3, longrope", "phimoe, longrope", "mistral", "qwen3", "gemma2, caps",
@@ -13,6 +13,11 @@ FEW = [
 @pytest.mark.parametrize("name", FEW)
 def test_an_architecture_is_right_or_refused(name):
     check(name)
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_a_model_of_several_modalities_is_right_or_refused(name):
+    check_multimodal(name)
 
 
 def test_what_is_listed_as_refused_is_in_the_list():

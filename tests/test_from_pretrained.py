@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from architectures import composite
 from conftest import sentence, stage1, stage2
 from sentence_transformers import SentenceTransformer
 
@@ -49,8 +50,8 @@ def test_a_causal_lm_gets_compress_tokens_an_instruction_and_its_tokenizer(model
     encoder, decoder = Encoder.from_pretrained(model_folder), Decoder.from_pretrained(model_folder)
     vocabulary = len(encoder.tokenizer)
     assert encoder.compress_token_ids == list(range(vocabulary, vocabulary + 5))
-    assert encoder.instruction == "Represent the text."
-    assert encoder.suffix_ids == encoder.tokenizer("\nRepresent the text.\n")["input_ids"]
+    assert encoder.instruction == "Keywords:"
+    assert encoder.suffix_ids == encoder.tokenizer("\nKeywords:\n")["input_ids"]
     assert (encoder.bos_token_id, encoder.max_length) == (1, 256)
     assert encoder.tokenize(TEXTS) == decoder.tokenize(TEXTS) == ids_of(encoder)
     assert encoder.prompt.suffix() == encoder.suffix_ids
@@ -374,3 +375,19 @@ def test_a_damaged_recipe_is_refused(name, value, model_folder, tmp_path):
     for door in (Encoder, Decoder):
         with pytest.raises(CheckpointError, match=f"^model: got {name} "):
             door.from_pretrained(folder)
+
+
+def test_the_causal_lm_of_a_model_that_reads_images_is_taken_out(tmp_path):
+    tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
+    whole = composite("gemma3").float()
+    models.save_model(tmp_path / "whole", whole, tokenizer, {})
+    (tmp_path / "whole" / models.RECIPE).unlink()
+    encoder, decoder = (kind.from_pretrained(tmp_path / "whole") for kind in (Encoder, Decoder))
+    assert type(encoder.model).__name__ == type(decoder.model).__name__ == "Gemma3ForCausalLM"
+    texts = [sentence(i, 4 + i) for i in range(3)]
+    decoder.logprob(encoder(encoder.tokenize(texts)), encoder.tokenize(texts)).sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
+    exported = Encoder.from_pretrained(encoder.save_pretrained(tmp_path / "export"))
+    torch.testing.assert_close(exported.encode(texts), encoder.encode(texts), rtol=1e-4, atol=1e-5)
+    again = Decoder.from_pretrained(tmp_path / "export")
+    assert type(again.model).__name__ == "Gemma3ForCausalLM"

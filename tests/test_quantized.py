@@ -14,6 +14,7 @@ from autoregembed import Decoder, Encoder, decoder, encoder, models, quantized, 
 from autoregembed.build import build_models, on_plain_weights
 from autoregembed.config import ConfigError
 from autoregembed.files import tensor_fingerprint, weights_fingerprint
+from autoregembed.lora_base import start_of
 from autoregembed.sharing import storage_bytes
 from autoregembed.testing import tiny_model, tiny_tokenizer
 from autoregembed.train import train
@@ -88,6 +89,8 @@ def test_one_base_of_few_bits_serves_encoder_and_decoder(kind, precision, folder
     plain = build_models(stage1(folder, "unused", "unused", lora_rank=2, base_dtype="fp32"))[1]
     share = {"int8": 0.3, "nf4": 0.15}[kind]  # of 4 bytes a weight, with scales
     assert stored(weights) < share * stored(layers(plain.model))
+    saved, _ = quantized.planned(plain.model, kind)
+    assert stored(weights) == pytest.approx(stored(layers(plain.model)) - saved, rel=0.1)  # as `plan` counts
     half = runtime.HALF_DTYPES.get(precision, torch.float32)
     assert decoder.model.get_input_embeddings().weight.dtype == decoder.model.lm_head.weight.dtype == half
     assert {p.dtype for p in encoder.parameters() if p.requires_grad} == {torch.float32}
@@ -115,7 +118,7 @@ def test_scores_and_gradients_are_those_of_the_dequantized_weights(kind, folder)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     found.sum().backward()
     wanted.sum().backward()
-    torch.testing.assert_close(rows[0].grad, rows[1].grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(rows[0].grad, rows[1].grad, rtol=1e-3, atol=2e-4)
 
 
 def values(weight: torch.Tensor) -> torch.Tensor:
@@ -180,7 +183,7 @@ def test_processes_train_as_one_does(folder, compression_file, tmp_path):
         found.append(load_file(tmp_path / str(world) / "adapter" / "adapter_model.safetensors"))
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=2e-4)
 
 
 def test_an_encoder_with_a_plain_base_is_exported_as_it_is(folder):
@@ -214,17 +217,19 @@ def test_the_disk_is_asked_for_the_values_and_not_for_the_bytes(kind, folder):
         ({"base_dtype": "nf4"}, "base_dtype: got 'nf4' on a CPU, expected a GPU, or 'int8'"),
         ({"base_dtype": "int8", "sharded": True}, "base_dtype: got 'int8', expected 'auto', .* with FSDP"),
         ({"base_dtype": "int8", "missing": True}, "base_dtype: got 'int8', expected an installed torchao"),
-        ({"base_dtype": "int8", "gguf_file": "x.gguf"}, "base_dtype: got 'int8', expected .* for a GGUF file"),
     ],
 )
 def test_a_base_that_cannot_be_had_is_refused(options, message, folder, monkeypatch):
-    wanted = dict(options)
-    sharded, missing = wanted.pop("sharded", False), wanted.pop("missing", False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing else object())
-    config = stage1(folder, "unused", "unused", lora_rank=2, **wanted)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if options.get("missing") else object())
+    config = stage1(folder, "unused", "unused", lora_rank=2, base_dtype=options["base_dtype"])
     with pytest.raises(ConfigError, match=f"^{message}"):
-        quantized.require_quantizer(config, torch.device("cpu"), sharded=sharded)
-        build_models(config)
+        quantized.require_quantizer(config, torch.device("cpu"), sharded=options.get("sharded", False))
+
+
+def test_weights_that_are_quantised_already_are_refused(folder):
+    config = stage1(folder, "unused", "unused", lora_rank=2, base_dtype="int8", gguf_file="x.gguf")
+    with pytest.raises(ConfigError, match=r"^base_dtype: got 'int8', expected .* for a GGUF file"):
+        start_of(config, {})
 
 
 def test_fewer_bits_need_adapters(folder):

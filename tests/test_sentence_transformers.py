@@ -441,6 +441,11 @@ def test_what_a_model_card_says(model):
             r"labels: got \(8, 2\)",
         ),
         (
+            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), torch.zeros(8, 3)),
+            ValueError,
+            r"labels: got \(8, 3\), expected None, as ref_margin='none'",
+        ),
+        (
             lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, PAIRS), None),
             ValueError,
             "sentence_features: got 2 columns, expected at least 3: anchor, positive and a negative, since ref_margin",
