@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from autoregembed.prompt import INSTRUCTION
 from autoregembed.reference import (
     BETA,
     DISTILLATION_TEMPERATURE,
@@ -155,18 +156,18 @@ class Config(Stage2Options):
         passage_instruction: stage 2: before positives and negatives; the prompt "document" of the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
         compress_init: for a model without compress tokens: the text whose tokens' embeddings they start from, repeated
-            to K tokens. Default: a comma.
+            to K tokens. Default: " ,", a comma.
         max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
             the model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
         train_split: the split of a hub data set, or of the qrels of a BEIR folder; default: train.
         streaming: stream the data; needs `max_steps`, and no reference scores.
         eval_data: what is measured before, during and after training: rated pairs, rows of sentence1, sentence2,
-            score, or texts alone, rows of text or a folder of .txt files, of which at most 256 are read.
+            score, or texts alone, rows of text or a folder of .txt files, of which at most 128 are read.
         eval_split: its split.
-        eval_metric: spearman for rated pairs; for texts mean_cosine, view_accuracy, effective_rank or uniformity. All
-            that the data allow are measured; this one is shown, and chooses what `save_best` keeps. Default: spearman,
-            or mean_cosine.
+        eval_metric: spearman for rated pairs; for texts view_separation, mean_cosine, view_accuracy, effective_rank or
+            uniformity. All that the data allow are measured; this one is shown, and chooses what `save_best` keeps.
+            Default: spearman, or view_separation.
         eval_steps: evaluate every so many steps; 0: only before and after.
         max_steps: optimizer steps; default: from `num_train_epochs`.
         num_train_epochs: passes over the data when `max_steps` is not given.
@@ -189,6 +190,10 @@ class Config(Stage2Options):
         base_dtype: of the weights under LoRA adapters: fp32, bf16, fp16, or auto: that of `precision` where they are
             shared, otherwise fp32. int8 (torchao) and nf4 (bitsandbytes, GPU only) quantise the linear layers and leave
             embeddings and head in that of `precision`; model and export have the adapters merged into plain weights.
+        distillation_candidates: how many texts of its block score a passage besides its own: those nearest by cosine.
+            The other pairs cost no decoder pass and do not count, so a block may be larger. Default: all.
+        distillation_marginal_texts: texts of other blocks that score a passage too, for its marginal alone, which over
+            few texts is rough. Each costs a decoder pass a passage.
         z_norm: none, or match_rms: scale z to the RMS of the decoder's input embeddings.
         decoder_add_bos: the decoder reads bos before z. The released code has none there, and the decoder's attention
             sink then falls on one of the vectors of z, a different one for each text.
@@ -237,7 +242,7 @@ class Config(Stage2Options):
     gguf_file: str | None = None
     trust_remote_code: bool = False
     columns: dict[str, str] | str | None = None
-    instruction: str = "Represent the text."
+    instruction: str = INSTRUCTION
     query_instruction: str | None = None
     passage_instruction: str | None = None
     num_compress_tokens: int | None = None
@@ -248,7 +253,9 @@ class Config(Stage2Options):
     streaming: bool = False
     eval_data: str | None = None
     eval_split: str | None = None
-    eval_metric: Literal["spearman", "mean_cosine", "view_accuracy", "effective_rank", "uniformity"] | None = None
+    eval_metric: (
+        Literal["spearman", "view_separation", "mean_cosine", "view_accuracy", "effective_rank", "uniformity"] | None
+    ) = None
     eval_steps: int = 0
     max_steps: int | None = None
     num_train_epochs: float = 1.0
@@ -267,6 +274,8 @@ class Config(Stage2Options):
     lora_targets: list[str] | str = "all-linear"
     share_base: bool | Literal["auto"] = "auto"
     base_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = "auto"
+    distillation_candidates: int | None = None
+    distillation_marginal_texts: int = 0
     z_norm: Literal["none", "match_rms"] = "none"
     decoder_add_bos: bool = False
     init_output_rms: bool = False
@@ -314,11 +323,12 @@ class Config(Stage2Options):
             raise ConfigError(f"seed: got {self.seed}, expected less than {2**31}")
         self._require_at_least(
             1, "batch_size", "max_length", "max_target_length", "max_steps", "token_budget", "num_compress_tokens",
-            "save_total_limit",
+            "save_total_limit", "distillation_candidates",
         )  # fmt: skip
         self._require_at_least(
-            0, "warmup_steps", "eval_steps", "save_steps", "lora_rank", "weight_decay", "max_grad_norm", "seed"
-        )
+            0, "warmup_steps", "eval_steps", "save_steps", "lora_rank", "weight_decay", "max_grad_norm", "seed",
+            "distillation_marginal_texts",
+        )  # fmt: skip
         self._require_positive(
             "num_train_epochs", "learning_rate", "compress_learning_rate", "lora_alpha", "adam_beta2"
         )  # fmt: skip
@@ -355,6 +365,7 @@ class Config(Stage2Options):
             "gradient_checkpointing": (False, "it saves the state of the random generator on the host"),
             "precision": (("auto", "fp32", "bf16"), "the loss scale of fp16 is decided on the host"),
             "share_prefixes": ((None, False), "how many tokens are shared changes from batch to batch"),
+            "distillation_marginal_texts": (0, "the marginal is taken on the host"),
             "attention": (("auto", "varlen", "flash_attention_2"), "sdpa makes a call for every length"),
         }
         for name, (expected, reason) in needs.items():

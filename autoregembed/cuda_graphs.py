@@ -198,7 +198,7 @@ class GraphedObjective(Objective):
         if config.contrastive_weight:
             inputs = inputs._replace(passage_ids=torch.tensor(text_keys(texts[len(rows) :])))
         if config.distillation_weight:
-            unknown = unknown_pairs(config, keys_of(rows))
+            unknown = unknown_pairs(config, keys_of(rows), teacher_scores)
             inputs = inputs._replace(teacher_scores=teacher_scores, unknown=unknown)
         return inputs
 
@@ -206,6 +206,7 @@ class GraphedObjective(Objective):
         assert self.decoder is not None
         around = len(self.decoder.prefix) + k
         lengths = [around + len(target) for target in targets]
+        self.decoder.verify(max(lengths))
         added, longest = padding(lengths, around + 1, max_positions(self.decoder.model))
         more = [[0] * (n - around) for n in added]
         scored = self.decoder.pack(k, [*targets, *more], [*owners, *[0] * len(more)], padding=len(more))
@@ -303,7 +304,7 @@ class Replayed:
                 out = self.function(static)
         except RuntimeError as error:
             raise RuntimeError(
-                f"cuda_graphs: got a model that waits for its device, expected False: {error}"
+                f"cuda_graphs: got a step that cannot be captured ({error}), expected False for this model"
             ) from error
         return graph, static, out
 

@@ -309,6 +309,13 @@ class Decoder(nn.Module):
         if self.input_rms is not None:
             self.input_rms = self.input_rms.to(device)
 
+    def verify(self, longest: int) -> None:
+        """Tries the model again where a pair of `longest` tokens crosses a limit that none has crossed so far."""
+        self._verified_length = verify_length(
+            self.model, longest, self._verified_length, embeds=True, shares_prefixes=self.shares_prefixes,
+            sharded=self.sharded,
+        )  # fmt: skip
+
     def rescale(self, z: Tensor) -> Tensor:
         """z (B, K, D) as the decoder reads it, by `z_norm`."""
         if self.input_rms is None:
@@ -423,10 +430,7 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"targets: got one of {longest} positions with z, expected {limit} (the model's); truncate the target"
             )
-        self._verified_length = verify_length(
-            self.model, longest, self._verified_length, embeds=True, shares_prefixes=self.shares_prefixes,
-            sharded=self.sharded,
-        )  # fmt: skip
+        self.verify(longest)
         owners, lengths = z_index.tolist(), [around + len(target) for target in targets]
         again, share = torch.is_grad_enabled() and z.requires_grad, self.shares_prefixes
         # Sharded weights are gathered anew for each pass, so all processes must go one way, whatever their pairs.

@@ -14,6 +14,7 @@ from autoregembed import distributed
 from autoregembed.config import Stage2Options
 from autoregembed.ops import info_nce, score_distillation
 from autoregembed.packing import Ids, index_on
+from autoregembed.teacher_scores import log_marginal
 
 
 def text_keys(texts: Sequence[Ids]) -> list[int]:
@@ -54,17 +55,22 @@ def contrastive_loss(
     return info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids, **options)
 
 
-def unknown_pairs(options: Stage2Options, keys: Sequence[tuple[Ids, Ids]]) -> Tensor | None:
+def unknown_pairs(options: Stage2Options, keys: Sequence[tuple[Ids, Ids]], scores: Tensor) -> Tensor | None:
     """The pairs of a query and a passage (B, B) that score distillation reads, on the host; None: all.
 
     Args:
         options: whether a query's own passage counts.
         keys: the token ids of query i and passage i, which tell equal texts.
+        scores: (≥ B, B), −inf where the teacher has scored no pair; those with such a pair lie on the host.
     """
+    scored = None
+    if scores.device.type == "cpu" and bool((absent := scores[: len(keys)].isneginf()).any()):
+        scored = ~absent
     if options.distillation_pairs != "mask":
-        return None
+        return scored
     # A text that is the query, or its passage, by another index is what the pair is: known.
-    return ~torch.tensor([[d in (own, x) for _, d in keys] for x, own in keys])
+    unknown = ~torch.tensor([[d in (own, x) for _, d in keys] for x, own in keys])
+    return unknown if scored is None else unknown & scored
 
 
 def distillation_loss(
@@ -75,16 +81,22 @@ def distillation_loss(
     Args:
         options: temperatures, mixture.
         query, passages: (B, D).
-        scores: (B, B), the teacher's log p(d_j | z_i).
+        scores: (≥ B, B), the teacher's log p(d_j | z_i). Rows beyond B, of other texts' z, enter the marginal alone.
         mask: (B, B), from `unknown_pairs`.
     """
     target = None
     if options.distillation_mixture < 1:
         target = torch.arange(len(query), device=query.device)
+    marginal: str | Tensor = "batch"
+    if len(scores) > len(query):
+        own, others = scores.tensor_split([len(query)])
+        kept = own if mask is None else own.masked_fill(~mask.to(own.device), -torch.inf)
+        marginal = log_marginal(torch.cat([kept, others]), options.teacher_temperature)
+        marginal, scores = marginal.to(query.device, non_blocking=True), own
     return score_distillation(
         query, passages, scores.to(query.device, non_blocking=True), temperature=options.distillation_temperature,
         teacher_temperature=options.teacher_temperature, target=target, mixture=options.distillation_mixture,
-        mask=None if mask is None else mask.to(query.device, non_blocking=True),
+        mask=None if mask is None else mask.to(query.device, non_blocking=True), marginal=marginal,
     )  # fmt: skip
 
 

@@ -155,8 +155,8 @@ class Encoder(nn.Module):
             name_or_path: a hub id, a folder, a GGUF file, or what `save_pretrained` or a training run wrote (`model/`
                 or `export/`); what those folders say of themselves is the default of the next three.
             num_compress_tokens: K; by default 5. They are added to a model that has none.
-            compress_init: a text whose tokens' embeddings they then start from; by default a comma.
-            instruction: between text and compress tokens; by default "Represent the text.".
+            compress_init: a text whose tokens' embeddings they then start from; by default " ,".
+            instruction: between text and compress tokens; by default "Keywords:".
             max_length: as in the constructor.
             lora_rank: above 0, LoRA adapters and the compress tokens train in place of all parameters (needs `peft`).
             lora_alpha, lora_targets: `lora_alpha` and `target_modules` of `peft.LoraConfig`.

@@ -31,6 +31,7 @@ class Metric(NamedTuple):
 # What a run is evaluated by (`Config.eval_metric`).
 METRICS = {
     "spearman": Metric("Spearman's correlation of cosine with human ratings", True),
+    "view_separation": Metric("separation of a text's own halves from those of others, in deviations", True),
     "mean_cosine": Metric("mean cosine of different texts", False),
     "view_accuracy": Metric("share of texts whose first half is nearest to their second", True),
     "effective_rank": Metric("effective rank of the embeddings about their mean", True),
@@ -167,6 +168,9 @@ def label_free(embed: Embed, texts: Sequence[str]) -> dict[str, Any]:
     and "undefined" says why.
 
     Returns:
+        view_separation: with s_ij the cosine of the first half of text i and the second half of text j, (mean s_ii −
+            mean s_ij) / std s_ij over i ≠ j: what embeddings tell apart, the same for shifted and for scaled cosines.
+            None for fewer than two texts that can be halved, or where all s_ij are equal.
         mean_cosine: of all pairs; near 1 where embeddings share a few strong directions.
         view_accuracy: by cosine, over texts that can be halved, of chance 1/n; None for fewer than two of them.
         effective_rank: exp of the entropy of the singular values about the mean (Roy & Vetterli 2007; RankMe, arXiv
@@ -185,13 +189,19 @@ def label_free(embed: Embed, texts: Sequence[str]) -> dict[str, Any]:
     e, first, second = F.normalize(embedded, dim=1).split([n, len(views), len(views)])
     if not embedded.isfinite().all():
         return {**dict.fromkeys(LABEL_FREE), "undefined": "embeddings: got a value that is not finite"}
-    found = None
+    accuracy = separation = None
     if len(views) > 1:
         nearest = best_columns(first, second, torch.arange(len(views)), 1)
-        found = sum(columns == [i] for i, columns in enumerate(nearest)) / len(views)
+        accuracy = sum(columns == [i] for i, columns in enumerate(nearest)) / len(views)
+        cosines, own = first @ second.T, torch.eye(len(views), dtype=torch.bool)
+        others = cosines[~own]
+        deviation = float(others.std(correction=0))
+        if deviation > 1e-7:  # below it is the noise of fp32
+            separation = float(cosines[own].mean() - others.mean()) / deviation
     return {
+        "view_separation": separation,
         "mean_cosine": float((e.sum(0).square().sum() - e.square().sum()) / (n * (n - 1))),
-        "view_accuracy": found,
+        "view_accuracy": accuracy,
         "effective_rank": _effective_rank(e),
         "uniformity": float((-2 * torch.pdist(e).square()).exp().mean().log()),
     }

@@ -263,7 +263,7 @@ def export(
         _require_same(SentenceTransformer(str(temporary), device="cpu"), expected, texts, dtypes)
         text = model_card(
             card or Card(), name=Path(folder).name, width=width,
-            max_length=max_length, num_compress_tokens=encoder.num_compress_tokens,
+            max_length=max_length, num_compress_tokens=encoder.num_compress_tokens, centred=centering is not None,
         )  # fmt: skip
         (temporary / "README.md").write_text(text, encoding="utf-8")
         write_json(temporary / RECIPE, _recipe(encoder, max_length, centering))

@@ -16,7 +16,7 @@ from autoregembed.files import read_json
 from autoregembed.models import RECIPE
 from autoregembed.tables import read_rows
 
-MOST_TEXTS = 256  # evaluated in the time of a few steps, and enough to tell models apart
+MOST_TEXTS = 128  # evaluated in the time of a few steps, and always the same ones
 
 Evaluation = Mapping[str, float | None]  # metrics by name, None where one is undefined
 

@@ -18,9 +18,9 @@ from transformers.utils import cached_file
 from autoregembed import loading
 from autoregembed.files import CheckpointError, atomic_folder, read_json, write_json
 from autoregembed.modalities import reads_more_than_text, text_model
+from autoregembed.prompt import COMPRESS_INIT
 
 RECIPE = "autoregembed.json"
-COMPRESS_INIT = ","
 RECIPE_VERSION = 2  # 1: the fields of 0.2
 
 
@@ -188,7 +188,7 @@ def compress_embeddings(model: Any, tokenizer: Any, k: int, words: str | None = 
     """Ids for K compress tokens, behind the vocabulary, and the embeddings (K, D) that they start from.
 
     The ids are rows of the embedding matrix, or would be, and not entries of the tokenizer, so no text can contain one.
-    The embeddings are those of the tokens of `words` (by default a comma), as often as it takes, plus noise of a tenth
+    The embeddings are those of the tokens of `words` (by default " ,"), as often as it takes, plus noise of a tenth
     of the matrix' standard deviation: an LM knows how to go on after words, and reads a random vector as noise. The
     model stays as it is.
 

@@ -284,8 +284,9 @@ def stage2_loss(
         decoder: the frozen decoder; None where `alignment_weight` is 0.
         z: (R, K, D): the queries, the positives and, for hard negatives, all negatives (`texts_of`).
         rows: B rows with `target_ids`, [positive, *negatives] as the decoder scores them.
-        ref_logps: r_a (B,), r_c (B, ≥ M), where `options.uses_ref_logps`.
-        teacher_scores: (B, B), log p(positive_j | z of query i) by the model before the stage, for distillation.
+        ref_logps: r_a (B,), r_c (B, ≥ M), where `options.uses_ref_logps`, and only there.
+        teacher_scores: (≥ B, B), log p(positive_j | z of query i) by the model before the stage, for distillation; more
+            rows are for the marginal (`distillation_loss`).
         embeddings: (R, D), in the order of z, what InfoNCE compares; by default normalize(mean_k z).
         passages: the token ids of the texts behind the queries' embeddings, which tell equal passages; by default those
             of the rows.
@@ -294,6 +295,11 @@ def stage2_loss(
 
     Source: arXiv 2502.11401, §3.3.
     """
+    if ref_logps is not None and not options.uses_ref_logps:
+        raise ValueError(
+            f"ref_logps: got scores, expected None, since ref_margin={options.ref_margin!r} and "
+            f"alignment_weight={options.alignment_weight}"
+        )
     alignment = nce = distilled = None
     if options.alignment_weight:
         assert decoder is not None
@@ -309,7 +315,7 @@ def stage2_loss(
     if options.distillation_weight:
         assert embeddings is not None
         assert teacher_scores is not None
-        mask = unknown_pairs(options, keys_of(rows))
+        mask = unknown_pairs(options, keys_of(rows), teacher_scores)
         distilled = distillation_loss(options, *paired(embeddings, len(rows)), teacher_scores, mask)
     return weighted(options, alignment, nce, distilled)
 
@@ -357,7 +363,7 @@ class Objective:
     decoder: Decoder | None
     accelerator: Accelerator
     ref_logps: tuple[Tensor, Tensor] | None = None  # r_a (rows of the data,), r_c (rows of the data, M)
-    teacher_scores: Tensor | None = None  # (blocks of the data, B, B)
+    teacher_scores: Tensor | None = None  # (blocks of the data, ≥ B, B)
 
     def __post_init__(self) -> None:
         self.accelerator.unwrap_model(self.encoder).sharded = self._is_sharded
@@ -418,7 +424,8 @@ class Objective:
             ref_logps = self.ref_logps[0][index], self.ref_logps[1][index]
         if self.teacher_scores is not None:
             place = torch.tensor([r["place"] for r in rows])
-            teacher_scores = self.teacher_scores[rows[0]["block"]][place][:, place]
+            found = self.teacher_scores[rows[0]["block"]]
+            teacher_scores = torch.cat([found[place], found[found.shape[1] :]])[:, place]
         return ref_logps, teacher_scores
 
     def _share(self, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from rich.console import Console
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from autoregembed.reference_scores import ref_logps_fingerprint
 from autoregembed.score_files import cached_path, load_scores, save_scores
 
 _SAVE_EVERY = 300.0  # seconds between two savings of a long computation
+_TOKEN_BUDGET = 8192  # of a pass
 
 
 def pair_scores(
@@ -64,31 +66,52 @@ def log_marginal(scores: Tensor, teacher_temperature: float) -> Tensor:
     return teacher_temperature * (scores / teacher_temperature).logsumexp(0)
 
 
+def nearest(z: Tensor, candidates: int) -> list[list[int]]:
+    """For each of the texts behind z (B, K, D), itself and the `candidates` nearest others by cosine."""
+    e = F.normalize(z.float().mean(1), dim=-1)
+    cosines = (e @ e.T).fill_diagonal_(2.0)
+    return cosines.topk(min(candidates + 1, len(z)), 0).indices.T.tolist()
+
+
 @torch.no_grad()
 def compute_teacher_scores(
-    encoder: nn.Module, decoder: Decoder, rows: Dataset, blocks: list[list[int]], token_budget: int = 8192
-) -> Tensor:
-    """(len(blocks), B, B) float32: scores of the first target of every row under the query of every row of its block.
+    encoder: nn.Module, decoder: Decoder, rows: Dataset, blocks: list[list[int]], token_budget: int = _TOKEN_BUDGET,
+    candidates: int | None = None, others: list[list[int]] | None = None,
+) -> Tensor:  # fmt: skip
+    """(len(blocks), B + R, B) float32: scores of the first target of every row under the query of every row of its
+    block, and under those of `others`, R rows for each block.
 
     Every process scores its share, and all of them get all scores.
+
+    Args:
+        candidates: a target is scored under its own query and the `nearest` ones of its block; −inf elsewhere.
     """
     size = max(map(len, blocks))
-    scores = torch.zeros(len(blocks), size, size)
+    more = others or [[]] * len(blocks)
+    scores = torch.zeros(len(blocks), size + len(more[0]), size)
     # The blocks are alike: one a pass, whatever their lengths.
     for mine, counts in distributed.shard_microbatches([[i] for i in range(len(blocks))]):
-        batch = rows.select(blocks[mine[0]]).to_list()
+        b = len(blocks[mine[0]])
+        batch = rows.select([*blocks[mine[0]], *more[mine[0]]]).to_list()
         z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])
-        found = pair_scores(decoder, z, [r["target_ids"][0] for r in batch], token_budget).float().cpu()
+        z_index = None
+        if candidates is not None:
+            z_index = [[*chosen, *range(b, len(z))] for chosen in nearest(z[:b], candidates)]
+        targets = [r["target_ids"][0] for r in batch[:b]]
+        found = pair_scores(decoder, z, targets, token_budget, z_index=z_index).float().cpu()
+        for j, chosen in enumerate(z_index or ()):
+            found[[i for i in range(b) if i not in chosen], j] = -torch.inf
         if counts:
-            scores[mine[0], : len(batch), : len(batch)] = found
+            scores[mine[0], :b, :b], scores[mine[0], size:, :b] = found[:b], found[b:]
     return distributed.all_reduce(scores.to(next(encoder.parameters()).device)).cpu()
 
 
 def cached_teacher_scores(
     encoder: Any, decoder: Decoder, rows: Dataset, batch_size: int, fingerprint: dict[str, str], *, seed: int,
-    num_blocks: int | None = None, console: Console | None = None,
+    num_blocks: int | None = None, console: Console | None = None, candidates: int | None = None,
+    marginal_texts: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Scores (blocks of the data, B, B) of the first `num_blocks` blocks that a run reads, NaN elsewhere.
+    """Scores (blocks of the data, B + R, B) of the first `num_blocks` blocks that a run reads, NaN elsewhere.
 
     They are kept in the cache of `datasets`, by fingerprint; what is missing there is computed and added, and saved
     every few minutes.
@@ -98,16 +121,29 @@ def cached_teacher_scores(
         batch_size, seed: of `sampling.blocks`.
         fingerprint: `ref_logps_fingerprint`, taken before the weights are sharded.
         num_blocks: how many blocks the run reads; the same block counts again in the next epoch. None: all.
+        candidates: as in `compute_teacher_scores`.
+        marginal_texts: R, texts of the blocks that follow, which score every passage for its marginal.
+
+    Raises:
+        ValueError: the other blocks hold fewer texts than `marginal_texts`.
     """
     console = console or Console(quiet=True)
     all_blocks = sampling.blocks(len(rows), batch_size, seed)
-    fingerprint = {**fingerprint, "blocks": f"{batch_size} rows, seed {seed}"}
+    blocks = f"{batch_size} rows, seed {seed}"
+    blocks += "" if candidates is None else f", {candidates} candidates"
+    blocks += f", {marginal_texts} texts for the marginal" if marginal_texts else ""
+    fingerprint = {**fingerprint, "blocks": blocks}
+    order = [row for block in all_blocks for row in block]
+    if marginal_texts > (most := len(order) - batch_size):
+        raise ValueError(
+            f"distillation_marginal_texts: got {marginal_texts}, expected at most {most}, the texts of the other blocks"
+        )
     path = cached_path("teacher-scores", fingerprint)
     known = distributed.broadcast_from_rank0(
         lambda: load_scores(path, fingerprint, ("scores",), "teacher_scores")["scores"] if path.is_file() else None
     )
-    b = batch_size
-    scores = torch.full((len(all_blocks), b, b), torch.nan) if known is None else known
+    b, r = batch_size, marginal_texts
+    scores = torch.full((len(all_blocks), b + r, b), torch.nan) if known is None else known
     first_read = len(all_blocks) if num_blocks is None else num_blocks
     read = sorted(set(sampling.drawn(len(all_blocks), 0, first_read, seed)))
     wanted = [i for i in read if scores[i].isnan().any()]
@@ -115,8 +151,12 @@ def cached_teacher_scores(
         console.print(f"teacher scores: {path}")
         return scores
     targets, k = [t[0] for t in rows["target_ids"]], encoder.num_compress_tokens
-    tokens = sum(b * decoder.num_pass_tokens(k, [targets[i] for i in all_blocks[j]], [0] * b) for j in wanted)
-    console.print(f"teacher scores: {len(wanted)} blocks of {b} × {b} pairs, {tokens:,} decoder tokens, computed once")
+    each = b if candidates is None else min(candidates + 1, b)  # z of its block that score a target
+    owners = [(i + s) % b for s in range(each) for i in range(b)] + [b + s for s in range(r) for _ in range(b)]
+    tokens = sum(decoder.num_pass_tokens(k, [targets[i] for i in all_blocks[j]] * (each + r), owners) for j in wanted)
+    console.print(
+        f"teacher scores: {len(wanted)} blocks of {b} × {each + r} pairs, {tokens:,} decoder tokens, computed once"
+    )
     distributed.broadcast_from_rank0(
         lambda: require_writable_folder(path.parent, "HF_DATASETS_CACHE", files=[path.name])
     )
@@ -125,7 +165,9 @@ def cached_teacher_scores(
     with Display(console, "teacher scores", len(wanted)) as display:
         for first in range(0, len(wanted), step):
             part = wanted[first : first + step]
-            scores[part] = compute_teacher_scores(encoder, decoder, rows, [all_blocks[i] for i in part])
+            others = [[order[((i + 1) * b + s) % len(order)] for s in range(r)] for i in part]
+            chosen = [all_blocks[i] for i in part]
+            scores[part] = compute_teacher_scores(encoder, decoder, rows, chosen, _TOKEN_BUDGET, candidates, others)
             now = time.perf_counter()
             last = first + step >= len(wanted)
             if distributed.broadcast_from_rank0(lambda: last or now - saved > _SAVE_EVERY):  # noqa: B023

@@ -284,6 +284,7 @@ class Run:
             if config.needs_teacher_scores:
                 assert decoder is not None
                 given = {"seed": config.seed, "num_blocks": read, "console": self.console}
+                given |= {n: getattr(config, f"distillation_{n}") for n in ("candidates", "marginal_texts")}
                 size = config.batch_size
                 teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, size, fingerprint, **given)
         if config.stage == 2 and not config.alignment_weight:

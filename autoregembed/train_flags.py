@@ -34,7 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "stage", "alignment_weight", "contrastive_weight", "contrastive_temperature", "beta", "temperature",
         "ref_margin", "ref_logps_file", "logprob_reduction", "negatives", "hard_negatives",
         "distillation_weight", "distillation_temperature", "teacher_temperature", "distillation_pairs",
-        "distillation_mixture",
+        "distillation_mixture", "distillation_candidates", "distillation_marginal_texts",
     ),
     "optimizer": (
         "max_steps", "num_train_epochs", "batch_size", "token_budget", "learning_rate", "compress_learning_rate",

@@ -73,6 +73,11 @@ def scores(b, m, seed, spread=20.0, holes=0.3, dtype=torch.float64):
     return [x.to(DEVICE, dtype) for x in rows], mask.to(DEVICE)
 
 
+def references(xs, ref_margin):
+    """Those that the margin reads."""
+    return [] if ref_margin == "none" else xs[3:]
+
+
 def lists(xs, mask):
     return [x.tolist() for x in xs], mask.tolist()
 
@@ -96,7 +101,7 @@ def lists(xs, mask):
 def test_formulas(impl, ref_margin, negatives, b, m, beta, temperature, spread, holes, seed):
     options = {"beta": beta, "temperature": temperature, "ref_margin": ref_margin, "negatives": negatives}
     xs, mask = scores(b, m, seed, spread, holes)
-    found = alignment_loss(*xs, negative_mask=mask, impl=impl, **options)
+    found = alignment_loss(*xs[:3], *references(xs, ref_margin), negative_mask=mask, impl=impl, **options)
     xs_list, mask_list = lists(xs, mask)
     for name, value, wanted in zip(found._fields, found, by_hand(*xs_list, mask_list, **options), strict=True):
         assert value.shape == ()
@@ -115,7 +120,8 @@ def test_accurate(impl, ref_margin, negatives, dtype):
 
         def run(function, work, xs=xs, temperature=temperature, **more):
             leaves = [x.to(work, copy=True).requires_grad_() for x in xs[:3]]
-            out = function(*leaves, *(x.to(work) for x in xs[3:]), temperature=temperature, **options, **more)
+            given = [x.to(work) for x in references(xs, ref_margin)]
+            out = function(*leaves, *given, temperature=temperature, **options, **more)
             (3 * out[0]).backward()
             return out[0].detach(), [x.grad for x in leaves]
 
@@ -140,7 +146,15 @@ def test_gradcheck(impl, ref_margin, negatives):
 
     def function(a, b, c):
         return alignment_loss(
-            a, b, c, *xs[3:], beta=0.3, ref_margin=ref_margin, negatives=negatives, negative_mask=mask, impl=impl
+            a,
+            b,
+            c,
+            *references(xs, ref_margin),
+            beta=0.3,
+            ref_margin=ref_margin,
+            negatives=negatives,
+            negative_mask=mask,
+            impl=impl,
         ).loss
 
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in (xs[0], xs[1], c)])
@@ -159,8 +173,9 @@ def test_masked_places_are_never_read(impl, ref_margin, negatives, poison):
             x[~mask] = filler
         leaves = [x.requires_grad_() for x in xs[:3]]
         out = alignment_loss(
-            *leaves, *xs[3:], ref_margin=ref_margin, negatives=negatives, negative_mask=mask, impl=impl
-        )
+            *leaves, *references(xs, ref_margin), ref_margin=ref_margin, negatives=negatives, negative_mask=mask,
+            impl=impl,
+        )  # fmt: skip
         out.loss.backward()
         assert not leaves[2].grad[~mask].any()
         results.append([*out, *(x.grad for x in leaves)])
@@ -175,9 +190,9 @@ def test_padding_with_masked_negatives_changes_nothing(impl, ref_margin, negativ
     wide = [torch.nn.functional.pad(x, (0, 3), value=math.nan) if x.ndim == 2 else x for x in xs]
     wide_mask = torch.nn.functional.pad(mask, (0, 3), value=False)
     options = {"ref_margin": ref_margin, "negatives": negatives, "impl": impl}
-    for x, y in zip(
-        alignment_loss(*xs, **options), alignment_loss(*wide, negative_mask=wide_mask, **options), strict=True
-    ):
+    found = alignment_loss(*wide[:3], *references(wide, ref_margin), negative_mask=wide_mask, **options)
+    wanted = alignment_loss(*xs[:3], *references(xs, ref_margin), **options)
+    for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-14, atol=0)
 
 
@@ -202,7 +217,8 @@ def test_no_pairs(impl, ref_margin, negatives, b, m, holes):
     """0, attached to the graph."""
     xs, mask = scores(b, m, 0, holes=holes)
     leaves = [x.requires_grad_() for x in xs[:3]]
-    out = alignment_loss(*leaves, *xs[3:], ref_margin=ref_margin, negatives=negatives, negative_mask=mask, impl=impl)
+    given = {"ref_margin": ref_margin, "negatives": negatives, "negative_mask": mask, "impl": impl}
+    out = alignment_loss(*leaves, *references(xs, ref_margin), **given)
     assert out.loss.item() == out.s2.item() == out.accuracy.item() == 0
     out.loss.backward()
     for x in leaves:
@@ -218,8 +234,8 @@ def test_extreme_scores(impl, ref_margin, negatives, dtype):
     a = torch.tensor([-40.0, -40.0, -1e4, -3.0], dtype=dtype, device=DEVICE, requires_grad=True)
     b = torch.tensor([-40.0, -1e4, -3.0, -3.0], dtype=dtype, device=DEVICE, requires_grad=True)
     c = torch.tensor([-40.0, -1e4, -3.0, -1e4], dtype=dtype, device=DEVICE, requires_grad=True)
-    zero = torch.zeros(4, dtype=dtype, device=DEVICE)
-    out = alignment_loss(a, b, c, zero, zero, ref_margin=ref_margin, negatives=negatives, impl=impl)
+    zeros = references([torch.zeros(4, dtype=dtype, device=DEVICE)] * 5, ref_margin)
+    out = alignment_loss(a, b, c, *zeros, ref_margin=ref_margin, negatives=negatives, impl=impl)
     wanted = (math.log(2) * 2 + math.log1p(math.exp(10)) + math.log1p(math.exp(-5))) / 4
     assert out.loss.item() == pytest.approx(wanted, rel=1e-6)
     assert out.s1.item() == pytest.approx((0.5 + 1 + 1 + 0.5) / 4)
@@ -332,6 +348,16 @@ BAD = {
     "temperature negative": (ValueError, "temperature: got -0.1", {"temperature": -0.1}),
     "temperature infinite": (ValueError, "temperature: got inf", {"temperature": math.inf}),
     "unknown ref_margin": (ValueError, "ref_margin: got 'sum'", {"ref_margin": "sum"}),
+    "references that nothing reads": (
+        ValueError,
+        "reference_positive: got scores, expected None, since ref_margin='none'",
+        {"ref_margin": "none"},
+    ),
+    "one reference that nothing reads": (
+        ValueError,
+        "reference_negatives: got scores, expected None, since ref_margin='none'",
+        {"ref_margin": "none", "reference_positive": None},
+    ),
     "unknown negatives": (ValueError, "negatives: got 'all'", {"negatives": "all"}),
     "unknown backend": (ValueError, "impl: got 'cuda'", {"impl": "cuda"}),
 }
@@ -396,13 +422,14 @@ def test_no_seeded_bug_no_alarm():
             mask[1] = False
             xs[2][1] = xs[4][1] = math.nan
             options = {"beta": 0.2, "temperature": temperature, "ref_margin": ref_margin, "negatives": negatives}
-            found = alignment_loss(*xs, negative_mask=mask, impl="torch", **options)
+            given = references(xs, ref_margin)
+            found = alignment_loss(*xs[:3], *given, negative_mask=mask, impl="torch", **options)
             for value, wanted in zip(found, by_hand(*lists(xs, mask)[0], mask.tolist(), **options), strict=True):
                 assert value.item() == pytest.approx(wanted, rel=1e-12, abs=2e-15 / temperature)
             test_extreme_scores("torch", ref_margin, negatives, torch.float64)
             # Finite differences through the formulas in floats.
             a, b, c = (x.requires_grad_() for x in xs[:3])
-            alignment_loss(a, b, c, *xs[3:], negative_mask=mask, impl="torch", **options).loss.backward()
+            alignment_loss(a, b, c, *given, negative_mask=mask, impl="torch", **options).loss.backward()
             for leaf in (a, b):
                 for i in range(4):
                     values = []

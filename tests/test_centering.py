@@ -64,6 +64,9 @@ def test_servers_that_know_no_dense_layer_refuse_it(k, server, saved_again, tmp_
     encoder = encoder_of(k=k)
     encoder.center(FIT)
     folder = encoder.save_pretrained(tmp_path / "out")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "centred by a layer behind the pooling" in card
+    assert "both refuse this folder" in card
     if saved_again:
         SentenceTransformer(str(folder), device="cpu").save_pretrained(str(tmp_path / "again"))
         folder = tmp_path / "again"

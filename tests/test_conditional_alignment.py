@@ -65,6 +65,7 @@ VARIANTS = [
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_equal_to_its_parts_in_float64(impl, head, variant, shuffled):
     hidden, weight, target, cu, references = problem()
+    references = [] if variant.get("ref_margin") == "none" else references
     pairs = AlignmentPairs.in_order(COUNTS, DEVICE)
     if shuffled:  # sequences in any order; one plays two parts, one none
         place = torch.randperm(14, generator=torch.Generator().manual_seed(3)).to(DEVICE)
@@ -153,6 +154,7 @@ def test_bad_input():
         (TypeError, "pairs.query_positive: got dtype torch.float32", {"pairs": floats}),
         (ValueError, r"pairs.positive_positive: got shape \(3,\)", {"pairs": (pairs[0], pairs[1][:3], pairs[2])}),
         (ValueError, "ref_margin: got 'plus'", {"ref_margin": "plus"}),
+        (ValueError, "reference_positive: got scores, expected None", {"ref_margin": "none"}),
         (ValueError, "logprob_reduction: got 'max'", {"logprob_reduction": "max"}),
         (TypeError, "beta: got a tensor", {"beta": torch.tensor(0.1)}),
         (ValueError, "cu_seqlens: got", {"cu_seqlens": cu[:-1], "impl": "torch"}),

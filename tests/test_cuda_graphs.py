@@ -232,6 +232,23 @@ def test_what_cannot_be_captured_is_refused():
         on("cuda", 1)
 
 
+def test_the_update_before_capture_is_the_optimizers_own():
+    found = []
+    for graphed in (False, True):
+        x = torch.nn.Parameter(torch.arange(1.0, 4.0, device=ACCELERATOR.device))
+        adamw = torch.optim.AdamW([x], lr=0.5, fused=True)
+        optimizer = GraphedOptimizer(SimpleNamespace(optimizer=adamw, step=adamw.step)) if graphed else adamw
+        adamw.param_groups[0]["lr"] = 0.25  # a scheduler's
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert adamw.param_groups[0]["lr"] == 0.25
+        assert adamw.param_groups[0]["capturable"] is False
+        assert (x.grad is not None) == graphed  # it keeps its memory
+        found.append(x.detach())
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 @pytest.mark.parametrize("case", CASES)
 def test_replayed_steps_train_as_eager_ones(case):

@@ -1,5 +1,6 @@
 """Score distillation in the loop: the scores of the model before the stage teach the cosines."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -8,10 +9,12 @@ import datasets
 import pytest
 import torch
 from conftest import sentence, stage2, write_jsonl
+from rich.console import Console
 
 from autoregembed import cli, data, sampling, score_distillation, teacher_scores
 from autoregembed.build import build_models
-from autoregembed.config import ConfigError
+from autoregembed.config import ConfigError, Stage2Options
+from autoregembed.embedding_losses import distillation_loss, unknown_pairs
 from autoregembed.encoder import text_embedding
 from autoregembed.evaluate import LABEL_FREE
 from autoregembed.files import CheckpointError
@@ -188,6 +191,70 @@ def test_blocks_stay_together():
     assert [r["row"] for r in next(again)] == [r["row"] for r in seen[5]]
 
 
+@pytest.mark.parametrize("options", [{"candidates": 2}, {"others": 3}, {"candidates": 1, "others": 2}])
+def test_chosen_pairs_and_other_texts_are_scored_as_all_pairs_are(options, model_folder, text_file):
+    config = stage2(model_folder, text_file, "unused", **ONLY)
+    encoder, decoder, tokenizer, _ = build_models(config)
+    prompt = Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
+    rows = data.text_rows(data.load_rows(text_file), prompt)
+    blocks = [[0, 3, 5, 7, 9], [1, 2, 4, 6, 8]]
+    r, candidates = options.get("others", 0), options.get("candidates")
+    others = [[10 + i + k for k in range(r)] for i in range(2)]
+    encoder.eval()
+    found = compute_teacher_scores(encoder, decoder, rows, blocks, 8192, candidates, others)
+    assert found.shape == (2, 5 + r, 5)
+    for block, more, scores in zip(blocks, others, found, strict=True):
+        batch = rows.select([*block, *more]).to_list()
+        with torch.no_grad():
+            z = encoder([x["query_ids"] for x in batch], [x["suffix_ids"] for x in batch])
+            wanted = pair_scores(decoder, z, [x["target_ids"][0] for x in batch[:5]])
+        e = text_embedding(z[:5])
+        order = (e @ e.T + 3 * torch.eye(5)).argsort(0, descending=True)  # its own first
+        kept = torch.ones(5 + r, 5, dtype=torch.bool)
+        if candidates is not None:
+            kept[:5] = (order[: candidates + 1, None] == torch.arange(5)[None, :, None]).any(0)
+            assert kept[:5].sum(0).tolist() == [candidates + 1] * 5
+        torch.testing.assert_close(scores[kept], wanted[kept], rtol=1e-4, atol=1e-3)
+        assert bool((scores[~kept] == -torch.inf).all())
+
+
+@pytest.mark.parametrize("pairs", ["mask", "keep"])
+def test_the_loss_reads_chosen_pairs_and_a_wider_marginal(pairs):
+    generator = torch.Generator().manual_seed(0)
+    query, passages = (torch.randn(4, 6, generator=generator) for _ in range(2))
+    scores, others = -40 * torch.rand(4, 4, generator=generator), -40 * torch.rand(3, 4, generator=generator)
+    chosen = ~torch.eye(4, dtype=torch.bool).roll(3, 1)  # each passage by its own z and two others
+    kept = chosen & ~torch.eye(4, dtype=torch.bool) if pairs == "mask" else chosen
+    options = Stage2Options(**ONLY, distillation_pairs=pairs)
+    keys = [([i], [10 + i]) for i in range(4)]
+    given = torch.cat([scores.masked_fill(~chosen, -torch.inf), others])
+    # By hand: the marginal over the kept pairs of the block and the three other texts.
+    marginal = torch.tensor(
+        [3 * math.log(sum(math.exp(x / 3) for x in [*scores[kept[:, j], j].tolist(), *others[:, j].tolist()]))
+         for j in range(4)]
+    )  # fmt: skip
+    wanted = score_distillation(query, passages, scores, mask=kept, marginal=marginal)
+    mask = unknown_pairs(options, keys, given)
+    torch.testing.assert_close(distillation_loss(options, query, passages, given, mask), wanted)
+    narrow = distillation_loss(options, query, passages, given[:4], mask)
+    torch.testing.assert_close(narrow, score_distillation(query, passages, scores, mask=kept))
+    assert abs(narrow - wanted) > 1e-3
+
+
+def test_candidates_and_other_texts_are_options_of_a_run(model_folder, text_file, tmp_path):
+    out = io.StringIO()
+    options = {**ONLY, "batch_size": 5, "distillation_candidates": 2, "distillation_marginal_texts": 4}
+    train(stage2(model_folder, text_file, tmp_path / "run", **options), Console(file=out, width=200))
+    assert "teacher scores: 3 blocks of 5 × 7 pairs" in out.getvalue()
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["distill"]) and row["distill"] > 0 for row in log)
+    options |= {"distillation_marginal_texts": 16}
+    with pytest.raises(
+        ValueError, match="distillation_marginal_texts: got 16, expected at most 15, the texts of the o"
+    ):
+        train(stage2(model_folder, text_file, tmp_path / "more", **options), Console(quiet=True))
+
+
 def test_texts_alone_train_without_a_pair(model_folder, text_file, sts_file, tmp_path, quiet):
     summary = train(stage2(model_folder, text_file, tmp_path / "run", eval_data=sts_file, **ONLY), quiet)
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -250,6 +317,8 @@ def test_distillation_adds_to_the_other_losses(model_folder, alignment_file, tmp
         ({"distillation_weight": -1.0}, "distillation_weight: got -1.0"),
         ({"teacher_temperature": 0.0}, "teacher_temperature: got 0.0"),
         ({"distillation_mixture": 1.5}, "distillation_mixture: got 1.5"),
+        ({"distillation_candidates": 0}, "distillation_candidates: got 0, expected at least 1"),
+        ({"distillation_marginal_texts": -1}, "distillation_marginal_texts: got -1, expected at least 0"),
         ({"ref_margin": "none", "ref_logps_file": "f"}, "ref_logps_file: got 'f', expected None with stage 2"),
         ({"stage": 1, "ref_logps_file": "f"}, "ref_logps_file: got 'f', expected None with stage 1"),
         ({"distillation_mixture": 0.5}, "distillation_pairs: got 'mask' with distillation_mixture 0.5"),
@@ -283,13 +352,13 @@ def test_a_folder_of_texts_becomes_an_export_in_one_command(model_folder, tmp_pa
     for stage, steps in (("stage1", "012"), ("stage2", "012")):
         summary = json.loads(Path(f"out/{stage}/summary.json").read_text())
         found = summary["evaluations"]
-        assert (summary["eval_metric"], [*found]) == ("mean_cosine", [*steps])
+        assert (summary["eval_metric"], [*found]) == ("view_separation", [*steps])
         assert all(set(values) == set(LABEL_FREE) and None not in values.values() for values in found.values())
-        kept = min("12", key=lambda step: found[step]["mean_cosine"]) if stage == "stage1" else "2"
+        kept = max("12", key=lambda step: found[step]["view_separation"]) if stage == "stage1" else "2"
         assert summary["model_step"] == int(kept)
         recipe = json.loads(Path(f"out/{stage}/model/autoregembed.json").read_text())
         assert recipe["step"] == int(kept)
-        assert f"mean_cosine step 0: {found['0']['mean_cosine']:.4f}" in " ".join(shown.split())
+        assert f"view_separation step 0: {found['0']['view_separation']:.4f}" in " ".join(shown.split())
 
 
 def test_stages_with_folders_of_their_own_keep_them(tmp_path):

@@ -1,3 +1,4 @@
+import io
 import math
 from typing import get_args, get_type_hints
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from conftest import sentence, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from autoregembed import Encoder
 from autoregembed.config import Config
@@ -26,6 +28,7 @@ from autoregembed.evaluate import (
     sts,
     token_mean,
 )
+from autoregembed.held_out import HeldOut
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer([sentence(i, 12) for i in range(50)])
@@ -147,7 +150,12 @@ def by_hand(texts: dict[str, list[float]], views: list[tuple[list[float], list[f
     scatter = torch.tensor([[x - m for x, m in zip(row, mean, strict=True)] for row in rows], dtype=torch.float64)
     sigma = torch.linalg.eigvalsh(scatter.T @ scatter).clamp(min=0).sqrt()
     share = [float(s / sigma.sum()) for s in sigma if s > 1e-4]
+    crossed = [[float(F.cosine_similarity(*torch.tensor([a, b]).double(), 0)) for _, b in views] for a, _ in views]
+    others = [x for i, row in enumerate(crossed) for j, x in enumerate(row) if i != j]
+    middle = sum(others) / len(others)
+    deviation = math.sqrt(sum((x - middle) ** 2 for x in others) / len(others))
     return {
+        "view_separation": (sum(row[i] for i, row in enumerate(crossed)) / len(crossed) - middle) / deviation,
         "mean_cosine": sum(cosines) / len(cosines),
         "view_accuracy": sum(i == j for i, j in enumerate(found)) / len(views),
         "effective_rank": math.exp(-sum(p * math.log(p) for p in share)),
@@ -176,16 +184,21 @@ def test_metrics_without_labels_by_hand():
 def test_metrics_without_labels_tell_a_collapse_from_a_spread():
     texts = [f"{i} and {i}" for i in range(40)]
     alike = label_free(lambda found: torch.ones(len(found), 64), texts)
-    assert alike == pytest.approx(
-        {"mean_cosine": 1, "view_accuracy": 1 / 40, "effective_rank": 0, "uniformity": 0}, abs=1e-6
-    )
+    wanted = {"mean_cosine": 1, "view_accuracy": 1 / 40, "effective_rank": 0, "uniformity": 0}
+    assert alike.pop("view_separation") is None, "nothing is told apart"
+    assert alike == pytest.approx(wanted, abs=1e-6)
     apart = label_free(lambda found: torch.eye(40, 64).repeat(3, 1), texts)
+    assert apart.pop("view_separation") is None, "halves of different texts are all at the same cosine, 0"
     assert apart["view_accuracy"] == 1
     assert apart["mean_cosine"] == pytest.approx(0)
     assert apart["effective_rank"] == pytest.approx(39)
     assert apart["uniformity"] == pytest.approx(-4)
-    for name in LABEL_FREE:
+    for name in alike:
         assert (apart[name] > alike[name]) == METRICS[name].higher
+    noise = torch.randn(120, 64, generator=torch.Generator().manual_seed(0)) / 8
+    lines = [label_free(lambda found, x=x: torch.eye(40, 64).repeat(3, 1) + x * noise, texts) for x in (0.3, 0.6, 1.2)]
+    values = [found["view_separation"] for found in lines]
+    assert values[0] > values[1] > values[2] > 1, "the more noise, the less is told apart"
     nothing = label_free(lambda found: torch.full((len(found), 3), math.nan), texts)
     assert nothing == {**dict.fromkeys(LABEL_FREE), "undefined": "embeddings: got a value that is not finite"}
     assert label_free(lambda found: torch.eye(len(found)), ["a", "b"])["view_accuracy"] is None, "no halves"
@@ -211,6 +224,12 @@ def test_texts_of_an_evaluation_are_read_as_those_of_training(tmp_path):
     file = write_jsonl(tmp_path / "b.jsonl", [*rows, {"text": "e"}])
     with pytest.raises(ValueError, match=r"in line 3 of 'b.jsonl', expected \{body\}"):
         load_texts(file, column="body")
+    out = io.StringIO()
+    many = write_jsonl(tmp_path / "c.jsonl", [{"body": str(i)} for i in range(300)])
+    config = Config(stage=1, model="m", train_data=many, output_dir="o", eval_data=many, columns="text=body")
+    texts = HeldOut(config, Console(file=out)).texts
+    assert (len(texts), texts[0], texts[64], texts[-1]) == (128, "0", "150", "297")
+    assert "eval_data: 128 of 300 texts are read, spread evenly" in out.getvalue()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -107,6 +107,6 @@ def test_the_tutorial_runs(news, tmp_path, monkeypatch, model_folder, capsys):
             assert words[0] == "autoregembed"
             assert cli.main([*words[1:], *small, *model]) == 0, line
             ran.append(words[1])
-    assert ran == ["init", "train", "probe", "eval", "encode"]
+    assert ran == ["init", "train", "probe", "eval", "eval", "encode"]
     printed = capsys.readouterr().out
     assert len(re.findall(r"^-?\d\.\d\d  the|^-?\d\.\d\d  \w+ ", printed, re.MULTILINE)) == 3, "three texts are found"

@@ -428,7 +428,7 @@ def test_what_a_model_card_says(model):
         (
             lambda m: FusedInfoNCELoss(m, directions=EVERY)(features(m, TRIPLETS), None),
             ValueError,
-            "sentence_features: got 3 columns with 'doc_to_doc'",
+            "sentence_features: got 4 columns with 'doc_to_doc'",
         ),
         (
             lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, TRIPLETS), None),
@@ -439,6 +439,11 @@ def test_what_a_model_card_says(model):
             lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, TRIPLETS), torch.zeros(8, 2)),
             ValueError,
             r"labels: got \(8, 2\)",
+        ),
+        (
+            lambda m: AutoRegEmbedLoss(m, decoder_of())(features(m, TRIPLETS), torch.zeros(8, 3)),
+            ValueError,
+            r"labels: got \(8, 3\), expected None, as ref_margin='none'",
         ),
         (
             lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, PAIRS), None),

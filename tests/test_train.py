@@ -80,7 +80,7 @@ def test_wrong_evaluation_data_is_refused_before_anything_is_loaded(model_folder
         ([{"title": "the cat"}], {}, "sentence1"),
         ([{"text": "the cat"}] * 2, {}, "got one text in"),
         ([{"text": "the cat"}, {"text": " "}], {}, "got an empty 'text' in line 2"),
-        ([{"text": "a"}, {"text": "b"}], {"eval_metric": "spearman"}, "^eval_metric: got 'spearman', expected mean_c"),
+        ([{"text": "a"}, {"text": "b"}], {"eval_metric": "spearman"}, "^eval_metric: got 'spearman', expected view_s"),
         ([pair, pair | {"score": 2}], {"eval_metric": "uniformity"}, "expected spearman: .* holds rated pairs"),
     ):
         wrong = write_jsonl(tmp_path / "wrong.jsonl", rows)

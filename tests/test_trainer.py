@@ -341,6 +341,15 @@ def test_adapters_and_compress_tokens_are_what_a_checkpoint_holds(tmp_path):
             "ref_logps: got rows without reference scores",
         ),
         (
+            lambda out: AutoRegEmbedTrainer(
+                encoder_of(),
+                decoder_of(),
+                arguments(out),
+                train_dataset=rows_of(2).add_column("ref_logps", [[0.0, 0.0]] * len(rows_of(2))),
+            ).train(),
+            "ref_logps: got rows with reference scores, expected none, since ref_margin='none'",
+        ),
+        (
             lambda out: CompressionLossFunction(decoder_of(), 3)(lm()(torch.tensor([[1, 2]])), torch.tensor([[1]])),
             "outputs: got CausalLMOutputWithPast without last_hidden_state",
         ),

@@ -128,7 +128,7 @@ class LikelihoodDistillationLoss(DecoderLoss):
         scores = scores_of_rows(blocks, places, labels[:, 2:])
         embeddings = [self._read(column)[1] for column in columns]
         keys = list(zip(texts[0], texts[-1], strict=True))
-        mask = unknown_pairs(self.options, keys)
+        mask = unknown_pairs(self.options, keys, scores)
         return distillation_loss(self.options, embeddings[0], embeddings[-1], scores, mask)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Losses for `SentenceTransformerTrainer`, on models that `Encoder.save_pretrained` wrote.
 
-    model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start", instruction="Represent the text.")
+    model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start")
     SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=AutoRegEmbedLoss(model)).train()
 
 The columns are anchor and positive, or anchor, positive and negatives.
@@ -190,6 +190,11 @@ class AutoRegEmbedLoss(DecoderLoss):
 
     def _ref_logps(self, labels: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.options.uses_ref_logps:
+            if labels is not None:
+                raise ValueError(
+                    f"labels: got {tuple(labels.shape)}, expected None, as ref_margin={self.options.ref_margin!r} and "
+                    f"alignment_weight={self.options.alignment_weight} read no scores: leave out the column 'label'"
+                )
             return None
         expected = (len(like), width)
         if labels is None or tuple(labels.shape) != expected:

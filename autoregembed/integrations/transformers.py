@@ -373,6 +373,11 @@ class AutoRegEmbedTrainer(Trainer):
 
     def _ref_logps(self, rows: list[dict]) -> tuple[Tensor, Tensor] | None:
         if not self.options.uses_ref_logps:
+            if any("ref_logps" in row for row in rows):
+                raise ValueError(
+                    f"ref_logps: got rows with reference scores, expected none, since "
+                    f"ref_margin={self.options.ref_margin!r} and alignment_weight={self.options.alignment_weight}"
+                )
             return None
         if any("ref_logps" not in row or len(row["ref_logps"]) != len(row["target_ids"]) for row in rows):
             raise ValueError(

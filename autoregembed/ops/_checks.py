@@ -113,6 +113,13 @@ def require_temperature(x: Any, dtype: torch.dtype, like: Like) -> Tensor:
     return x.where(good, math.nan).to(dtype).reshape(())
 
 
+def require_reference(name: str, x: Any, ref_margin: str) -> None:
+    """Reference scores are there where a margin reads them, and only there."""
+    if (x is None) != (ref_margin == "none"):
+        got, expected = ("None", "a tensor of scores") if x is None else ("scores", "None")
+        raise ValueError(f"{name}: got {got}, expected {expected}, since ref_margin={ref_margin!r}")
+
+
 def require_option(name: str, x: Any, options: tuple[str, ...]) -> None:
     if x not in options:
         raise ValueError(f"{name}: got {x!r}, expected {options}")

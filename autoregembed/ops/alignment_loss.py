@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autoregembed import reference as spec
 from autoregembed.derivatives import first_order_only, require_reverse_mode
-from autoregembed.ops._checks import FLOATS, require_option, require_positive, require_tensor
+from autoregembed.ops._checks import FLOATS, require_option, require_positive, require_reference, require_tensor
 from autoregembed.ops._dispatch import load_kernel, resolve_impl
 
 REF_MARGINS = ("add", "subtract", "none")
@@ -121,7 +121,8 @@ def alignment_loss(
         share of pairs with a > c. Without any pair the loss is 0, attached to the graph.
 
     Raises:
-        TypeError, ValueError: wrong dtype, device, shape or name of a variant, or reference scores missing.
+        TypeError, ValueError: wrong dtype, device, shape or name of a variant, or reference scores that are missing, or
+            given with "none", which reads none.
         ImplUnavailable: `impl` names a backend that cannot run here.
 
     Source: arXiv 2502.11401, §3.3, and the code released with it.
@@ -141,10 +142,9 @@ def alignment_loss(
         ("reference_negatives", reference_negatives, pairs),
     )
     for name, x, axes in references:
+        require_reference(name, x, ref_margin)
         if x is not None:
             require_tensor(name, x, FLOATS, axes, like)
-        elif ref_margin != "none":
-            raise ValueError(f"{name}: got None, expected a tensor of scores, since ref_margin={ref_margin!r}")
     if negative_mask is not None:
         require_tensor("negative_mask", negative_mask, (torch.bool,), pairs, like)
     impl = resolve_impl(impl, query_positive.device, query_positive.dtype, ("triton", "torch"))

@@ -18,6 +18,7 @@ from autoregembed.ops._checks import (
     require_ids,
     require_option,
     require_positive,
+    require_reference,
     require_tensor,
 )
 from autoregembed.ops._dispatch import load_kernel
@@ -247,10 +248,9 @@ def conditional_alignment(
         ("reference_positive", reference_positive, {"B": b}),
         ("reference_negatives", reference_negatives, {"B": b, "M": pairs[2].shape[1]}),
     ):
+        require_reference(name, x, ref_margin)
         if x is not None:
             require_tensor(name, x, FLOATS, shape, like)
-        elif ref_margin != "none":
-            raise ValueError(f"{name}: got None, expected a tensor of scores, since ref_margin={ref_margin!r}")
         references.append(None if x is None else x.detach().to(work))
     options: dict[str, Any] = {
         "bias": head.bias,
