@@ -77,8 +77,7 @@ FREE_FIELDS = {
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
     "log_with", "num_proc", "export_dtype", "model_name", "license", "decoder_gradient_checkpointing", "share_prefixes",
-    "share_base", "eval_metric", "cuda_graphs",
-}  # fmt: skip
+    "share_base", "eval_metric", "cuda_graphs"}  # fmt: skip
 
 RESULT_FOLDERS = ("model", "export", "adapter", "checkpoints")
 RESULT_FILES = ("config.json", "lock", "metrics.jsonl", "nonfinite.jsonl", "summary.json", "training.png")
@@ -249,10 +248,10 @@ class Run:
     def init_output_rms(self) -> None:
         if not self.config.init_output_rms or self.decoder is None or self.recipe["output_rms_initialized"]:
             return
-        rows, n = self.rows, 128
-        few = rows.take(n) if self.config.streaming else rows.select(range(0, len(rows), -(-len(rows) // n)))
-        texts = texts_of(list(few), hard_negatives=False)
-        self.encoder.init_output_rms(self.decoder.input_rms_per_dimension(), *texts, self.config.token_budget or 4096)
+        rows = self.rows
+        few = rows.take(128) if self.config.streaming else rows.select(range(0, len(rows), -(-len(rows) // 128)))
+        rms, budget = self.decoder.input_rms_per_dimension(), self.config.token_budget or 4096
+        self.encoder.init_output_rms(rms, *texts_of(list(few), False), budget)
         self.recipe["output_rms_initialized"] = True
 
     # ------------------------------------------------------------------------------------------------------------------
