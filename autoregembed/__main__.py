@@ -3,18 +3,7 @@
 import os
 import sys
 
-COMMANDS = {
-    "train": "train CONFIG.yaml [--field value ...]",
-    "plan": "tell the memory that CONFIG.yaml will need",
-    "encode": "embed the lines of a text file",
-    "eval": "score a model by STS and retrieval",
-    "export": "write a folder for sentence-transformers, centred if wanted",
-    "probe": "show what a stage-1 model has learned",
-    "bench": "time the ops and the training step",
-    "init": "copy a ready configuration",
-    "completion": "print a completion script for bash, zsh, fish or tcsh",
-    "doctor": "what is installed, and which backends run here",
-}
+from autoregembed.commands import COMMANDS, HEAVY
 
 
 def _needs_more(error: ModuleNotFoundError) -> str:
@@ -37,8 +26,7 @@ def main() -> int:
 
         print(report())
         return 0
-    heavy = (["train"], ["plan"], ["encode"], ["eval"], ["export"], ["probe"], ["bench"])
-    working = arguments[:1] in heavy and not {"-h", "--help"} & {*arguments}
+    working = not HEAVY.isdisjoint(arguments[:1]) and not {"-h", "--help"} & {*arguments}
     if working:
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; the bar here is the command's own
     if working and os.environ.get("LOCAL_RANK", "0") == "0":

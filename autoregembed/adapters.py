@@ -124,6 +124,13 @@ def save_adapter(encoder: Any, folder: Path) -> None:
     write_json(folder / _CONFIG, {**config, "trainable_token_indices": {name: encoder.compress_token_ids}})
 
 
+def copy_adapter(source: Any, target: Any) -> None:
+    """Gives a PeftModel the trained weights of another one with the same adapter, on a base of another dtype."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    set_peft_model_state_dict(target, get_peft_model_state_dict(source, save_embedding_layers=False))
+
+
 def embedding_name(model: Any) -> str:
     """The name of the embedding matrix' module in the model under a PeftModel.
 
@@ -142,14 +149,24 @@ def embedding_name(model: Any) -> str:
 
 
 def num_trained_tokens(
-    ids: list[int], adapted: list[int], adapter: str | Path | None, wanted: int | None, own_rows: bool
+    ids: list[int],
+    adapted: list[int],
+    adapter: str | Path | None,
+    wanted: int | None,
+    own_rows: bool,
+    compress_init: str | None,
 ) -> int | None:
     """K as the model (`ids`) or else its adapter (`adapted`) was trained with, or as `wanted`; None where nobody says.
 
     Raises:
-        CheckpointError: an adapter without compress tokens for a model without any, or another number than `wanted`.
+        CheckpointError: an adapter without compress tokens for a model without any, another number than `wanted`, or
+            words to start from for tokens that are trained.
     """
     known = len(ids or adapted)
+    if known and compress_init is not None:
+        raise CheckpointError(
+            f"compress_init: got {compress_init!r} for {known} compress tokens that are trained, expected none"
+        )
     if adapter is not None and not known and not own_rows:
         raise CheckpointError(
             f"adapter: got {str(adapter)!r}, which has no compress tokens, for a model without any; expected the "

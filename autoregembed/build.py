@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autoregembed.adapters import embedding_name
+from autoregembed import distributed
+from autoregembed.adapters import copy_adapter, embedding_name
 from autoregembed.attention import compile_layers
 from autoregembed.config import Config, ConfigError
 from autoregembed.decoder import Decoder
@@ -27,6 +29,7 @@ from autoregembed.models import (
     read_recipe,
     require_source,
 )
+from autoregembed.quantized import QUANTIZERS
 from autoregembed.sharing import cast_parameters
 
 
@@ -39,8 +42,9 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
     recipe = read_recipe(config.model)
     start = start_of(config, recipe)
     model, tokenizer, _ = load_causal_lm(
-        start.source, gguf_file=start.gguf_file, dtype=start.dtype, trust_remote_code=config.trust_remote_code
-    )
+        start.source, gguf_file=start.gguf_file, dtype=start.dtype, trust_remote_code=config.trust_remote_code,
+        quantization=start.quantization,
+    )  # fmt: skip
     if recipe.get("centering"):
         raise ConfigError(
             f"model: got {config.model!r}, an export with a centring, which training would make wrong; expected the "
@@ -55,7 +59,7 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
             original_in(recipe, config.model)
     decoder = None
     if config.needs_decoder and with_decoder and not start.shared:
-        own = not recipe and config.decoder in (None, config.model)
+        own = not recipe and config.decoder in (None, config.model) and not start.quantization
         decoder = _decoder(config, original, copy.deepcopy(model).float() if own else None, tokenizer)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -63,7 +67,8 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
     known = recipe if start.adapter is None else {k: v for k, v in recipe.items() if k != "compress_token_ids"}
     encoder = Encoder.from_model(
         model, tokenizer, recipe=known, num_compress_tokens=config.num_compress_tokens, attention="sdpa",
-        instruction=config.instruction, max_length=fit_length("max_length", config.max_length, max_positions(model)),
+        compress_init=config.compress_init, instruction=config.instruction,
+        max_length=fit_length("max_length", config.max_length, max_positions(model)),
         lora_rank=0 if start.adapter else config.lora_rank, lora_alpha=config.lora_alpha,
         lora_targets=config.lora_targets, adapter=start.adapter,
         # The whole name: PEFT compares ends, and "norm" is the end of every layer's norms.
@@ -102,6 +107,20 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         **original,
     }
     return encoder, decoder, tokenizer, encoder.recipe
+
+
+def on_plain_weights(config: Config, encoder: Encoder) -> Encoder:
+    """A trained encoder as it is; in process 0, with a quantised base, its adapter on weights read anew, in fp32."""
+    if config.base_dtype not in QUANTIZERS or distributed.rank() > 0:
+        return encoder
+    whole = build_models(replace(config, base_dtype="fp32", compile=False), with_decoder=False)[0]
+    copy_adapter(encoder.model, whole.model)
+    assert whole.compress_rows is not None
+    assert encoder.compress_rows is not None
+    with torch.no_grad():
+        whole.compress_rows.copy_(encoder.compress_rows)
+    whole.suffix_ids, whole.recipe = encoder.suffix_ids, encoder.recipe
+    return whole
 
 
 def _decoder_options(config: Config, tokenizer: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 
+from autoregembed.commands import COMMANDS, HEAVY
 from autoregembed.doctor import report
 from autoregembed.export_command import export_model
 from autoregembed.text_files import read_texts
@@ -345,15 +346,15 @@ def _completion(shell: Literal["bash", "zsh", "fish", "tcsh"]) -> None:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="autoregembed", description=__doc__)
     commands = parser.add_subcommands(required=True, dest="command")
-    commands.add_subcommand("train", train_parser(), help="train CONFIG.yaml [--field value ...]")
-    commands.add_subcommand("plan", plan_parser(), help="tell the memory that CONFIG.yaml will need")
+    commands.add_subcommand("train", train_parser(), help=COMMANDS["train"])
+    commands.add_subcommand("plan", plan_parser(), help=COMMANDS["plan"])
     for name, function in _functions().items():
         sub = ArgumentParser(description=(function.__doc__ or "").split("\n\n")[0])
         flags = [n for n, p in inspect.signature(function).parameters.items() if p.default is False]
         sub.add_function_arguments(function, skip=set(flags))
         for flag in flags:
             sub.add_argument(f"--{flag}", action="store_true", help="tiny sizes, to see that everything runs")
-        commands.add_subcommand(name, sub, help=(function.__doc__ or "").splitlines()[0])
+        commands.add_subcommand(name, sub, help=COMMANDS[name])
     return parser
 
 
@@ -373,16 +374,17 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] in (["train"], ["plan"], ["eval"], ["encode"], ["probe"], ["export"]):
+        name = arguments[0] if arguments else ""
+        if name in HEAVY:
             _mute_other_bars()
-        if arguments[:1] in (["train"], ["plan"]):
+        if name in ("train", "plan"):
             if "-h" in arguments or "--help" in arguments:
-                (train_parser() if arguments[0] == "train" else plan_parser()).print_help()
+                (train_parser() if name == "train" else plan_parser()).print_help()
                 return 0
-            return (_train if arguments[0] == "train" else _plan)(arguments[1:])
+            return (_train if name == "train" else _plan)(arguments[1:])
         functions = _functions()
-        if arguments[:1] in (["encode"], ["eval"], ["init"], ["completion"], ["probe"], ["export"]):
-            arguments = [arguments[0], *_named(functions[arguments[0]], arguments[1:])]
+        if name in functions:
+            arguments = [name, *_named(functions[name], arguments[1:])]
         parsed = _parser().parse_args(arguments)
         options = parsed[parsed.command].as_dict() if parsed.get(parsed.command) else {}
         options = {n: os.path.expanduser(v) if isinstance(v, str) else v for n, v in options.items()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from autoregembed.prompt import INSTRUCTION
 from autoregembed.reference import (
     BETA,
     DISTILLATION_TEMPERATURE,
@@ -154,6 +155,8 @@ class Config(Stage2Options):
             it as its prompt "query". Default: that of `model`.
         passage_instruction: stage 2: before positives and negatives; the prompt "document" of the export.
         num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
+        compress_init: for a model without compress tokens: the text whose tokens' embeddings they start from, repeated
+            to K tokens. Default: " ,", a comma.
         max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
             the model's positions if they are fewer.
         max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
@@ -185,7 +188,8 @@ class Config(Stage2Options):
             without them; a next stage goes on with the adapters. auto: where the decoder is the model under the
             adapters. true: the run is refused where it is not.
         base_dtype: of the weights under LoRA adapters: fp32, bf16, fp16, or auto: that of `precision` where they are
-            shared, otherwise fp32.
+            shared, otherwise fp32. int8 (torchao) and nf4 (bitsandbytes, GPU only) quantise the linear layers and leave
+            embeddings and head in that of `precision`; model and export have the adapters merged into plain weights.
         distillation_candidates: how many texts of its block score a passage besides its own: those nearest by cosine.
             The other pairs cost no decoder pass and do not count, so a block may be larger. Default: all.
         distillation_marginal_texts: texts of other blocks that score a passage too, for its marginal alone, which over
@@ -207,6 +211,8 @@ class Config(Stage2Options):
         share_prefixes: targets of one z run the decoder's bos and the K rows of z once. Default: where the model can
             and it saves time; true: always, or the model is refused; false: each target has its own.
         compile: torch.compile the layers of encoder and decoder.
+        cuda_graphs: capture a step, and replay it for batches whose padded shapes it has seen. Without a token_budget,
+            on one GPU.
         seed: seeds everything.
         deterministic: use torch's deterministic algorithms, so that two runs on the same machine agree in every bit.
         on_nonfinite: what happens when the loss or gradient of a step is not finite. Such a step never updates
@@ -236,10 +242,11 @@ class Config(Stage2Options):
     gguf_file: str | None = None
     trust_remote_code: bool = False
     columns: dict[str, str] | str | None = None
-    instruction: str = "Represent the text."
+    instruction: str = INSTRUCTION
     query_instruction: str | None = None
     passage_instruction: str | None = None
     num_compress_tokens: int | None = None
+    compress_init: str | None = None
     max_length: int | None = None
     max_target_length: int | None = None
     train_split: str | None = None
@@ -266,7 +273,7 @@ class Config(Stage2Options):
     lora_alpha: float = 16.0
     lora_targets: list[str] | str = "all-linear"
     share_base: bool | Literal["auto"] = "auto"
-    base_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    base_dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = "auto"
     distillation_candidates: int | None = None
     distillation_marginal_texts: int = 0
     z_norm: Literal["none", "match_rms"] = "none"
@@ -280,6 +287,7 @@ class Config(Stage2Options):
     decoder_gradient_checkpointing: bool = False
     share_prefixes: bool | None = None
     compile: bool = False
+    cuda_graphs: bool = False
     seed: int = 0
     deterministic: bool = False
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -327,6 +335,8 @@ class Config(Stage2Options):
         for name in ("model", "decoder", "train_data", "eval_data", "output_dir", "ref_logps_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
+        if self.cuda_graphs:
+            self._require_repeatable()
         if self.eval_metric and not self.eval_data:
             raise ConfigError(f"eval_metric: got {self.eval_metric!r}, expected None without eval_data")
         if self.ref_logps_file and not self.needs_ref_logps:
@@ -347,6 +357,20 @@ class Config(Stage2Options):
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"freeze: got {pattern!r}, expected regular expressions ({error})") from error
+
+    def _require_repeatable(self) -> None:
+        """What makes a step depend on more than its padded shapes, or reads numbers on the host."""
+        needs = {
+            "token_budget": (None, "a step in several passes has other shapes every time"),
+            "gradient_checkpointing": (False, "it saves the state of the random generator on the host"),
+            "precision": (("auto", "fp32", "bf16"), "the loss scale of fp16 is decided on the host"),
+            "share_prefixes": ((None, False), "how many tokens are shared changes from batch to batch"),
+            "attention": (("auto", "varlen", "flash_attention_2"), "sdpa makes a call for every length"),
+        }
+        for name, (expected, reason) in needs.items():
+            value, allowed = getattr(self, name), expected if isinstance(expected, tuple) else (expected,)
+            if value not in allowed:
+                raise ConfigError(f"{name}: got {value!r} with cuda_graphs, expected {expected!r}: {reason}")
 
     @property
     def column_map(self) -> dict[str, str] | None:

@@ -27,18 +27,18 @@ from autoregembed.models import (
     original_in,
     read_recipe,
     require_finite,
-    require_gradients,
     require_loaded,
     require_no_hidden_adapters,
     split_gguf,
 )
 from autoregembed.ops.linear_logprob import linear_logprob
 from autoregembed.ops.splice import splice
-from autoregembed.packing import Ids, Packed, check_ids, index_on, pack
+from autoregembed.packing import IGNORED, Ids, ScoredPack, check_ids, index_on, pack
 from autoregembed.passes import PairwiseScores, checkpoint_layers, in_order
-from autoregembed.prefixes import choose_passes, pass_tokens, select, share_prefixes
+from autoregembed.prefixes import SharedPrefixes, choose_passes, pass_tokens, select, share_prefixes
 from autoregembed.probe import allow_shared_prefixes, use_packed_attention, verify_length
 from autoregembed.prompt import batch_token_ids
+from autoregembed.quantized import prepare_quantized
 from autoregembed.sharding import gather_shared, shard_frozen
 from autoregembed.sharing import SharedBase
 
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
             raise ValueError("eos_token_id: got None here and in the model's config, expected a token id")
         self.eos_token_id = int(eos_token_id)
         require_finite(model)
-        require_gradients(model)
+        prepare_quantized(model)
         if gradient_checkpointing:
             checkpoint_layers(model)
         head = model.get_output_embeddings()
@@ -125,7 +125,8 @@ class Decoder(nn.Module):
                 f"model: got {type(model).__name__}, which has no head, expected a causal LM with its lm_head"
             )
         if type(head) is not nn.Linear or not is_plain(head.weight):
-            kind = type(head).__name__ if type(head) is not nn.Linear else type(head.weight.data).__name__
+            quantised = isinstance(head, nn.Linear) and not is_plain(head.weight)
+            kind = type(head.weight.data if quantised else head).__name__
             raise ValueError(
                 f"model: got an lm_head of type {kind}, expected a plain nn.Linear: merge adapters into it "
                 "(merge_and_unload), leave it out of quantisation (such as llm_int8_skip_modules)"
@@ -335,21 +336,27 @@ class Decoder(nn.Module):
         around = len(self.prefix) + k
         return pass_tokens([around + len(target) for target in targets], owners, around, self.shares_prefixes)
 
-    def _pack(self, k: int, targets: Sequence[Ids], device: torch.device) -> tuple[Packed, Tensor, Tensor, Tensor]:
-        """The packed input of S pairs: bos if any, K rows for z, all target tokens; eos is a label, never an input.
+    def pack(self, k: int, targets: Sequence[Ids], owners: Sequence[int], padding: int = 0) -> ScoredPack:
+        """The packed input of S pairs, on the host: bos if any, K rows for z, all target tokens; eos is a label, never
+        an input.
 
-        Returns the pack, the rows whose hidden states are scored (N,), their labels (N,) and their cu_seqlens (S+1,).
+        Args:
+            k: K.
+            targets: S targets as token ids, without eos.
+            owners: the row of z that each is scored under.
+            padding: how many pairs, the last ones, score 0 and have no gradient.
         """
-        packed = pack([[*self.prefix, *[0] * k, *target] for target in targets], device)
+        packed = pack([[*self.prefix, *[0] * k, *target] for target in targets])
         unscored = len(self.prefix) + k - 1
-        n = self.num_tokens(targets)
-        cu_seqlens = packed.cu_seqlens - unscored * torch.arange(len(targets) + 1, dtype=torch.int32, device=device)
-        pair = torch.repeat_interleave(torch.arange(len(targets), device=device), cu_seqlens.diff(), output_size=n)
-        rows = torch.arange(n, device=device) + unscored * (pair + 1)
+        cu_seqlens = packed.cu_seqlens - unscored * torch.arange(len(targets) + 1, dtype=torch.int32)
+        pair = torch.arange(len(targets)).repeat_interleave(cu_seqlens.diff())
+        rows = torch.arange(len(pair)) + unscored * (pair + 1)
         # Row t scores token t+1; the last row of a pair scores eos.
         labels = packed.ids.roll(-1)
         labels[packed.cu_seqlens[1:].long() - 1] = self.eos_token_id
-        return packed, rows, labels[rows], cu_seqlens
+        counts = packed.sort_index < len(targets) - padding
+        labels = torch.where(counts[pair], labels[rows], IGNORED)
+        return ScoredPack(packed, torch.as_tensor(owners)[packed.sort_index], rows, labels, cu_seqlens)
 
     def logprob(
         self,
@@ -445,21 +452,24 @@ class Decoder(nn.Module):
 
     def _score(self, z: Tensor, targets: Sequence[Ids], owners: list[int], share: bool, fused: Any = None) -> Any:
         """`run` in one pass, without checks."""
-        packed, rows, labels, cu_seqlens = self._pack(z.shape[1], targets, z.device)
+        shared = None
+        if share:
+            around = len(self.prefix) + z.shape[1]
+            shared = share_prefixes([around + len(target) for target in targets], owners, around, z.device)
+        return self.score(z, self.pack(z.shape[1], targets, owners).to(z.device), shared, fused)
+
+    def score(self, z: Tensor, pairs: ScoredPack, shared: SharedPrefixes | None = None, fused: Any = None) -> Any:
+        """`run` for pairs that lie on z's device; reads nothing on the host."""
+        packed, owners, rows, labels, cu_seqlens = pairs
         embedding = self.model.get_input_embeddings().weight
         table = to_full_tensor(embedding)
         inputs = splice(
-            self.rescale(z), table, packed.ids, packed.cu_seqlens, index_on(z.device, owners)[packed.sort_index],
-            offset=len(self.prefix),
+            self.rescale(z), table, packed.ids, packed.cu_seqlens, owners, offset=len(self.prefix),
             embedding_scale=float(torch.tensor(self.embedding_scale, dtype=table.dtype)),
         )  # fmt: skip
         head = self.model.get_output_embeddings()
         weight = table if head.weight is embedding else head.weight
         del table
-        shared = None
-        if share:
-            around = len(self.prefix) + z.shape[1]
-            shared = share_prefixes([around + len(target) for target in targets], owners, around, z.device)
         if shared is not None:
             inputs, rows = select(inputs, shared), shared.source[rows]
         hidden = run_packed(base_model(self.model), packed, shared, inputs_embeds=inputs[None])[rows]  # (N, D)

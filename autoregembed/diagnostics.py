@@ -11,8 +11,8 @@ from torch import Tensor
 
 from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
+from autoregembed.embedding_losses import contrastive_loss
 from autoregembed.encoder import Encoder, text_embedding
-from autoregembed.objective import contrastive_loss
 from autoregembed.ops import alignment_loss
 from autoregembed.teacher_scores import pair_scores
 

@@ -31,7 +31,6 @@ from autoregembed.models import (
     max_positions,
     original_of,
     require_finite,
-    require_gradients,
     require_loaded,
     require_unadapted_head,
     scale_output,
@@ -42,6 +41,7 @@ from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import Ids, Packed, check_ids, make_microbatches, order_of, pack
 from autoregembed.probe import use_packed_attention, verify_length
 from autoregembed.prompt import INSTRUCTION, Prompt, batch_token_ids, instruction_ids, require_fast
+from autoregembed.quantized import prepare_quantized
 
 
 def text_embedding(z: Tensor) -> Tensor:
@@ -121,12 +121,11 @@ class Encoder(nn.Module):
         if bos_token_id is not None:
             check_ids("bos_token_id", [[bos_token_id]], vocabulary)
         require_finite(model)
-        require_gradients(model)
+        prepare_quantized(self)
         claim(model, self)
         self.compress_rows = None
         if own_compress_rows is not False:
-            given = own_compress_rows
-            rows = given if isinstance(given, Tensor) else embedding.weight[self.compress_token_ids]
+            rows: Any = embedding.weight[self.compress_token_ids] if inside else own_compress_rows
             self.compress_rows = nn.Parameter(rows.detach().to(embedding.weight.device, copy=True))
         self.use_attention(attention)
 
@@ -136,6 +135,7 @@ class Encoder(nn.Module):
         name_or_path: str | Path,
         *,
         num_compress_tokens: int | None = None,
+        compress_init: str | None = None,
         instruction: str | None = None,
         max_length: int | None = None,
         lora_rank: int = 0,
@@ -155,7 +155,8 @@ class Encoder(nn.Module):
             name_or_path: a hub id, a folder, a GGUF file, or what `save_pretrained` or a training run wrote (`model/`
                 or `export/`); what those folders say of themselves is the default of the next three.
             num_compress_tokens: K; by default 5. They are added to a model that has none.
-            instruction: between text and compress tokens; by default "Represent the text.".
+            compress_init: a text whose tokens' embeddings they then start from; by default " ,".
+            instruction: between text and compress tokens; by default "Keywords:".
             max_length: as in the constructor.
             lora_rank: above 0, LoRA adapters and the compress tokens train in place of all parameters (needs `peft`).
             lora_alpha, lora_targets: `lora_alpha` and `target_modules` of `peft.LoraConfig`.
@@ -176,9 +177,9 @@ class Encoder(nn.Module):
         )
         encoder = cls.from_model(
             model if device is None else model.to(device), tokenizer, recipe=recipe or original_of(source, gguf_file),
-            num_compress_tokens=num_compress_tokens, instruction=instruction, max_length=max_length,
-            lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets, adapter=adapter,
-            attention=attention, own_compress_rows=own_compress_rows,
+            num_compress_tokens=num_compress_tokens, compress_init=compress_init, instruction=instruction,
+            max_length=max_length, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets,
+            adapter=adapter, attention=attention, own_compress_rows=own_compress_rows,
         )  # fmt: skip
         encoder.centering = read_centering(source, recipe)
         return encoder
@@ -191,6 +192,7 @@ class Encoder(nn.Module):
         *,
         recipe: Mapping[str, Any] | None = None,
         num_compress_tokens: int | None = None,
+        compress_init: str | None = None,
         instruction: str | None = None,
         max_length: int | None = None,
         lora_rank: int = 0,
@@ -214,14 +216,14 @@ class Encoder(nn.Module):
         recipe = dict(recipe or {})
         ids = list(recipe.get("compress_token_ids") or ())
         adapted = [] if adapter is None else adapter_token_ids(adapter)
-        known = num_trained_tokens(ids, adapted, adapter, num_compress_tokens, own_compress_rows)
+        known = num_trained_tokens(ids, adapted, adapter, num_compress_tokens, own_compress_rows, compress_init)
         rows: bool | Tensor = own_compress_rows
         if not ids:
             known = 5 if known is None else known
             if own_compress_rows:  # the model stays as it is
-                ids, rows = compress_embeddings(model, tokenizer, known)
+                ids, rows = compress_embeddings(model, tokenizer, known, compress_init)
             else:
-                ids = add_compress_tokens(model, tokenizer, known)
+                ids = add_compress_tokens(model, tokenizer, known, compress_init)
         if adapted and sorted(adapted) != sorted(ids):
             raise CheckpointError(
                 f"adapter: got one that trains the embeddings of {adapted}, expected those of the model's compress "
@@ -313,8 +315,7 @@ class Encoder(nn.Module):
         if self.tokenizer is None or self.instruction is None:
             name = "tokenizer" if self.tokenizer is None else "instruction"
             raise ValueError(f"{name}: got None, expected one: use from_pretrained, or give the constructor one")
-        k, bos = self.num_compress_tokens, self.bos_token_id
-        before = self.prompts.get
+        k, bos, before = self.num_compress_tokens, self.bos_token_id, self.prompts.get
         return Prompt(
             self.tokenizer, k, bos, self.instruction, self.max_length,
             query_instruction=before("query", ""), passage_instruction=before("document", ""),
@@ -343,8 +344,7 @@ class Encoder(nn.Module):
                 the model's positions or without room for text.
             TypeError: no list of strings.
         """
-        ids = batch_token_ids(self.tokenizer, texts)
-        suffix = self._suffix(instruction)
+        ids, suffix = batch_token_ids(self.tokenizer, texts), self._suffix(instruction)
         whole = Prompt(self.tokenizer, self.num_compress_tokens, self.bos_token_id, "", self.fit_max_length(max_length))
         return [whole.text(text, suffix) for text in ids]
 
@@ -409,17 +409,18 @@ class Encoder(nn.Module):
             write_compress_rows(self.model, self.compress_token_ids, self.compress_rows)
 
     @torch.no_grad()
-    def init_output_rms(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
+    def init_output_rms(
+        self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
+    ) -> None:
         """Scales the model's final norm so that each dimension of z has a given RMS over some texts.
 
-        A few dimensions of an LM's last hidden states are ten times as large as the rest. A decoder reads such a z as
-        noise until training has tamed them; this does so before the first step and adds nothing to the model.
+        A few dimensions of an LM's last hidden states are ten times the rest, and such a z is noise to a decoder.
 
         Args:
             rms: (D,) of the decoder's input embeddings (`Decoder.input_rms_per_dimension`).
-            ids, suffix_ids: as in `forward`; a hundred texts are plenty.
+            ids, suffix_ids, token_budget: as in `forward`; a hundred texts are plenty.
         """
-        z = self(ids, suffix_ids).double()
+        z = self(ids, suffix_ids, token_budget).double()
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         if self.shared is not None:
             self.shared.require_own(final_norm(self.model), "a final norm")
@@ -436,7 +437,7 @@ class Encoder(nn.Module):
         ]
 
     def forward(
-        self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
+        self, ids: Sequence[Ids] | Packed, suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
     ) -> Tensor:
         """Encodes B texts, in one packed pass or in several that each fit in memory.
 
@@ -445,7 +446,7 @@ class Encoder(nn.Module):
         is that of one pass over all texts, whatever the loss does with z, for one more forward.
 
         Args:
-            ids: B texts as token ids, without bos, suffix or compress tokens.
+            ids: B texts as token ids, without bos, suffix or compress tokens; or a pack of `sequences`, unchecked.
             suffix_ids: B suffixes that replace the default one.
             token_budget: tokens of one pass, with suffix and compress tokens; a longer text makes a pass of its own.
                 None: one pass.
@@ -460,13 +461,14 @@ class Encoder(nn.Module):
 
         Source: gradient caching, Gao et al., arXiv 2101.06983.
         """
-        embedding = self.model.get_input_embeddings()
-        vocabulary = embedding.weight.shape[0]
-        check_ids("ids", ids, vocabulary)
+        if isinstance(ids, Packed):
+            return self._run(ids.ids, ids)
+        weight = self.model.get_input_embeddings().weight
+        check_ids("ids", ids, len(weight))
         if len(ids) == 0:
             raise ValueError("ids: got no text, expected at least one")
         if suffix_ids is not None:  # each may be empty
-            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], vocabulary)
+            check_ids("suffix_ids", [[*suffix, 0] for suffix in suffix_ids], len(weight))
         sequences = self.sequences(ids, suffix_ids)
         limit, longest = max_positions(self.model), max(map(len, sequences))
         if limit is not None and longest > limit:
@@ -479,22 +481,20 @@ class Encoder(nn.Module):
         )
         microbatches = make_microbatches([len(s) for s in sequences], token_budget)
         if self.sharded and token_budget is not None:
-            microbatches = distributed.equalize_microbatches(microbatches, embedding.weight.device)
+            microbatches = distributed.equalize_microbatches(microbatches, weight.device)
         if len(microbatches) == 1:
-            packed = pack(sequences, embedding.weight.device)
-            return self._run(packed.ids, packed)
+            return self.forward(pack(sequences, weight.device))
         z = []
         for microbatch in microbatches:
-            packed = pack([sequences[i] for i in microbatch], embedding.weight.device)
+            packed = pack([sequences[i] for i in microbatch], weight.device)
             z.append(checkpoint(self._run, packed.ids, packed, use_reentrant=False))
-        return torch.cat(z)[order_of(microbatches, embedding.weight.device)]
+        return torch.cat(z)[order_of(microbatches, weight.device)]
 
     def _run(self, ids: Tensor, packed: Packed) -> Tensor:
         """z (B, K, D) of one pack; `ids` are its own, since `checkpoint` keeps the random state by tensor arguments."""
-        k = self.num_compress_tokens
         if self.compress_rows is None:
             hidden = run_packed(base_model(self.model), packed, input_ids=ids[None])
         else:
             x = embed_compress_rows(self.model, ids, packed.cu_seqlens, self.compress_rows)
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
-        return pool_last_k(hidden, packed.cu_seqlens, k, packed.unsort_index)
+        return pool_last_k(hidden, packed.cu_seqlens, self.num_compress_tokens, packed.unsort_index)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoregembed import loading
 from autoregembed.adapters import save_adapter
 from autoregembed.config import Config, ConfigError
 from autoregembed.files import atomic_folder
 from autoregembed.model_card import adapter_card
 from autoregembed.models import original_in, original_of, read_recipe
+from autoregembed.quantized import QUANTIZERS, loading_options
 from autoregembed.runtime import HALF_DTYPES, choose_precision
 from autoregembed.sharing import cast_parameters
 
@@ -29,7 +31,8 @@ class Start:
     gguf_file: str | None
     adapter: Path | None  # that of an earlier stage, which goes on
     shared: bool  # its weights are the decoder's
-    dtype: torch.dtype  # of the weights
+    dtype: torch.dtype  # of the weights, of quantised ones: of embeddings and head
+    quantization: dict[str, Any]  # options of `from_pretrained`
 
 
 def lora_settings(config: Config) -> dict[str, Any]:
@@ -52,9 +55,13 @@ def start_of(config: Config, recipe: dict[str, Any]) -> Start:
     if shared and recipe:
         source, gguf_file = original_in(recipe, config.model)
         adapter = Path(config.model) / ADAPTER
-    precision = choose_precision(config) if shared and config.base_dtype == "auto" else config.base_dtype
-    dtype = _NAMES.get(precision, torch.float32)
-    return Start(source, gguf_file, adapter, shared, dtype)
+    kind = config.base_dtype
+    by_precision = (shared and kind == "auto") or kind in QUANTIZERS
+    dtype = _NAMES.get(choose_precision(config) if by_precision else kind, torch.float32)
+    if gguf_file and kind in QUANTIZERS:
+        raise ConfigError(f"base_dtype: got {kind!r}, expected 'auto', 'fp32', 'bf16' or 'fp16' for a GGUF file")
+    quantization = {} if loading.absent() else loading_options(kind, dtype)
+    return Start(source, gguf_file, adapter, shared, dtype, quantization)
 
 
 def not_shared_because(config: Config) -> str | None:

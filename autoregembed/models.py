@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from autoregembed import loading
 from autoregembed.files import CheckpointError, atomic_folder, read_json, write_json
+from autoregembed.prompt import COMPRESS_INIT
 
 RECIPE = "autoregembed.json"
 RECIPE_VERSION = 2  # 1: the fields of 0.2
@@ -80,10 +81,14 @@ def load_causal_lm(
     gguf_file: str | None = None,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    quantization: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, dict]:
     """A causal LM, its tokenizer and its recipe: `autoregembed.json` of a folder this library wrote, else {}.
 
     An exported encoder has no head; its base model is returned.
+
+    Args:
+        quantization: `quantization_config` and `device_map` of `from_pretrained`; not with a GGUF file.
 
     Raises:
         CheckpointError: the source cannot be loaded, or lacks weights that Transformers would then draw at random.
@@ -92,6 +97,7 @@ def load_causal_lm(
     require_source(source)
     options = {"trust_remote_code": trust_remote_code, **({"gguf_file": gguf_file} if gguf_file else {})}
     weights: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}  # never a pickle
+    weights |= quantization or {}
     recipe = read_recipe(source)
     loader = AutoModelForCausalLM if recipe.get("lm_head", True) else AutoModel
     with wrap_load_errors(source):
@@ -177,30 +183,33 @@ def original_of(source: str, gguf_file: str | None) -> dict[str, str | None]:
     }
 
 
-def compress_embeddings(model: Any, tokenizer: Any, k: int) -> tuple[list[int], Tensor]:
+def compress_embeddings(model: Any, tokenizer: Any, k: int, words: str | None = None) -> tuple[list[int], Tensor]:
     """Ids for K compress tokens, behind the vocabulary, and the embeddings (K, D) that they start from.
 
     The ids are rows of the embedding matrix, or would be, and not entries of the tokenizer, so no text can contain one.
-    The embeddings are that of a blank plus noise of a tenth of the matrix' standard deviation: a frequent token keeps
-    the activations in their usual range, a random vector does not. The model stays as it is.
+    The embeddings are those of the tokens of `words` (by default " ,"), as often as it takes, plus noise of a tenth
+    of the matrix' standard deviation: an LM knows how to go on after words, and reads a random vector as noise. The
+    model stays as it is.
 
     Raises:
-        ValueError: K outside 1..positions - 1.
+        ValueError: K outside 1..positions - 1; `words` without a token.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
     if not 1 <= k < limit:
         raise ValueError(f"num_compress_tokens: got {k}, expected 1..{limit - 1}")
     used, weight = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.detach()
     known = weight[: min(used, len(weight))].float()  # without the random rows of tokens that the model never had
+    tokens = tokenizer(COMPRESS_INIT if words is None else words, add_special_tokens=False)["input_ids"]
+    if not tokens and words is not None:
+        raise ValueError(f"compress_init: got {words!r}, expected a text of at least one token")
     noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    blank = tokenizer(" ", add_special_tokens=False)["input_ids"]
-    center = known[blank[0]] if blank else known.mean(0)
-    return list(range(used, used + k)), (center + 0.1 * known.std(0) * noise).to(weight.dtype)
+    rows = known[[tokens[i % len(tokens)] for i in range(k)]] if tokens else known.mean(0)
+    return list(range(used, used + k)), (rows + 0.1 * known.std(0) * noise).to(weight.dtype)
 
 
-def add_compress_tokens(model: Any, tokenizer: Any, k: int) -> list[int]:
+def add_compress_tokens(model: Any, tokenizer: Any, k: int, words: str | None = None) -> list[int]:
     """Writes `compress_embeddings` into the embedding matrix, which grows where it has to; returns their ids."""
-    ids, rows = compress_embeddings(model, tokenizer, k)
+    ids, rows = compress_embeddings(model, tokenizer, k, words)
     write_compress_rows(model, ids, rows)
     return ids
 
@@ -404,17 +413,3 @@ def require_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_plain(parameter) and parameter.is_floating_point() and not bool(parameter.detach().isfinite().all()):
             raise ValueError(f"model: got a non-finite value in {name}, expected finite weights")
-
-
-def require_gradients(model: nn.Module) -> None:
-    """Raises ValueError for bitsandbytes' 4-bit layers on a CPU.
-
-    An evaluation repacks their weights for its own kernel, and every later backward multiplies by wrong values.
-    """
-    for name, module in model.named_modules():
-        four_bit = any(cls.__name__ == "Linear4bit" for cls in type(module).__mro__)
-        if four_bit and module.weight.device.type == "cpu":
-            raise ValueError(
-                f"model: got a {type(module).__name__} on a CPU in {name}, whose gradient is wrong there after an "
-                "evaluation, expected a GPU, or 8 bits (torchao), or model.dequantize()"
-            )

@@ -7,19 +7,19 @@
 from __future__ import annotations
 
 import contextlib
-from array import array
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 
 from autoregembed import distributed
 from autoregembed.config import Config, Stage2Options
 from autoregembed.decoder import Decoder
+from autoregembed.embedding_losses import contrastive_loss, distillation_loss, keys_of, paired, unknown_pairs
 from autoregembed.encoder import Encoder, text_embedding
 from autoregembed.ops import (
     AlignmentOutput,
@@ -27,12 +27,9 @@ from autoregembed.ops import (
     alignment_loss,
     conditional_alignment,
     conditional_compression,
-    info_nce,
-    score_distillation,
 )
 from autoregembed.packing import Ids, Packed, index_on, make_microbatches
 from autoregembed.passes import sum_of_passes
-from autoregembed.teacher_scores import log_marginal
 
 
 def texts_of(rows: list[dict], hard_negatives: bool) -> tuple[list, list]:
@@ -91,12 +88,21 @@ def stage1_loss(
     Source: arXiv 2502.11401, §3.2.
     """
 
+    def run(fused: Any) -> Tensor:
+        return decoder.run(z, targets, None, token_budget, fused)
+
+    return compression_of(run, decoder.logprob_reduction, num_tokens)
+
+
+def compression_of(run: Callable[[Any], Tensor], logprob_reduction: str, num_tokens: int | Tensor) -> Tensor:
+    """`stage1_loss` of the pairs that `run(fused)` scores, as `Decoder.run` does."""
+
     def fused(
         hidden: Tensor, weight: Tensor, labels: Tensor, *, packed: Packed, cu_seqlens: Tensor, **head: Any
     ) -> Any:
         return conditional_compression(hidden, weight, labels, num_tokens=num_tokens, **head)
 
-    out = decoder.run(z, targets, None, token_budget, fused if decoder.logprob_reduction == "sum" else None)
+    out = run(fused if logprob_reduction == "sum" else None)
     return -out.sum() / num_tokens if out.ndim else out
 
 
@@ -113,7 +119,7 @@ class PairScores(NamedTuple):
     mask: Tensor  # (B, M) bool, False where a row has no j-th negative
 
 
-def _alignment_pairs(rows: list[dict]) -> tuple[list[Ids], Tensor, AlignmentPairs]:
+def alignment_pairs(rows: list[dict]) -> tuple[list[Ids], Tensor, AlignmentPairs]:
     """The targets of all pairs, the z that each is scored under, and which plays which part; all on the host."""
     targets = [r["target_ids"][0] for r in rows] * 2 + [n for r in rows for n in r["target_ids"][1:]]
     count = [len(r["target_ids"]) - 1 for r in rows]
@@ -130,20 +136,9 @@ def _parts(scores: Tensor, rows: list[dict]) -> PairScores:
     return PairScores(scores[:b], scores[b : 2 * b], c, mask.to(scores.device, non_blocking=True))
 
 
-def with_batch_negatives(rows: list[dict]) -> list[dict]:
-    """Rows in which one without a negative has the positive of the next row with another one, where there is any."""
-    out = []
-    for i, row in enumerate(rows):
-        (positive, *negatives) = row["target_ids"]
-        others = (r["target_ids"][0] for r in (*rows[i + 1 :], *rows[:i]))
-        found = negatives or [next((ids for ids in others if ids != positive), None)]
-        out.append({**row, "target_ids": [positive, *(ids for ids in found if ids is not None)]})
-    return out
-
-
 def alignment_scores(decoder: Decoder, z: Tensor, rows: list[dict], token_budget: int | None = None) -> PairScores:
     """Scores of all pairs in one decoder call; z (≥ 2B, K, D) holds the queries, then the positives."""
-    targets, z_index, _ = _alignment_pairs(rows)
+    targets, z_index, _ = alignment_pairs(rows)
     return _parts(decoder.logprob(z, targets, z_index, token_budget), rows)
 
 
@@ -216,97 +211,47 @@ def _alignment_in_one(
     token_budget: int | None,
 ) -> AlignmentOutput:
     """`_alignment` of rows that are not parted further; z (≥ 2B, K, D)."""
-    targets, z_index, pairs = _alignment_pairs(rows)
+    targets, z_index, pairs = alignment_pairs(rows)
     references: tuple[Tensor | None, Tensor | None] = (None, None)
     if ref_logps is not None:
         r_a, r_c = ref_logps
         r_c = r_c[:, : pairs.query_negatives.shape[1]]
         references = r_a.to(z.device, non_blocking=True), r_c.to(z.device, non_blocking=True)
-    variant: dict[str, Any] = {
-        "beta": options.beta,
-        "temperature": options.temperature,
-        "ref_margin": options.ref_margin,
-        "negatives": options.negatives,
-    }
 
-    def fused(hidden: Tensor, weight: Tensor, labels: Tensor, *, packed: Packed, **head: Any) -> AlignmentOutput:
-        order = packed.host_unsort_index  # the pack's place of every pair
-        on_host = torch.cat([torch.where(x < 0, -1, order[x.clamp(min=0)]).flatten() for x in pairs])
+    def fused(*head: Tensor, packed: Packed, **more: Any) -> AlignmentOutput:
+        on_host = torch.cat([x.flatten() for x in places_in(packed, pairs)])
         a, b, c = index_on(z.device, on_host).split([x.numel() for x in pairs])  # one copy
         places = AlignmentPairs(a, b, c.view(pairs.query_negatives.shape))
-        given = {"reference_positive": references[0], "reference_negatives": references[1], **variant, **head}
         reduction = decoder.logprob_reduction
-        return conditional_alignment(hidden, weight, labels, pairs=places, logprob_reduction=reduction, **given)
+        return alignment_of(options, reduction, places, references)(*head, packed=packed, **more)
 
     out = decoder.run(z, targets, z_index, token_budget, fused)
     if isinstance(out, AlignmentOutput):
         return out
     a, b, c, mask = _parts(out, rows)
-    return alignment_loss(a, b, c, *references, negative_mask=mask, **variant)
+    return alignment_loss(a, b, c, *references, negative_mask=mask, **_variant(options))
 
 
-def contrastive_loss(
-    query: Tensor, passages: Tensor, temperature: float, *, texts: Sequence[Ids] | None = None, gather: bool = True
-) -> Tensor:
-    """InfoNCE of this process's queries.
-
-    Args:
-        query: (B, D).
-        passages: (P, D), the positives in the order of the queries, then any hard negatives.
-        temperature: positive.
-        texts: the token ids of the P passages: one that equals a query's positive is no negative of that query. None:
-            all are.
-        gather: score against the passages of all processes, with gradient.
-    """
-    first, passage_ids = 0, None
-    gather = gather and distributed.world_size() > 1
-    keys = [xxhash.xxh3_64_intdigest(array("q", ids).tobytes()) >> 1 for ids in texts or ()]
-    # Only where texts repeat: without ids every backend can run. Other processes may have what this one has.
-    if texts is not None and (gather or len(set(keys)) < len(keys)):
-        passage_ids = index_on(query.device, keys)
-    if gather:
-        passages, first = distributed.gather_rows(passages)
-        passage_ids = None if passage_ids is None else distributed.gather_rows(passage_ids)[0]
-    target = first + torch.arange(len(query), device=query.device)
-    return info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids)
+def _variant(options: Stage2Options) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in ("beta", "temperature", "ref_margin", "negatives")}
 
 
-def distillation_loss(
-    options: Stage2Options, query: Tensor, passages: Tensor, scores: Tensor, keys: Sequence[tuple[Ids, Ids]]
-) -> Tensor:
-    """Score distillation of B queries and their B passages.
+def places_in(packed: Packed, pairs: AlignmentPairs) -> AlignmentPairs:
+    """Places among a pack's sequences for those of the caller's; on the host."""
+    order = packed.host_unsort_index
+    return AlignmentPairs(*(torch.where(x < 0, -1, order[x.clamp(min=0)]) for x in pairs))
 
-    Args:
-        options: temperatures, mixture, and whether a query's own passage counts.
-        query, passages: (B, D).
-        scores: (≥ B, B), the teacher's log p(d_j | z_i), −inf where it has scored no pair. Rows beyond B, of other
-            texts' z, enter the marginal alone.
-        keys: the token ids of query i and passage i, which tell equal texts.
-    """
-    mask = target = None
-    scores, others = scores.tensor_split([len(query)])
-    chosen = None
-    if scores.device.type == "cpu" and bool(scores.isneginf().any()):  # those of candidates lie on the host
-        chosen = ~scores.isneginf()
-    if options.distillation_pairs == "mask":
-        # A text that is the query, or its passage, by another index is what the pair is: known.
-        same = [[d in (own, x) for _, d in keys] for x, own in keys]
-        chosen = ~torch.tensor(same) if chosen is None else chosen & ~torch.tensor(same)
-    elif options.distillation_mixture < 1:
-        target = torch.arange(len(query), device=query.device)
-    marginal: str | Tensor = "batch"
-    if len(others):
-        kept = scores if chosen is None else scores.masked_fill(~chosen.to(scores.device), -torch.inf)
-        marginal = log_marginal(torch.cat([kept, others]), options.teacher_temperature).to(
-            query.device, non_blocking=True
-        )
-    if chosen is not None:
-        mask = chosen.to(query.device, non_blocking=True)
-    return score_distillation(
-        query, passages, scores.to(query.device, non_blocking=True), temperature=options.distillation_temperature,
-        teacher_temperature=options.teacher_temperature, mask=mask, target=target,
-        mixture=options.distillation_mixture, marginal=marginal,
-    )  # fmt: skip
+
+def alignment_of(
+    options: Stage2Options, reduction: str, places: AlignmentPairs, references: Sequence[Tensor | None]
+) -> Callable[..., AlignmentOutput]:
+    """The `fused` of `Decoder.run` whose result is the alignment loss; all tensors lie on the decoder's device."""
+
+    def fused(hidden: Tensor, weight: Tensor, y: Tensor, *, packed: Packed, cu_seqlens: Tensor, **head: Any) -> Any:
+        given = {"logprob_reduction": reduction, **_variant(options), **head}
+        return conditional_alignment(hidden, weight, y, cu_seqlens, places, *references, **given)
+
+    return fused
 
 
 class Stage2Loss(NamedTuple):
@@ -355,13 +300,10 @@ def stage2_loss(
             f"ref_logps: got scores, expected None, since ref_margin={options.ref_margin!r} and "
             f"alignment_weight={options.alignment_weight}"
         )
-    alignment = contrastive = distillation = None
-    stats: dict[str, Tensor] = {}
+    alignment = nce = distilled = None
     if options.alignment_weight:
         assert decoder is not None
-        out = _alignment(options, decoder, z, rows, ref_logps, token_budget)
-        alignment = options.alignment_weight * out.loss
-        stats |= {"align": out.loss.detach(), "s1": out.s1, "s2": out.s2, "accuracy": out.accuracy}
+        alignment = _alignment(options, decoder, z, rows, ref_logps, token_budget)
     if embeddings is None and (options.contrastive_weight or options.distillation_weight):
         embeddings = text_embedding(z.to(torch.promote_types(z.dtype, torch.float32)))
     if options.contrastive_weight:
@@ -370,19 +312,30 @@ def stage2_loss(
             passages = texts_of(rows, options.hard_negatives)[0][len(rows) :]
         query, others = embeddings.tensor_split([len(rows)])
         nce = contrastive_loss(query, others, options.contrastive_temperature, texts=passages, gather=gather)
-        contrastive = options.contrastive_weight * nce
-        stats["nce"] = nce.detach()
     if options.distillation_weight:
         assert embeddings is not None
         assert teacher_scores is not None
-        query = embeddings[: len(rows)]
-        paired = "positive_ids" in rows[0]
-        keys = [(r["query_ids"], r["positive_ids" if paired else "query_ids"]) for r in rows]
-        others = embeddings[len(rows) : 2 * len(rows)] if paired else query
-        distilled = distillation_loss(options, query, others, teacher_scores, keys)
-        distillation = options.distillation_weight * distilled
-        stats["distill"] = distilled.detach()
-    return Stage2Loss(alignment, contrastive, distillation, stats)
+        mask = unknown_pairs(options, keys_of(rows), teacher_scores)
+        distilled = distillation_loss(options, *paired(embeddings, len(rows)), teacher_scores, mask)
+    return weighted(options, alignment, nce, distilled)
+
+
+def weighted(
+    options: Stage2Options, alignment: AlignmentOutput | None, nce: Tensor | None, distilled: Tensor | None
+) -> Stage2Loss:
+    """Stage 2's loss from its parts."""
+    stats: dict[str, Tensor] = {}
+    if alignment is not None:
+        stats |= {"align": alignment.loss.detach(), "s1": alignment.s1, "s2": alignment.s2}
+        stats["accuracy"] = alignment.accuracy
+    parts = {"nce": nce, "distill": distilled}
+    stats |= {name: x.detach() for name, x in parts.items() if x is not None}
+    return Stage2Loss(
+        None if alignment is None else options.alignment_weight * alignment.loss,
+        None if nce is None else options.contrastive_weight * nce,
+        None if distilled is None else options.distillation_weight * distilled,
+        stats,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -434,6 +387,11 @@ class Objective:
         mean = distributed.all_reduce(torch.stack([x.float() for x in log.values()])) / distributed.world_size()
         return dict(zip(log, mean.unbind(), strict=True))
 
+    def clip(self) -> Tensor:
+        """Clips that gradient by `max_grad_norm`; returns its norm before, ()."""
+        most = self.config.max_grad_norm or math.inf
+        return distributed.to_full_tensor(self.accelerator.clip_grad_norm_(self.encoder.parameters(), most))
+
     def _microbatches(self, rows: list[dict]) -> list[list[int]]:
         config = self.config
         # InfoNCE and distillation need all embeddings of the step at once (the encoder then caches gradients). Every
@@ -458,6 +416,18 @@ class Objective:
             counts = dict(zip(counts, summed.tolist(), strict=True))
         return {name: max(n, 1) / distributed.world_size() for name, n in counts.items()}
 
+    def scores_of(self, rows: list[dict]) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+        """`ref_logps` and `teacher_scores` of `stage2_loss`, on the host."""
+        ref_logps = teacher_scores = None
+        if self.ref_logps is not None:
+            index = torch.tensor([r["row"] for r in rows])
+            ref_logps = self.ref_logps[0][index], self.ref_logps[1][index]
+        if self.teacher_scores is not None:
+            place = torch.tensor([r["place"] for r in rows])
+            found = self.teacher_scores[rows[0]["block"]]
+            teacher_scores = torch.cat([found[place], found[found.shape[1] :]])[:, place]
+        return ref_logps, teacher_scores
+
     def _share(self, rows: list[dict], totals: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         """These rows' share of the step's loss, and of its statistics."""
         config = self.config
@@ -468,15 +438,7 @@ class Objective:
             count = round(totals["loss"] * world)
             loss = stage1_loss(self.decoder, z, targets, num_tokens=count, token_budget=config.token_budget)
             return loss * world, {}
-        ref_logps = None
-        if self.ref_logps is not None:
-            index = torch.tensor([r["row"] for r in rows])
-            ref_logps = self.ref_logps[0][index], self.ref_logps[1][index]
-        teacher_scores = None
-        if self.teacher_scores is not None:
-            place = torch.tensor([r["place"] for r in rows])
-            found = self.teacher_scores[rows[0]["block"]]
-            teacher_scores = torch.cat([found[place], found[found.shape[1] :]])[:, place]
+        ref_logps, teacher_scores = self.scores_of(rows)
         out = stage2_loss(
             config, self.decoder, z, rows, ref_logps=ref_logps, teacher_scores=teacher_scores,
             token_budget=config.token_budget,

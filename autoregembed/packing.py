@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Ids = Sequence[int]
+IGNORED = -100  # a label that does not count
 
 
 class Lengths:
@@ -37,10 +39,7 @@ class Packed:
     sort_index: Tensor  # (B,) int64: sequence sort_index[i] of the caller lies at place i
     unsort_index: Tensor  # (B,) int64: the caller's sequence i lies at place unsort_index[i]
     host_unsort_index: Tensor  # the same on the host
-
-    @property
-    def max_length(self) -> int:
-        return self.lengths.values[-1]
+    max_length: int  # no sequence is longer
 
     def kwargs(self) -> dict:
         """What a Transformers base model needs besides `input_ids` or `inputs_embeds`."""
@@ -52,6 +51,30 @@ class Packed:
             "max_length_k": self.max_length,
             "use_cache": False,
         }
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Packed:
+        """The same with `function` of every tensor that a model reads."""
+        names = ("ids", "cu_seqlens", "position_ids", "sort_index", "unsort_index")
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same on `device`; the copies do not wait for what it has yet to do."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+
+class ScoredPack(NamedTuple):
+    """A pack of S pairs of a z and a target, and what is scored of it."""
+
+    packed: Packed
+    owners: Tensor  # (S,) int64: the row of z of the pair at each place of the pack
+    rows: Tensor  # (N,) int64: the tokens whose hidden states score
+    labels: Tensor  # (N,) int64: the tokens that they score, IGNORED where that is padding
+    cu_seqlens: Tensor  # (S+1,) int32: the bounds of each pair's rows
+
+    def to(self, device: torch.device | str) -> ScoredPack:
+        """The same on `device`; the copies do not wait for what it has yet to do."""
+        return ScoredPack(self.packed.to(device), *(x.to(device, non_blocking=True) for x in self[1:]))
 
 
 def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed:
@@ -72,14 +95,15 @@ def pack(sequences: Sequence[Ids], device: torch.device | str = "cpu") -> Packed
     flat = list(itertools.chain.from_iterable(sequences[i] for i in order.tolist()))
     position_ids = torch.arange(len(flat)) - cu[:-1].repeat_interleave(lengths)
     return Packed(
-        ids=torch.tensor(flat, dtype=torch.int64).to(device, non_blocking=True),
-        cu_seqlens=cu.int().to(device, non_blocking=True),
-        position_ids=position_ids.to(device, non_blocking=True),
+        ids=torch.tensor(flat, dtype=torch.int64),
+        cu_seqlens=cu.int(),
+        position_ids=position_ids,
         lengths=Lengths(lengths.tolist()),
-        sort_index=order.to(device, non_blocking=True),
-        unsort_index=unsort.to(device, non_blocking=True),
+        sort_index=order,
+        unsort_index=unsort,
         host_unsort_index=unsort,
-    )
+        max_length=int(lengths[-1]),
+    ).to(device)
 
 
 def index_on(device: torch.device | str, index: Sequence[int] | Tensor) -> Tensor:

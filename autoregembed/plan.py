@@ -23,6 +23,7 @@ from autoregembed.loading import without_values
 from autoregembed.models import base_model
 from autoregembed.objective import encoder_lengths
 from autoregembed.packing import make_microbatches
+from autoregembed.quantized import planned
 from autoregembed.runtime import HALF_DTYPES, choose_precision
 from autoregembed.train_flags import plan_parser
 
@@ -30,6 +31,7 @@ GB = 1e9
 FEW_LAYERS = (4, 8)  # of larger models where an estimate is enough
 STEPS = 200  # whose batches are compared
 SCORING_BUDGET = 8192  # of reference scores
+RESULT_COPIES = 2  # of the encoder: the merged copy, and the export as it is read again; first, a plain base read anew
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ class Weights:
     encoder: float
     trained: float
     decoder: float
-    loaded: float  # of encoder and decoder as they are read: fp32; the encoder's file lies in memory beside them
+    loaded: float  # of encoder and decoder as they are read, with the encoder's file, which lies in memory beside them
+    results: float  # of the copies of the encoder that are written
+    widened: float  # the largest layer of a quantised base, as it is multiplied by
     gathered: float  # what FSDP2 holds whole at a time: two layers, tables, gradients of a layer and a table
     layers: int
 
@@ -115,7 +119,10 @@ class Weights:
 def weights(config: Config, half: torch.dtype | None) -> Weights:
     with without_values(torch.device("meta")):
         encoder, decoder, _, _ = build_models(replace(config, compile=False))
-    size = _bytes(encoder.parameters())
+    plain = _bytes(encoder.parameters())
+    saved, largest = planned(encoder.model, config.base_dtype)
+    size = plain - saved
+    merged = 4 * sum(p.numel() for p in encoder.parameters()) if config.lora_rank else plain
     own = {id(p) for p in encoder.parameters()}
     decoder_size = 0.0 if decoder is None else _bytes(p for p in decoder.parameters() if id(p) not in own)
     product = 4 if half is None else half.itemsize
@@ -126,7 +133,9 @@ def weights(config: Config, half: torch.dtype | None) -> Weights:
         encoder=size,
         trained=_bytes(p for p in encoder.parameters() if p.requires_grad),
         decoder=decoder_size * product / 4,
-        loaded=size + decoder_size,
+        loaded=size + decoder_size + plain,
+        results=merged * (RESULT_COPIES + (saved > 0)),
+        widened=product * largest,
         gathered=(3 * layer + 3 * table) * product / 4,
         layers=encoder.model.config.get_text_config().num_hidden_layers,
     )
@@ -200,7 +209,7 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     device, and the buffers of NCCL.
     """
     precision = choose_precision(config) if machine.device == "cpu" or config.precision != "auto" else "bf16"
-    half = HALF_DTYPES.get(precision)
+    half, config = HALF_DTYPES.get(precision), replace(config, precision=precision)
     w = weights(config, half)
     on_gpu = machine.device == "cuda" and half is not None and not machine.fsdp and config.attention != "sdpa"
     attention = VARLEN if on_gpu else SDPA
@@ -217,11 +226,13 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
         few = [batch[i] for i in part]
         scored.append((layers, dry_run.scoring(models, few, config.needs_ref_logps)))
     sharing = machine.processes if machine.fsdp else 1
-    fixed = {
+    fixed: dict[str, float] = {
         "encoder, weights": w.encoder / sharing,
         "decoder, weights": w.decoder / sharing,
         "optimizer": 2 * w.trained / sharing,
     }
+    if w.widened:
+        fixed["a layer of the base, widened"] = w.widened
     if machine.fsdp:
         fixed["gathered layers and tables"] = w.gathered
     elif machine.processes > 1:
@@ -233,22 +244,18 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     before = max(p.total() for p in _extrapolated(scored, w.layers)) + (w.encoder + w.decoder) / sharing
     found = Plan(config.model, config.stage, precision, len(batch), tokens, step)
     found.device = {"scores before it": before, "a step": sum(step.values())}
-    results = w.encoder * RESULT_COPIES
     libraries = float(psutil.Process().memory_info().rss)
     if machine.device == "cpu":
         step["libraries"] = libraries
         stay = w.encoder + w.decoder + 2 * w.trained
         found.device = {
-            "loading": libraries + w.loaded + w.encoder,
+            "loading": libraries + w.loaded,
             **{name: size + libraries for name, size in found.device.items()},
-            "writing the results": libraries + stay + results,
+            "writing the results": libraries + stay + w.results,
         }
     else:
-        found.host = {"loading": libraries + w.loaded + w.encoder, "writing the results": libraries + results}
+        found.host = {"loading": libraries + w.loaded, "writing the results": libraries + w.results}
     return found
-
-
-RESULT_COPIES = 2  # of the encoder: the merged copy, and the export as it is read again
 
 
 def _shared(parts: Counter[str], processes: int) -> dict[str, float]:

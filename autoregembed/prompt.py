@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-INSTRUCTION = "Represent the text."
+# An LM that has read a text and this goes on with what the text is about. Its hidden states at the compress tokens,
+# which start as commas, say so before any training (docs/explanation/study.md).
+INSTRUCTION = "Keywords:"
+COMPRESS_INIT = " ,"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from autoregembed.config import Config, ConfigError
 from autoregembed.files import atomic_file, json_text
 from autoregembed.kernels.native.linear_logprob import MULTIPLIES_BF16
+from autoregembed.quantized import require_quantizer
 
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,6 +74,7 @@ def make_accelerator(config: Config, precision: str) -> Accelerator:
         )
     elif kind != DistributedType.NO and "MULTI" not in kind:
         raise ConfigError(f"distributed_type: got {kind.value}, expected DDP or FSDP2")
+    require_quantizer(config, accelerator.device, sharded=kind == DistributedType.FSDP)
     return accelerator
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from autoregembed import data, distributed, plan, sampling
-from autoregembed.build import build_models, create_optimizer
+from autoregembed.build import build_models, create_optimizer, on_plain_weights
 from autoregembed.checkpoint import (
     TrainState,
     latest_checkpoint,
@@ -36,6 +36,7 @@ from autoregembed.checkpoint import (
     save_checkpoint,
 )
 from autoregembed.config import Config, ConfigError
+from autoregembed.cuda_graphs import captured
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
 from autoregembed.export import EXPORT_DTYPES, merged
@@ -52,6 +53,7 @@ from autoregembed.model_card import run_card
 from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
 from autoregembed.progress import Display, describe
+from autoregembed.quantized import num_elements
 from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
 from autoregembed.runtime import (
     HALF_DTYPES,
@@ -75,7 +77,7 @@ FREE_FIELDS = {
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
     "log_with", "num_proc", "export_dtype", "model_name", "license", "decoder_gradient_checkpointing", "share_prefixes",
-    "share_base", "eval_metric",
+    "share_base", "eval_metric", "cuda_graphs",
 }  # fmt: skip
 
 RESULT_FOLDERS = ("model", "export", "adapter", "checkpoints")
@@ -177,7 +179,7 @@ class Run:
     def require_space(self) -> None:
         """Before the training: what is certain to be written must fit onto the disk."""
         least = 4 if self.config.lora_rank else 1  # merged in fp32
-        sizes = [(p.numel() * max(p.element_size(), least), p.requires_grad) for p in self.encoder.parameters()]
+        sizes = [(num_elements(p) * max(p.element_size(), least), p.requires_grad) for p in self.encoder.parameters()]
         weights, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
         # Each replaces its predecessor once it is whole; a checkpoint holds the weights and AdamW's two moments.
         results = weights * (1 if (self.out / "model").exists() else 2)
@@ -230,9 +232,8 @@ class Run:
         """Adds what the model of this step is worth on the evaluation data, and keeps the model if it is the best."""
         if self.held_out.metric is None:
             return
-        encode = functools.partial(self.encoder.encode, shared=True)
         with self.accelerator.autocast():
-            found = self.held_out.evaluate(encode, self.console)
+            found = self.held_out.evaluate(functools.partial(self.encoder.encode, shared=True), self.console)
         state = self.state
         best = state.evaluations[str(state.best_step)] if state.best_step else {}
         state.evaluations[str(step)] = found
@@ -250,7 +251,7 @@ class Run:
         rows, n = self.rows, 128
         few = rows.take(n) if self.config.streaming else rows.select(range(0, len(rows), -(-len(rows) // n)))
         texts = texts_of(list(few), hard_negatives=False)
-        self.encoder.init_output_rms(self.decoder.input_rms_per_dimension(), *texts)
+        self.encoder.init_output_rms(self.decoder.input_rms_per_dimension(), *texts, self.config.token_budget or 4096)
         self.recipe["output_rms_initialized"] = True
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -281,10 +282,10 @@ class Run:
                 )
             if config.needs_teacher_scores:
                 assert decoder is not None
-                given = {"seed": config.seed, "num_blocks": read, "console": self.console}
+                given: dict[str, Any] = {"seed": config.seed, "num_blocks": read, "console": self.console}
                 given |= {n: getattr(config, f"distillation_{n}") for n in ("candidates", "marginal_texts")}
-                size = config.batch_size
-                teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, size, fingerprint, **given)
+                given |= {"batch_size": config.batch_size, "fingerprint": fingerprint}
+                teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, **given)
         if config.stage == 2 and not config.alignment_weight:
             self.decoder = None  # all that it had to say is in the scores
         self.encoder.train()
@@ -293,6 +294,8 @@ class Run:
             max(self.max_steps, config.warmup_steps + 1),
         )  # fmt: skip
         self.objective = Objective(config, self.wrapped, self.decoder, self.accelerator, ref_logps, teacher_scores)
+        if config.cuda_graphs:
+            self.objective, self.optimizer = captured(self.objective, self.optimizer)
         self.settings = self._settings()
 
     def _settings(self) -> dict[str, Any]:
@@ -378,8 +381,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
         found = self.objective(batch)
-        clipped = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.max_grad_norm or math.inf)
-        found["grad_norm"] = distributed.to_full_tensor(clipped)
+        found["grad_norm"] = self.objective.clip()
         # The one wait for the device in a step: whether to update is decided here.
         log = dict(zip(found, torch.stack([x.double() for x in found.values()]).tolist(), strict=True))
         norm = log.pop("grad_norm")
@@ -441,9 +443,9 @@ class Run:
     # The result
 
     def full_encoder(self) -> Encoder:
-        """The trained encoder with all of its weights in process 0; in the others, what they hold."""
+        """The trained encoder with all of its weights, plain ones, in process 0; in the others, what they hold."""
         if not self.sharded:
-            return self.encoder
+            return on_plain_weights(self.config, self.encoder)
         weights = self.accelerator.get_state_dict(self.wrapped)
         if not self.accelerator.is_main_process:
             return self.encoder

@@ -26,8 +26,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "eval_split", "eval_metric", "num_proc",
     ),
     "model": (
-        "model", "decoder", "gguf_file", "trust_remote_code", "num_compress_tokens", "z_norm", "decoder_add_bos",
-        "init_output_rms", "freeze", "lora_rank", "lora_alpha", "lora_targets", "share_base",
+        "model", "decoder", "gguf_file", "trust_remote_code", "num_compress_tokens", "compress_init", "z_norm",
+        "decoder_add_bos", "init_output_rms", "freeze", "lora_rank", "lora_alpha", "lora_targets", "share_base",
         "base_dtype", "attention",
     ),
     "objective": (
@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "optimizer": (
         "max_steps", "num_train_epochs", "batch_size", "token_budget", "learning_rate", "compress_learning_rate",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2", "max_grad_norm", "precision",
-        "gradient_checkpointing", "decoder_gradient_checkpointing", "share_prefixes", "compile",
+        "gradient_checkpointing", "decoder_gradient_checkpointing", "share_prefixes", "compile", "cuda_graphs",
     ),
     "run": (
         "output_dir", "eval_steps", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint", "log_with",

@@ -276,11 +276,50 @@ def step_case(
     )  # fmt: skip
 
 
-def random_case(stage: int, device: str, quick: bool) -> Case:
-    """A step on random weights, which needs no package of weights or texts: of SmolLM2's shape, NLI's lengths."""
+def _random(device: str, quick: bool) -> tuple[Callable[[], Setup], int, int]:
+    """Random weights of SmolLM2's shape and texts of NLI's lengths, which need no package; B and the length."""
     b, length = (2, 6) if quick else (64, 24)
     sizes = {**CURVE, "vocab_size": 512, "num_hidden_layers": 1} if quick else SMOLLM2
-    setup = functools.cache(partial(uniform, device, b, COMPRESS, 1, length, sizes))
+    return partial(uniform, device, b, COMPRESS, 1, length, sizes), b, length
+
+
+def whole_step(stage: int, device: str, quick: bool, graphed: bool) -> Callable[[], Tensor]:
+    """Forward, backward, clipping and AdamW's update of the loop, as a call that returns the loss; the batch is padded
+    and its shape repeats where the step is a CUDA graph."""
+    from accelerate import Accelerator
+
+    from autoregembed.config import Config
+    from autoregembed.cuda_graphs import captured
+    from autoregembed.objective import Objective
+
+    setup = _random(device, quick)[0]()
+    rows = [{**r, "row": i, "passage_suffix_ids": [r["suffix_ids"]] * 2} for i, r in enumerate(setup.rows)]
+    if stage == 1:
+        rows = [{**r, "text_ids": r["query_ids"], "target_ids": r["query_ids"]} for r in rows]
+    config = Config(stage=stage, model="", train_data="", output_dir="")
+    accelerator = Accelerator(cpu=not is_gpu(device))
+    trained = [p for p in setup.encoder.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    encoder, optimizer = accelerator.prepare(setup.encoder, adamw)
+    references = tuple(r.cpu() for r in setup.reference) if stage == 2 else None
+    objective: Any = Objective(config, encoder, setup.decoder, accelerator, references)
+    if graphed:
+        objective, optimizer = captured(objective, optimizer)
+
+    def call() -> Tensor:
+        loss = objective(rows)["loss"]
+        objective.clip()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return call
+
+
+def random_case(stage: int, device: str, quick: bool) -> Case:
+    """A step on random weights."""
+    setup, b, length = _random(device, quick)
+    setup = functools.cache(setup)
     return step_case(setup, stage, device, {"B": b, "micro": b, "K": COMPRESS, "M": 1, "L": length})
 
 

@@ -1,7 +1,7 @@
 """Compiles every launch of every kernel for parts that are not here, and prints what came of it: registers, shared
 memory, spills, how evenly its programs fill an H100 and, of the head's kernels, the instructions for a logit.
 
-    python -m bench.compile_report [--arch sm_90] [--json]
+    python -m bench.compile_report [--arch sm_90] [--kernel finish] [--json]
 
 No GPU is needed: the ops' own launchers run on meta tensors, each launch is recorded, and Triton compiles it for the
 part. What is compiled is therefore what production would launch, tile table included.
@@ -25,20 +25,14 @@ from . import sass
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
+def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, call on meta tensors) for every kernel, dtype and option that changes the compiled code."""
-    from autoregembed.kernels.triton import (
-        alignment_loss,
-        info_nce,
-        pool_last_k,
-        score_distillation,
-        segment_sum,
-        splice,
-    )
+    from autoregembed.kernels.triton import alignment_loss, info_nce, score_distillation, segment_sum
     from autoregembed.kernels.triton import linear_logprob as head
-
-    def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     def rows(d, v, dtype, *, bias=False, softcap=None, gradient=True, method=None):
         n = 2048
@@ -90,17 +84,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     a, a, c, a, c, mask, 0.1, 0.1, r, n
                 ),
             )
-    cu, index = meta(65, dtype=torch.int32), meta(64, dtype=torch.int64)
-    for dtype in (BF16, FP32, FP64):
-        for chosen in (index, None):
-            x, z, ids = meta(4096, 896, dtype=dtype), meta(64, 5, 896, dtype=dtype), meta(4096, dtype=torch.int64)
-            yield f"pool_last_k {dtype}", lambda x=x, i=chosen: pool_last_k.forward(x, cu, 5, i)
-            yield f"pool_last_k backward {dtype}", lambda z=z, i=chosen: pool_last_k.backward(z, cu, i, 4096)
-            yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.forward(z, x, d, cu, i, 1, 1.0)
-            yield (
-                f"splice backward {dtype}",
-                lambda x=x, i=chosen, t=dtype: splice.backward(x, cu, i, 1, 64, 5, t),
-            )
+    yield from pack_cases()
     for dtype in (BF16, FP32, FP64):
         for d, p in ((4096, 16384), (8192, 20000)):
             for gradient in (True, False):
@@ -141,6 +125,32 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 lambda q=q, p=passages, s=s, m=mask, y=y, t=tau, g=given: score_distillation.forward(
                     q, p, s, m, y, None, t, 3.0, 0.5, True, g, g, g
                 ),
+            )
+
+
+def pack_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Those of `cases` that take a pack apart or put it together."""
+    from autoregembed.kernels.triton import conditional_alignment, pool_last_k, splice
+
+    cu, index = meta(65, dtype=torch.int32), meta(64, dtype=torch.int64)
+    for dtype, mean in ((FP32, False), (FP32, True), (FP64, False)):
+        x, places = meta(2048, dtype=dtype), (index, index, meta(64, 7, dtype=torch.int64))
+        given = meta(64, dtype=dtype), meta(64, dtype=dtype), meta(64, 7, dtype=dtype)
+        yield (
+            f"conditional_alignment {dtype} mean={mean}",
+            lambda x=x, p=places, m=mean, g=given: (
+                conditional_alignment.part_scores(x, cu, p, m), conditional_alignment.row_gradients(g, cu, p, m, 2048)
+            ),
+        )  # fmt: skip
+    for dtype in (BF16, FP32, FP64):
+        for chosen in (index, None):
+            x, z, ids = meta(4096, 896, dtype=dtype), meta(64, 5, 896, dtype=dtype), meta(4096, dtype=torch.int64)
+            yield f"pool_last_k {dtype}", lambda x=x, i=chosen: pool_last_k.forward(x, cu, 5, i)
+            yield f"pool_last_k backward {dtype}", lambda z=z, i=chosen: pool_last_k.backward(z, cu, i, 4096)
+            yield f"splice {dtype}", lambda z=z, x=x, d=ids, i=chosen: splice.forward(z, x, d, cu, i, 1, 1.0)
+            yield (
+                f"splice backward {dtype}",
+                lambda x=x, i=chosen, t=dtype: splice.backward(x, cu, i, 1, 64, 5, t),
             )
 
 
@@ -219,11 +229,14 @@ def resources_of(cubin: bytes) -> dict[str, int]:
 MATRIX = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
 
 
-def report(arch: str) -> list[dict[str, Any]]:
+def report(arch: str, kernels: list[str] | None = None) -> list[dict[str, Any]]:
+    """A row for each launch, of all kernels or of those with one of these in their names."""
     import triton
 
     rows = []
     for case, source, options, filled in launches(arch).values():
+        if kernels and not any(name in source.fn.__name__ for name in kernels):
+            continue
         compiled = triton.compile(source, target=target_of(arch), options=options)
         text = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
         usage = spills_of(text) if arch.startswith("gfx") else resources_of(compiled.asm["cubin"])
@@ -271,9 +284,10 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", action="append", choices=sorted(tiles.ARCHITECTURES))
+    parser.add_argument("--kernel", action="append", help="kernels with this in their name alone")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    rows = [row for arch in given.arch or tiles.ARCHITECTURES for row in report(arch)]
+    rows = [row for arch in given.arch or tiles.ARCHITECTURES for row in report(arch, given.kernel)]
     if given.json:
         print(json.dumps(rows, indent=1))
         return

@@ -54,7 +54,7 @@ CONTRASTIVE = {"eager": "torch", "inf-cl": "inf_cl", "memeff": "memeff", "siglip
 # Those that need torch, Triton and pytest alone come first.
 TESTS = ("gpu", "testing", "triton_linear_logprob", "triton_info_nce", "triton_alignment_loss", "triton_splice",
          "triton_pool_last_k", "segment_sum", "triton_ops", "linear_logprob", "info_nce", "alignment_loss",
-         "packing", "encoder_decoder")  # fmt: skip
+         "packing", "encoder_decoder", "cuda_graphs")  # fmt: skip
 TESTS_QUICK = ("testing", "gpu")
 
 
@@ -78,7 +78,7 @@ def plan(mode: str, quick: bool) -> list[Unit]:
     units = [Unit("device", "rates", "ours")]
     units += [Unit("head", f"{unit} {shape}", "ours") for shape in shapes for unit in HEAD_UNITS]
     units += [Unit("ops", op, "ours") for op in OPS]
-    units += [Unit("step", f"stage{stage}", "ours") for stage in (2, 1)]
+    units += [Unit("step", f"stage{stage}{how}", "ours") for how in ("", " graphs") for stage in (2, 1)]
     for peer, module in {"autoregembed": "torch", **PEERS}.items():
         for shape in shapes[:1] if mode == "first" else shapes[:3]:
             units.append(Unit("peers", f"linear_logprob {shape} {peer}", peer, module))

@@ -247,8 +247,23 @@ def step(what: str, context: Context) -> Found:
     # Nothing refuses a Transformers below the floor of pyproject.toml: the line says which one ran.
     context.say = functools.partial(_with, context.say, transformers=version("transformers"))
     bench_step = importlib.import_module(".bench_step", __package__)
+    if what.endswith(" graphs"):
+        return graphed_step(bench_step, int(what.removeprefix("stage").removesuffix(" graphs")), context)
     case = bench_step.random_case(int(what.removeprefix("stage")), DEVICE, context.quick)
     return measure(case, ("released", OURS), context)
+
+
+def graphed_step(bench_step: Any, stage: int, context: Context) -> Found:
+    """A whole step of the loop, the optimiser's update in it, by launches and as a CUDA graph, which pads its batch."""
+    calls = {"eager": bench_step.whole_step(stage, DEVICE, context.quick, False)}
+    if not GPU:
+        calls["eager"]()
+        raise Unavailable("CUDA graphs need a GPU")
+    calls["graphs"] = bench_step.whole_step(stage, DEVICE, context.quick, True)
+    losses = [[float(call()) for _ in range(3)] for call in calls.values()]  # the graph's: eager, captured, replayed
+    for eager, graphed in zip(*losses, strict=True):
+        assert abs(graphed - eager) <= 1e-2 * abs(eager), losses
+    return medians(calls)
 
 
 def _with(say: Callable[[Found], None], line: Found, **more: Any) -> None:

@@ -20,7 +20,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 
 HEAD, SUM, ALIGN, NCE = "linear_logprob", "segment_sum", "alignment_loss", "info_nce"
-COSINES = "cosines"
+COSINES, PARTS = "cosines", "conditional_alignment"
 POOL, SPLICE, DISTILL = "pool_last_k", "splice", "score_distillation"
 SHAPES = "any_shape and dtype0"
 CUBLAS, SHIFTED = SHAPES + " and cublas", SHAPES + " and shifted"
@@ -159,6 +159,16 @@ BUGS = [
      "test_accurate and triton"),
     ("distillation: bad targets unnoticed", DISTILL, "tl.where(valid, 0.0, float(\"nan\"))",
      "tl.where(valid, 0.0, 0.0)", DISTILL, "gives_nan"),
+    ("parts: a place outside the pack", PARTS, "tl.where(inside & good, total", "tl.where(good, total", PARTS,
+     "gives_nan"),
+    ("parts: sum for mean", PARTS, "total = total / count.to(total.dtype)", "total = total", PARTS,
+     "equal_to_its_parts and mean and triton"),
+    ("parts: absent negatives count", PARTS, "tl.where(absent, 0, 1)", "tl.where(absent, 1, 1)", PARTS,
+     "equal_to_its_parts and triton"),
+    ("parts: the last sixteen's gradients alone", PARTS, "total += tl.sum(", "total = tl.sum(", PARTS,
+     "equal_to_its_parts and triton"),
+    ("parts: gradient of the mean", PARTS, "total = total / tl.maximum(end - start, 1).to(total.dtype)",
+     "total = total", PARTS, "equal_to_its_parts and mean and triton"),
 ]  # fmt: skip
 
 
@@ -182,7 +192,7 @@ def caught(bug: tuple[str, str, str, str, str, str]) -> bool:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 command = ["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-k", chosen]
                 plain = TESTS / f"test_{tests}.py"
-                path = plain if tests in (SUM, DISTILL, "temperature") else TESTS / f"test_triton_{tests}.py"
+                path = plain if tests in (SUM, DISTILL, PARTS, "temperature") else TESTS / f"test_triton_{tests}.py"
                 code = pytest.main([*command, str(path)])
             os._exit(int(code))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -12,6 +12,7 @@ from conftest import sentence
 from safetensors.torch import load_file, save_file
 
 from autoregembed import checkpoint, files, models, reference_scores, runtime
+from autoregembed.encoder import Encoder
 from autoregembed.score_files import ScoresMismatch
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
@@ -33,12 +34,32 @@ def test_compress_tokens_lie_behind_the_vocabulary_and_change_nothing_else(tied,
     assert model.config.vocab_size == len(new)
     assert len(TOKENIZER) == V
     rows = new[ids]
-    blank, spread = old[TOKENIZER(" ", add_special_tokens=False)["input_ids"][0]], old[:V].std(0)
-    assert 0.08 < ((rows - blank) / spread).std() < 0.12, "a tenth of real tokens' spread around a blank"
+    comma, spread = old[TOKENIZER(" ,", add_special_tokens=False)["input_ids"][0]], old[:V].std(0)
+    assert 0.08 < ((rows - comma) / spread).std() < 0.12, "a tenth of real tokens' spread around a comma"
     assert torch.pdist(rows).min() > 0.05 * torch.pdist(old[:V]).median()
     again = tiny_model(vocab_size=V + spare, tie_word_embeddings=tied)
     models.add_compress_tokens(again, TOKENIZER, 5)
     assert torch.equal(again.get_input_embeddings().weight[ids], rows)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_compress_tokens_start_from_given_words_again_and_again(own):
+    model = tiny_model(vocab_size=V)
+    words = TOKENIZER("the cat", add_special_tokens=False)["input_ids"]
+    assert 1 < len(words) < 5
+    expected = model.get_input_embeddings().weight.detach()[[words[i % len(words)] for i in range(5)]]
+    spread = model.get_input_embeddings().weight.detach()[:V].std(0)
+    encoder = Encoder.from_model(model, TOKENIZER, compress_init="the cat", own_compress_rows=own)
+    rows = encoder.compress_rows if own else model.get_input_embeddings().weight[encoder.compress_token_ids]
+    assert 0.08 < ((rows - expected) / spread).std() < 0.12
+    with pytest.raises(ValueError, match=r"^compress_init: got '', expected a text of at least one token"):
+        Encoder.from_model(tiny_model(vocab_size=V), TOKENIZER, compress_init="", own_compress_rows=own)
+
+
+def test_words_to_start_from_are_refused_where_compress_tokens_are_trained(tmp_path):
+    Encoder.from_model(tiny_model(vocab_size=V), TOKENIZER).save_pretrained(tmp_path / "m")
+    with pytest.raises(files.CheckpointError, match=r"^compress_init: got ',' for 5 compress tokens that are trained"):
+        Encoder.from_pretrained(tmp_path / "m", compress_init=",")
 
 
 def test_no_compress_tokens_are_refused():

@@ -43,9 +43,12 @@ def compiled():
     torch.compiler.reset()
 
 
-def test_no_pack_is_compiled_anew(compiled):
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_pack_is_compiled_anew(compiled, lora):
     graphs, backend = compiled
     model = tiny_model(vocab_size=128)
+    if lora:
+        model = add_lora(model, [120, 121], rank=2, alpha=4.0, targets="all-linear")
     plain = Encoder(model, compress_token_ids=[120, 121], bos_token_id=1, suffix_ids=[5])
     frozen = Decoder(tiny_model(vocab_size=128), bos_token_id=1)
     wanted = [step(plain, frozen, sizes) for sizes in SIZES]
@@ -58,6 +61,41 @@ def test_no_pack_is_compiled_anew(compiled):
         assert len(found) == len(expected)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(x.abs().max() for x in expected).item())
         counts.append(len(graphs))
+    assert counts[0] > 0
+    assert counts[0] == counts[-1], counts
+
+
+def sharing(checkpointing: bool):
+    """An encoder with trained adapters, and the decoder on the same base."""
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=128)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model = add_lora(model, None, rank=2, alpha=4.0, targets="all-linear")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    encoder = Encoder(model, compress_token_ids=[120, 121], bos_token_id=1, suffix_ids=[5], own_compress_rows=True)
+    return encoder, Decoder.sharing(encoder, add_bos=True, gradient_checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_shared_base_is_compiled_for_encoder_and_decoder(compiled, checkpointing):
+    graphs, backend = compiled
+    plain, pair = sharing(checkpointing), sharing(checkpointing)
+    for lm in pair:
+        compile_layers(lm.model, backend)
+    counts = []
+    for sizes in SIZES:
+        found, expected = step(*pair, sizes), step(*plain, sizes)
+        assert len(found) == len(expected) > 10
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * max(x.abs().max() for x in expected).item())
+        counts.append(len(graphs))
+        with torch.no_grad():  # as an optimizer does
+            for encoder in (plain[0], pair[0]):
+                for parameter in encoder.parameters():
+                    parameter -= 1e-3 * parameter.grad if parameter.grad is not None else 0
     assert counts[0] > 0
     assert counts[0] == counts[-1], counts
 

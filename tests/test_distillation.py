@@ -14,10 +14,11 @@ from rich.console import Console
 from autoregembed import cli, data, sampling, score_distillation, teacher_scores
 from autoregembed.build import build_models
 from autoregembed.config import ConfigError, Stage2Options
+from autoregembed.embedding_losses import distillation_loss, unknown_pairs
 from autoregembed.encoder import text_embedding
 from autoregembed.evaluate import LABEL_FREE
 from autoregembed.files import CheckpointError
-from autoregembed.objective import Objective, distillation_loss, texts_of
+from autoregembed.objective import Objective, texts_of
 from autoregembed.prompt import Prompt
 from autoregembed.teacher_scores import compute_teacher_scores, log_marginal, pair_scores
 from autoregembed.train import train
@@ -233,8 +234,9 @@ def test_the_loss_reads_chosen_pairs_and_a_wider_marginal(pairs):
          for j in range(4)]
     )  # fmt: skip
     wanted = score_distillation(query, passages, scores, mask=kept, marginal=marginal)
-    torch.testing.assert_close(distillation_loss(options, query, passages, given, keys), wanted)
-    narrow = distillation_loss(options, query, passages, given[:4], keys)
+    mask = unknown_pairs(options, keys, given)
+    torch.testing.assert_close(distillation_loss(options, query, passages, given, mask), wanted)
+    narrow = distillation_loss(options, query, passages, given[:4], mask)
     torch.testing.assert_close(narrow, score_distillation(query, passages, scores, mask=kept))
     assert abs(narrow - wanted) > 1e-3
 

@@ -49,8 +49,8 @@ def test_a_causal_lm_gets_compress_tokens_an_instruction_and_its_tokenizer(model
     encoder, decoder = Encoder.from_pretrained(model_folder), Decoder.from_pretrained(model_folder)
     vocabulary = len(encoder.tokenizer)
     assert encoder.compress_token_ids == list(range(vocabulary, vocabulary + 5))
-    assert encoder.instruction == "Represent the text."
-    assert encoder.suffix_ids == encoder.tokenizer("\nRepresent the text.\n")["input_ids"]
+    assert encoder.instruction == "Keywords:"
+    assert encoder.suffix_ids == encoder.tokenizer("\nKeywords:\n")["input_ids"]
     assert (encoder.bos_token_id, encoder.max_length) == (1, 256)
     assert encoder.tokenize(TEXTS) == decoder.tokenize(TEXTS) == ids_of(encoder)
     assert encoder.prompt.suffix() == encoder.suffix_ids

@@ -76,8 +76,7 @@ def test_alignment(decoder):
 
     found, wanted = cost(fused), cost(parts)
     assert found.kernels.count("_alignment_loss") == wanted.kernels.count("_alignment_loss") == 1
-    # Which sequence plays which part is data here, and the parts' slices are not: no launch is saved, and none added.
-    assert len(found.kernels) <= len(wanted.kernels), (len(found.kernels), len(wanted.kernels))
+    assert len(found.kernels) < len(wanted.kernels) - 8, (found.kernels, wanted.kernels)
     assert found.bytes <= 1.001 * wanted.bytes, (found.bytes, wanted.bytes)
 
 

@@ -15,6 +15,8 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import DistributedType
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
@@ -23,7 +25,9 @@ from pretend_gpu import BlockingCopies, device  # noqa: F401
 
 from autoregembed import Decoder, Encoder, attention
 from autoregembed.config import Config, Stage2Options
+from autoregembed.cuda_graphs import GraphedObjective, map_tensors, shape_of
 from autoregembed.integrations.transformers import AutoRegEmbedTrainer, Collator
+from autoregembed.kernels.triton import primitives
 from autoregembed.objective import Objective
 from autoregembed.testing import tiny_model
 from autoregembed.train import Run
@@ -70,10 +74,10 @@ ACCELERATOR = SimpleNamespace(
 )  # fmt: skip
 
 
-def objective_of(config, encoder, decoder):
+def objective_of(config, encoder, decoder, kind=Objective):
     reference = (torch.zeros(4), torch.zeros(4, 2)) if config.needs_ref_logps else None
     teacher = torch.zeros(1, 4, 4) if config.needs_teacher_scores else None
-    return Objective(config, encoder, decoder, ACCELERATOR, reference, teacher)
+    return kind(config, encoder, decoder, ACCELERATOR, reference, teacher)
 
 
 def trained(encoder):
@@ -107,6 +111,7 @@ MODELS = {
     "longrope": {"implementation": attention.SDPA, "lm": {"rope_parameters": LONGROPE}},
     "dynamic rope": {"lm": {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}},
 }
+GRAPHED = ("stage 1", "alignment", "joint, subtract", "alignment and InfoNCE", "distillation", "per token")
 OTHERS = ("stage 1", "alignment", "gradients cached")  # for models other than the first
 
 
@@ -131,6 +136,50 @@ def test_a_step_waits_for_nothing(device, case, model, monkeypatch):  # noqa: F8
     if config.stage == 1:
         wanted = {"_pool_last_k", "_splice", "_scale_rows"}
     assert wanted <= set(device)
+
+
+class Calls(TorchDispatchMode):
+    """What runs on the device, with all shapes and numbers; and what comes from the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.copied = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = tree_leaves((args, kwargs or {}))
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        self.found.append((func.name(), [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in given]))
+        out = func(*args, **(kwargs or {}))
+        there = any(x.device.type == "meta" for x in (*tensors, *tree_leaves(out)) if isinstance(x, torch.Tensor))
+        if there and any(x.device.type == "cpu" for x in tensors):
+            self.copied.append(func.name())
+        return out
+
+    def launch(self, kernel, programs, args, options):
+        plain = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in args]
+        numbers = [x for x in plain if x is None or isinstance(x, (int, float, tuple))]
+        self.found.append((kernel.__name__, programs, numbers, sorted(options.items(), key=lambda x: x[0])))
+
+
+@pytest.mark.parametrize(("case", "model"), [(c, m) for m in ("varlen", "own rows") for c in GRAPHED])
+def test_a_graphed_step_knows_nothing_of_its_batch(device, case, model):  # noqa: F811
+    """It waits for nothing, takes nothing from the host, and is the same calls for every batch of its shape."""
+    config = Config(model="", train_data="", output_dir="", **CASES[case])
+    encoder, decoder = models(model)
+    decoder.logprob_reduction = config.logprob_reduction
+    objective, steps = objective_of(config, encoder, decoder, GraphedObjective), []
+    for rows in (rows_of(config.stage), rows_of(config.stage)[::-1]):
+        if config.stage == 1:
+            rows = [{**r, "text_ids": r["text_ids"][::-1]} for r in rows]
+        trained(encoder)
+        inputs = map_tensors(lambda x: x.to("meta"), objective.plan(rows))
+        with Calls() as calls, primitives.recording(calls.launch):
+            objective.run(inputs)
+        assert not calls.copied, calls.copied
+        require_gradients(encoder)
+        steps.append((shape_of(inputs), calls.found))
+    assert len(steps[0][1]) > 300
+    assert steps[0] == steps[1]
 
 
 def test_the_loop_waits_once_a_step(device):  # noqa: F811

@@ -38,6 +38,15 @@ def test_what_needs_less_is_planned_with_less(model_folder, compression_file):
     assert sharded.step["encoder, weights"] == whole.step["encoder, weights"] / 4
 
 
+@pytest.mark.parametrize(("kind", "share"), [("int8", 1 / 4), ("nf4", 1 / 8)])
+def test_a_quantised_base_is_planned_in_its_bits(kind, share, model_folder, compression_file):
+    plain, few = (planned(model_folder, compression_file, lora_rank=2, base_dtype=k) for k in ("fp32", kind))
+    layers = [4 * p.numel() for n, p in models.load_causal_lm(model_folder)[0].named_parameters() if "proj" in n]
+    saved = plain.step["encoder, weights"] - few.step["encoder, weights"]
+    assert saved == pytest.approx((1 - share) * sum(layers), rel=0.1)
+    assert few.step["a layer of the base, widened"] == max(layers)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_layers_tell_of_many(checkpointing, tmp_path, compression_file):
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])

@@ -231,6 +231,47 @@ def test_fused_info_nce_is_multiple_negatives_ranking(model, dataset, scale):
     assert_same_gradients(fused[1], stock[1])
 
 
+ANCHOR_POSITIVE = TRIPLETS.select_columns(["anchor", "positive"])
+EVERY = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [
+        (ANCHOR_POSITIVE, {"directions": EVERY}),
+        (TRIPLETS, {"directions": EVERY[:3]}),
+        (TRIPLETS, {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}),
+    ],
+)
+def test_directions_are_those_of_multiple_negatives_ranking(model, dataset, options):
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    assert_same_loss(model, dataset, MultipleNegativesRankingLoss(model, **options), FusedInfoNCELoss(model, **options))
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.02, -0.02])
+def test_margin_is_that_of_gist_with_the_model_as_its_guide(model, margin):
+    from sentence_transformers.losses import GISTEmbedLoss
+
+    stock = GISTEmbedLoss(model, model, temperature=0.05, margin=-margin)
+    options = {"directions": ("query_to_doc", "query_to_query", "doc_to_doc")}
+    fused = FusedInfoNCELoss(model, margin=margin, **options)
+    assert_same_loss(model, ANCHOR_POSITIVE, stock, fused)
+    other = FusedInfoNCELoss(model, **options)(features(model, ANCHOR_POSITIVE), None)
+    assert abs(other - fused(features(model, ANCHOR_POSITIVE), None)) > 1e-3, "nothing is left out"
+
+
+def assert_same_loss(model, dataset, *losses):
+    found = []
+    for loss in losses:
+        model.zero_grad()
+        value = loss(features(model, dataset), None)
+        value.backward()
+        found.append((value.item(), gradients(transformer(model))))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)
+    assert_same_gradients(found[1][1], found[0][1])
+
+
 def train(model, loss, dataset, out, **options) -> SentenceTransformerTrainer:
     evaluator = options.pop("evaluator", None)
     arguments = SentenceTransformerTrainingArguments(
@@ -361,7 +402,10 @@ def test_what_a_model_card_says(model):
     assert (config["beta"], config["z_norm"], config["decoder_add_bos"]) == (0.2, "match_rms", True)
     assert "2502.11401" in loss.citation
     assert "1807.03748" in FusedInfoNCELoss(model).citation
-    assert FusedInfoNCELoss(model, 10.0).get_config_dict() == {"scale": 10.0, "gather_across_devices": False}
+    assert FusedInfoNCELoss(model, 10.0, margin=0.1).get_config_dict() == {
+        "scale": 10.0, "gather_across_devices": False, "directions": ("query_to_doc",), "partition_mode": "joint",
+        "margin": 0.1,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -374,6 +418,18 @@ def test_what_a_model_card_says(model):
             "ref_margin: got 'sub'",
         ),
         (lambda m: FusedInfoNCELoss(m, 0.0), ValueError, "scale: got 0.0"),
+        (lambda m: FusedInfoNCELoss(m, directions=("doc_to_query",)), ValueError, "directions: got"),
+        (lambda m: FusedInfoNCELoss(m, margin=float("nan")), ValueError, "margin: got nan"),
+        (
+            lambda m: FusedInfoNCELoss(m, 20.0, True, EVERY),
+            ValueError,
+            "gather_across_devices: got True with directions",
+        ),
+        (
+            lambda m: FusedInfoNCELoss(m, directions=EVERY)(features(m, TRIPLETS), None),
+            ValueError,
+            "sentence_features: got 4 columns with 'doc_to_doc'",
+        ),
         (
             lambda m: AutoRegEmbedLoss(m, decoder_of(), Stage2Options())(features(m, TRIPLETS), None),
             ValueError,

@@ -12,6 +12,7 @@ from conftest import sentence, stage1, stage2, write_jsonl
 from safetensors.torch import load_file
 
 from autoregembed import Decoder, Encoder, data, files, models, sampling
+from autoregembed import encoder as encoder_module
 from autoregembed.build import build_models
 from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import text_embedding
@@ -421,11 +422,25 @@ def test_interrupted_is_a_keyboard_interrupt():
     assert issubclass(Interrupted, KeyboardInterrupt)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_init_output_rms_gives_z_the_decoders_rms_once(model_folder, compression_file, tmp_path, quiet, lora_rank):
-    tiny = {"init_output_rms": True, "max_steps": 1, "learning_rate": 1e-12, "lora_rank": lora_rank}
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"token_budget": 80}])
+def test_init_output_rms_gives_z_the_decoders_rms_once(
+    model_folder, compression_file, tmp_path, quiet, monkeypatch, options
+):
+    packs: list[int] = []  # the tokens of each pass of init_output_rms
+    whole, pack = Encoder.init_output_rms, encoder_module.pack
+
+    def watched(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(encoder_module, "pack", lambda s, device: packs.append(sum(map(len, s))) or pack(s, device))
+            whole(*arguments)
+
+    monkeypatch.setattr(Encoder, "init_output_rms", watched)
+    tiny = {"init_output_rms": True, "max_steps": 1, "learning_rate": 1e-12, **options}
     first = train(stage1(model_folder, compression_file, tmp_path / "one", **tiny), quiet)
     again = train(stage1(first["model"], compression_file, tmp_path / "two", **tiny), quiet)
+    assert packs
+    assert (len(packs) > 1) is ("token_budget" in options)
+    assert max(packs) <= options.get("token_budget", 4096)
     for summary in (first, again):
         config = stage1(summary["model"], compression_file, "unused")
         encoder, decoder, tokenizer, recipe = build_models(config)

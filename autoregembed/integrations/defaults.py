@@ -41,3 +41,14 @@ def default_decoder(
         original, gguf_file=gguf_file, z_norm=recipe.get("z_norm") or "match_rms",
         add_bos=bos_token_id is not None if add_bos is None else add_bos, dtype=dtype, device=device,
     )  # fmt: skip
+
+
+def with_batch_negatives(rows: list[dict]) -> list[dict]:
+    """Rows in which one without a negative has the positive of the next row with another one, where there is any."""
+    out = []
+    for i, row in enumerate(rows):
+        (positive, *negatives) = row["target_ids"]
+        others = (r["target_ids"][0] for r in (*rows[i + 1 :], *rows[:i]))
+        found = negatives or [next((ids for ids in others if ids != positive), None)]
+        out.append({**row, "target_ids": [positive, *(ids for ids in found if ids is not None)]})
+    return out

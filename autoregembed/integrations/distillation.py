@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
+from autoregembed.embedding_losses import distillation_loss, unknown_pairs
 from autoregembed.integrations.exported import DecoderLoss
-from autoregembed.objective import distillation_loss
 from autoregembed.packing import Ids
 from autoregembed.sampling import permutation
 from autoregembed.teacher_scores import block_scores, scores_of_rows
@@ -128,7 +128,8 @@ class LikelihoodDistillationLoss(DecoderLoss):
         scores = scores_of_rows(blocks, places, labels[:, 2:])
         embeddings = [self._read(column)[1] for column in columns]
         keys = list(zip(texts[0], texts[-1], strict=True))
-        return distillation_loss(self.options, embeddings[0], embeddings[-1], scores, keys)
+        mask = unknown_pairs(self.options, keys)
+        return distillation_loss(self.options, embeddings[0], embeddings[-1], scores, mask)
 
     @torch.no_grad()
     def precompute_teacher_scores(

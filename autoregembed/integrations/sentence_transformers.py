@@ -1,6 +1,6 @@
 """Losses for `SentenceTransformerTrainer`, on models that `Encoder.save_pretrained` wrote.
 
-    model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start", instruction="Represent the text.")
+    model = from_causal_lm("HuggingFaceTB/SmolLM2-135M", "start")
     SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=AutoRegEmbedLoss(model)).train()
 
 The columns are anchor and positive, or anchor, positive and negatives.
@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
+from autoregembed.embedding_losses import contrastive_loss
 from autoregembed.encoder import Encoder
-from autoregembed.integrations.defaults import RECOMMENDED
+from autoregembed.integrations.defaults import RECOMMENDED, with_batch_negatives
 from autoregembed.integrations.distillation import BlockBatchSampler, LikelihoodDistillationLoss
 from autoregembed.integrations.exported import DecoderLoss, Template, freeze_pooling
-from autoregembed.objective import contrastive_loss, stage1_loss, stage2_loss, with_batch_negatives
+from autoregembed.objective import stage1_loss, stage2_loss
+from autoregembed.ops import info_nce
 
 __all__ = [
     "AutoRegEmbedLoss",
@@ -261,13 +263,34 @@ class FusedInfoNCELoss(nn.Module):
     Args:
         model: any SentenceTransformer.
         scale: factor on the cosine similarities, 1 / temperature.
-        gather_across_devices: negatives from all processes, with gradients.
+        gather_across_devices: negatives from all processes, with gradients; for "query_to_doc" alone.
+        directions, partition_mode: as there. With "doc_to_doc" the columns are anchor and positive alone.
+        margin: a negative with a cosine above the positive's + margin is left out, as in `info_nce`; `GISTEmbedLoss`
+            whose guide is the model takes it with the other sign. None: none is.
+
+    Raises:
+        TypeError, ValueError: as `info_nce`, or options that the fused op does not have together.
     """
 
-    def __init__(self, model: SentenceTransformer, scale: float = 20.0, gather_across_devices: bool = False):
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        scale: float = 20.0,
+        gather_across_devices: bool = False,
+        directions: tuple[str, ...] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        margin: float | None = None,
+    ):
         super().__init__()
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale: got {scale}, expected a positive finite number")
+        self.options: dict[str, Any] = {"directions": directions, "partition_mode": partition_mode, "margin": margin}
+        info_nce(torch.ones(1, 1), torch.ones(1, 1), **self.options)  # refuses an unknown one now
+        if gather_across_devices and len(directions) > 1:
+            raise ValueError(
+                f"gather_across_devices: got True with directions {tuple(directions)}, expected 'query_to_doc' alone, "
+                "or False"
+            )
         self.model = model
         self.scale = scale
         self.gather_across_devices = gather_across_devices
@@ -279,12 +302,18 @@ class FusedInfoNCELoss(nn.Module):
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         if len(embeddings) < 2:
             raise ValueError(f"sentence_features: got {len(embeddings)} columns, expected at least 2")
+        if len(embeddings) > 2 and "doc_to_doc" in self.options["directions"]:
+            raise ValueError(
+                f"sentence_features: got {len(embeddings)} columns with 'doc_to_doc', expected anchor and positive: "
+                "there a query's own negatives are none of its positive"
+            )
+        gather = self.gather_across_devices
         return contrastive_loss(
-            embeddings[0], torch.cat(embeddings[1:]), self.temperature, gather=self.gather_across_devices
+            embeddings[0], torch.cat(embeddings[1:]), self.temperature, gather=gather, **self.options
         )
 
     def get_config_dict(self) -> dict[str, Any]:
-        return {"scale": self.scale, "gather_across_devices": self.gather_across_devices}
+        return {"scale": self.scale, "gather_across_devices": self.gather_across_devices, **self.options}
 
     @property
     def temperature(self) -> float:

@@ -29,9 +29,9 @@ from autoregembed.attention import run_packed
 from autoregembed.config import Stage2Options
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.integrations.defaults import RECOMMENDED, default_decoder
+from autoregembed.integrations.defaults import RECOMMENDED, default_decoder, with_batch_negatives
 from autoregembed.models import read_recipe
-from autoregembed.objective import num_loss_terms, stage1_loss, stage2_loss, texts_of, with_batch_negatives
+from autoregembed.objective import num_loss_terms, stage1_loss, stage2_loss, texts_of
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import pack
 from autoregembed.reference_scores import compute_ref_logps

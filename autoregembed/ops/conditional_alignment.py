@@ -55,14 +55,25 @@ class AlignmentPairs(NamedTuple):
 # torch.library
 
 
-def _score_gradients(places: Tensor, gradients: Tensor, s: int, impl: str) -> Tensor:
-    """Σ of the gradients (R,) of the parts that every sequence plays, (S,), always in the same order.
+def _part_scores(
+    logprob: Tensor, cu_seqlens: Tensor, places: Sequence[Tensor], mean: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """a (B,), b (B,), c (B, M), and the mask (B, M) of the negatives that there are, which alone c is of."""
+    scores = torch.ops.autoregembed.segment_sum(logprob, cu_seqlens, "torch")
+    scores = scores / cu_seqlens.diff() if mean else scores
+    return *(scores[x.clamp(min=0)] for x in places), places[2] != NO_NEGATIVE
 
-    A negative that there is not has place 0 and gradient 0; a place outside the pack has NaN, as the loss then is.
-    """
-    values, order = places.sort(stable=True)
-    bounds = torch.searchsorted(values, torch.arange(s + 1, device=values.device))
-    return torch.ops.autoregembed.segment_sum(gradients[order], bounds, impl)
+
+def _row_gradients(
+    gradients: Sequence[Tensor], cu_seqlens: Tensor, places: Sequence[Tensor], mean: bool, n: int
+) -> Tensor:
+    """The gradient of every row (N,): Σ of the parts that its sequence plays, always in the same order."""
+    values, order = torch.cat([x.flatten() for x in places]).clamp(min=0).sort(stable=True)
+    bounds = torch.searchsorted(values, torch.arange(len(cu_seqlens), device=values.device))
+    found = torch.cat([x.flatten() for x in gradients])[order]  # 0 of a negative that there is not
+    scores = torch.ops.autoregembed.segment_sum(found, bounds, "torch")
+    scores = scores / cu_seqlens.diff().clamp(min=1) if mean else scores
+    return torch.ops.autoregembed.segment_sum_backward(scores, cu_seqlens, n, "torch")
 
 
 @torch.library.custom_op("autoregembed::conditional_alignment", mutates_args=())
@@ -101,25 +112,16 @@ def _conditional_alignment(
     with torch.autocast(hidden.device.type, enabled=False):
         head = load_kernel(impl, "linear_logprob")
         logprob, u = head.forward(hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient)
-        sums = torch.ops.autoregembed.segment_sum
-        scores = sums(logprob, cu_seqlens, plain)
-        lengths = cu_seqlens.diff() if logprob_reduction == "mean" else None
-        scores = scores if lengths is None else scores / lengths
-        # A place outside the pack reads NaN, never memory that is not there.
-        places = torch.cat([x.flatten() for x in parts])
-        near = places.clamp(0, s - 1)
-        a, b, c = scores[near].where(near == places, torch.nan).split([x.numel() for x in parts])
-        mask = query_negatives != NO_NEGATIVE
+        mean = logprob_reduction == "mean"
+        scores = load_kernel("triton", "conditional_alignment").part_scores if impl == "triton" else _part_scores
+        a, b, c, mask = scores(logprob, cu_seqlens, parts, mean)
         *outputs, d_a, d_b, d_c = load_kernel(plain, "alignment_loss").forward(
-            a, b, c.view(mask.shape), reference_positive, reference_negatives, mask, beta, temperature, ref_margin,
-            negatives,
-        )  # fmt: skip
+            a, b, c, reference_positive, reference_negatives, mask, beta, temperature, ref_margin, negatives
+        )
         if not with_gradient:
             return *outputs, u, logprob.new_empty(0)
-        gradients = torch.cat([d_a, d_b, d_c.flatten()])
-        d_scores = _score_gradients(near, gradients, s, plain)
-        d_scores = d_scores if lengths is None else d_scores / lengths.clamp(min=1)
-        return *outputs, u, torch.ops.autoregembed.segment_sum_backward(d_scores, cu_seqlens, n, plain)
+        rows = load_kernel("triton", "conditional_alignment").row_gradients if impl == "triton" else _row_gradients
+        return *outputs, u, rows((d_a, d_b, d_c), cu_seqlens, parts, mean, n)
 
 
 @_conditional_alignment.register_fake

@@ -155,6 +155,8 @@ class Study:
             fields["eval_steps"] = fields["max_steps"]
         fields |= {name: round(fields[name] * factor) for name in ("max_steps", "eval_steps") if name in fields}
         source = fields.pop("data")
+        if parent:
+            fields.pop("compress_init", None)  # its compress tokens are trained
         identity = [stage, fields, source, seed, Path(parent.output_dir).name if parent else ""]
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         folder = self.options.output / "runs" / key

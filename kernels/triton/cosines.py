@@ -40,6 +40,7 @@ from autoregembed.kernels.triton.primitives import (
     multiprocessors,
     operand,
     product_tile,
+    target_products,
     without,
 )
 
@@ -52,17 +53,8 @@ def _positive_cosine(
     """z_y of rows by a dot in fp32. Rows with a target outside [0, V) get that of column 0."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
-    y = tl.load(target_ptr + row, mask=inside, other=0)
-    y = tl.where((y >= 0) & (y < V), y, 0)
-    a_at = a_ptr + row.to(tl.int64) * a_stride
-    b_at = b_ptr + y * b_stride
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, D, COLS):
-        d = start + tl.arange(0, COLS)
-        mask = inside[:, None] & (d < D)[None, :]
-        a = tl.load(a_at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += a * tl.load(b_at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    z = tl.sum(acc, 1) * tl.load(col_norm_ptr + y) * tl.load(row_norm_ptr + row, mask=inside, other=0.0)
+    x, y = target_products(a_ptr, b_ptr, target_ptr, row, inside, V, D, a_stride, b_stride, ROWS, COLS)
+    z = x * tl.load(col_norm_ptr + y) * tl.load(row_norm_ptr + row, mask=inside, other=0.0)
     tl.store(zy_ptr + row, z, mask=inside)
 
 
@@ -195,48 +187,40 @@ def _finish_cosine(
     lift = tl.where(beyond, 0.0, margin)
     if tl.max(beyond.to(tl.int32), 0) > 0:
         most = tl.full((ROWS,), -float("inf"), tl.float32)
-        for half in range(0, halves):
-            begin = tl.where(half == 0, first0, first1).to(tl.int64)
-            size = tl.where(half == 0, size0, size1)
-            skipped = tl.cast(half, tl.int64) * N
-            row_norm = tl.load(row_norm_ptr + skipped + row, mask=inside, other=0.0)
-            ids = id_ptr
-            if id_ptr is not None:
-                ids = id_ptr + begin
-            for t in range(0, tl.cdiv(size, COLS)):
-                x = product_tile(
-                    a_ptr + skipped * a_stride, b_ptr + begin * b_stride, block * ROWS, t * COLS, N, size, D,
-                    a_stride, b_stride, ROWS, COLS, DEPTH, False, EVEN, PRECISION,
-                )  # fmt: skip
-                gap = _gap(x, t * COLS, row_norm, z_y, col_norm_ptr + begin, size, COLS)
-                gap = _negatives(gap, -float("inf"), gap, limit, y, own, ids, t * COLS, size, LIMITED, False, COLS)
-                most = tl.maximum(most, tl.max(gap, 1))
-        lift = tl.where(beyond, finite_shift(most), lift)
         again = tl.zeros((ROWS,), tl.float32)
         weighted = tl.zeros((ROWS,), tl.float32)
-        for half in range(0, halves):
-            begin = tl.where(half == 0, first0, first1).to(tl.int64)
-            size = tl.where(half == 0, size0, size1)
-            skipped = tl.cast(half, tl.int64) * N
-            row_norm = tl.load(row_norm_ptr + skipped + row, mask=inside, other=0.0)
-            ids = id_ptr
-            if id_ptr is not None:
-                ids = id_ptr + begin
-            for t in range(0, tl.cdiv(size, COLS)):
-                x = product_tile(
-                    a_ptr + skipped * a_stride, b_ptr + begin * b_stride, block * ROWS, t * COLS, N, size, D,
-                    a_stride, b_stride, ROWS, COLS, DEPTH, False, EVEN, PRECISION,
-                )  # fmt: skip
-                gap = _gap(x, t * COLS, row_norm, z_y, col_norm_ptr + begin, size, COLS)
-                e = exp2(gap - lift[:, None], PTX)
-                e = _negatives(e, 0.0, gap, limit, y, own, ids, t * COLS, size, LIMITED, False, COLS)
-                again += tl.sum(e, 1)
-                weighted += tl.sum(e * gap, 1)
-                if e_ptr is not None:
-                    e_at = e_ptr + (skipped + block * ROWS) * e_stride + t * COLS
-                    local = tl.arange(0, ROWS)[:, None] * e_stride + tl.arange(0, COLS)[None, :]
-                    counts = beyond[:, None] & (t * COLS + tl.arange(0, COLS) < size)[None, :]
-                    tl.store(e_at + local, e.to(e_ptr.dtype.element_ty), mask=counts)
+        for walk in tl.static_range(2):  # for the maximum, then for what is shifted by it
+            if walk == 1:
+                lift = tl.where(beyond, finite_shift(most), lift)
+            for half in range(0, halves):
+                begin = tl.where(half == 0, first0, first1).to(tl.int64)
+                size = tl.where(half == 0, size0, size1)
+                skipped = tl.cast(half, tl.int64) * N
+                row_norm = tl.load(row_norm_ptr + skipped + row, mask=inside, other=0.0)
+                ids = id_ptr
+                if id_ptr is not None:
+                    ids = id_ptr + begin
+                for t in range(0, tl.cdiv(size, COLS)):
+                    x = product_tile(
+                        a_ptr + skipped * a_stride, b_ptr + begin * b_stride, block * ROWS, t * COLS, N, size, D,
+                        a_stride, b_stride, ROWS, COLS, DEPTH, False, EVEN, PRECISION,
+                    )  # fmt: skip
+                    gap = _gap(x, t * COLS, row_norm, z_y, col_norm_ptr + begin, size, COLS)
+                    if walk == 0:
+                        z = _negatives(
+                            gap, -float("inf"), gap, limit, y, own, ids, t * COLS, size, LIMITED, False, COLS
+                        )
+                        most = tl.maximum(most, tl.max(z, 1))
+                    else:
+                        e = exp2(gap - lift[:, None], PTX)
+                        e = _negatives(e, 0.0, gap, limit, y, own, ids, t * COLS, size, LIMITED, False, COLS)
+                        again += tl.sum(e, 1)
+                        weighted += tl.sum(e * gap, 1)
+                        if e_ptr is not None:
+                            e_at = e_ptr + (skipped + block * ROWS) * e_stride + t * COLS
+                            local = tl.arange(0, ROWS)[:, None] * e_stride + tl.arange(0, COLS)[None, :]
+                            counts = beyond[:, None] & (t * COLS + tl.arange(0, COLS) < size)[None, :]
+                            tl.store(e_at + local, e.to(e_ptr.dtype.element_ty), mask=counts)
         total = tl.where(beyond, again, total)
         moment = tl.where(beyond, weighted, moment)
         tl.debug_barrier()  # a positive's place in e is written below

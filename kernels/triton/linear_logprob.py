@@ -59,6 +59,7 @@ from autoregembed.kernels.triton.primitives import (
     operand,
     product_tile,
     split_count,
+    target_products,
     tma_ready,
     without,
 )
@@ -191,17 +192,7 @@ def _target_logits(
     """z_y of rows by a dot in fp32, and its softcap_grad. Rows with an id outside [0, V) get those of id 0."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < N
-    y = tl.load(target_ptr + row, mask=inside, other=0)
-    y = tl.where((y >= 0) & (y < V), y, 0)
-    h_at = h_ptr + row.to(tl.int64) * h_stride
-    w_at = w_ptr + y * w_stride
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, D, COLS):
-        d = start + tl.arange(0, COLS)
-        mask = inside[:, None] & (d < D)[None, :]
-        h = tl.load(h_at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc += h * tl.load(w_at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = tl.sum(acc, 1)
+    x, y = target_products(h_ptr, w_ptr, target_ptr, row, inside, V, D, h_stride, w_stride, ROWS, COLS)
     if bias_ptr is not None:
         x += tl.load(bias_ptr + y).to(tl.float32)
     z, softcap_grad = capped(x, tl.full((), inner, tl.float32), tl.full((), outer, tl.float32), SOFTCAP)

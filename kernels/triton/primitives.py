@@ -234,6 +234,26 @@ def product_tile(
     return acc
 
 
+@triton.jit
+def target_products(
+    a_ptr, b_ptr, target_ptr, row, inside, b_rows, depth, a_stride, b_stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """a[row] · b[target] in fp32, and the target; 0 stands for one outside [0, b_rows). a (·, depth), b (b_rows,
+    depth); `row` [ROWS] counts where `inside`."""
+    y = tl.load(target_ptr + row, mask=inside, other=0)
+    y = tl.where((y >= 0) & (y < b_rows), y, 0)
+    a_at = a_ptr + row.to(tl.int64) * a_stride
+    b_at = b_ptr + y * b_stride
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, depth, COLS):
+        d = start + tl.arange(0, COLS)
+        mask = inside[:, None] & (d < depth)[None, :]
+        a = tl.load(a_at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += a * tl.load(b_at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(acc, 1), y
+
+
 def operand(x: Tensor, block: tuple[int, int], tma: bool) -> Any:
     """x (rows, columns) as the tensor-memory unit takes it, or x itself."""
     if not tma:

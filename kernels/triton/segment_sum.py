@@ -13,10 +13,10 @@ from autoregembed.kernels.triton import tiles
 from autoregembed.kernels.triton.primitives import launch, sequence_of
 
 
-@triton.jit(do_not_specialize=["S", "N"])
-def _segment_sum(x_ptr, cu_ptr, out_ptr, S, N, BLOCK: tl.constexpr):
-    """out[i] = Σ x[cu[i] : cu[i+1]], always added in the same order; NaN where cu is not a row from 0 to N."""
-    i = tl.program_id(0)
+@triton.jit
+def segment(x_ptr, cu_ptr, i, S, N, BLOCK: tl.constexpr):
+    """Σ x[cu[i] : cu[i+1]], always added in the same order, the number of terms, and whether cu is a row from 0 to N
+    there."""
     first = tl.load(cu_ptr + i).to(tl.int64)
     last = tl.load(cu_ptr + i + 1).to(tl.int64)
     good = (first >= 0) & (first <= last) & (last <= N) & ((i > 0) | (first == 0)) & ((i < S - 1) | (last == N))
@@ -25,7 +25,15 @@ def _segment_sum(x_ptr, cu_ptr, out_ptr, S, N, BLOCK: tl.constexpr):
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
         sums += tl.load(x_ptr + first + at, mask=at < count, other=0.0).to(sums.dtype)
-    tl.store(out_ptr + i, tl.where(good, tl.sum(sums), float("nan")))
+    return tl.sum(sums), count, good
+
+
+@triton.jit(do_not_specialize=["S", "N"])
+def _segment_sum(x_ptr, cu_ptr, out_ptr, S, N, BLOCK: tl.constexpr):
+    """out[i] = Σ x[cu[i] : cu[i+1]]; NaN where cu is not a row from 0 to N."""
+    i = tl.program_id(0)
+    total, _, good = segment(x_ptr, cu_ptr, i, S, N, BLOCK)
+    tl.store(out_ptr + i, tl.where(good, total, float("nan")))
 
 
 @triton.jit(do_not_specialize=["S", "N", "steps"])
