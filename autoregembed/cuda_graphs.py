@@ -117,7 +117,7 @@ class StepInputs(NamedTuple):
     references: tuple[Tensor | None, Tensor | None] = (None, None)  # (B,), (B, M)
     num_tokens: Tensor | None = None  # () int64, targets with eos
     passage_ids: Tensor | None = None  # (P,) int64, equal for equal passages
-    teacher_scores: Tensor | None = None  # (B, B)
+    teacher_scores: Tensor | None = None  # (≥ B, B)
     unknown: Tensor | None = None  # (B, B) bool
 
 

@@ -208,7 +208,7 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     Nothing is measured but the libraries of this process. Not counted: what an allocator keeps, the context of the
     device, and the buffers of NCCL.
     """
-    precision = choose_precision(config) if machine.device == "cpu" or config.precision != "auto" else "bf16"
+    precision: Any = choose_precision(config) if machine.device == "cpu" or config.precision != "auto" else "bf16"
     half, config = HALF_DTYPES.get(precision), replace(config, precision=precision)
     w = weights(config, half)
     on_gpu = machine.device == "cuda" and half is not None and not machine.fsdp and config.attention != "sdpa"

@@ -77,8 +77,7 @@ FREE_FIELDS = {
     "eval_data", "eval_split", "eval_steps", "num_train_epochs", "token_budget", "attention", "gradient_checkpointing",
     "compile", "deterministic", "on_nonfinite", "save_steps", "save_total_limit", "save_best", "resume_from_checkpoint",
     "log_with", "num_proc", "export_dtype", "model_name", "license", "decoder_gradient_checkpointing", "share_prefixes",
-    "share_base", "eval_metric", "cuda_graphs",
-}  # fmt: skip
+    "share_base", "eval_metric", "cuda_graphs"}  # fmt: skip
 
 RESULT_FOLDERS = ("model", "export", "adapter", "checkpoints")
 RESULT_FILES = ("config.json", "lock", "metrics.jsonl", "nonfinite.jsonl", "summary.json", "training.png")
@@ -231,9 +230,8 @@ class Run:
         """Adds what the model of this step is worth on the evaluation data, and keeps the model if it is the best."""
         if self.held_out.metric is None:
             return
-        encode = functools.partial(self.encoder.encode, shared=True)
         with self.accelerator.autocast():
-            found = self.held_out.evaluate(encode, self.console)
+            found = self.held_out.evaluate(functools.partial(self.encoder.encode, shared=True), self.console)
         state = self.state
         best = state.evaluations[str(state.best_step)] if state.best_step else {}
         state.evaluations[str(step)] = found
@@ -248,10 +246,10 @@ class Run:
     def init_output_rms(self) -> None:
         if not self.config.init_output_rms or self.decoder is None or self.recipe["output_rms_initialized"]:
             return
-        rows, n = self.rows, 128
-        few = rows.take(n) if self.config.streaming else rows.select(range(0, len(rows), -(-len(rows) // n)))
-        texts = texts_of(list(few), hard_negatives=False)
-        self.encoder.init_output_rms(self.decoder.input_rms_per_dimension(), *texts, self.config.token_budget or 4096)
+        rows = self.rows
+        few = rows.take(128) if self.config.streaming else rows.select(range(0, len(rows), -(-len(rows) // 128)))
+        rms, budget = self.decoder.input_rms_per_dimension(), self.config.token_budget or 4096
+        self.encoder.init_output_rms(rms, *texts_of(list(few), False), budget)
         self.recipe["output_rms_initialized"] = True
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -282,10 +280,10 @@ class Run:
                 )
             if config.needs_teacher_scores:
                 assert decoder is not None
-                given = {"seed": config.seed, "num_blocks": read, "console": self.console}
+                given: dict[str, Any] = {"seed": config.seed, "num_blocks": read, "console": self.console}
                 given |= {n: getattr(config, f"distillation_{n}") for n in ("candidates", "marginal_texts")}
-                size = config.batch_size
-                teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, size, fingerprint, **given)
+                given |= {"batch_size": config.batch_size, "fingerprint": fingerprint}
+                teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, **given)
         if config.stage == 2 and not config.alignment_weight:
             self.decoder = None  # all that it had to say is in the scores
         self.encoder.train()

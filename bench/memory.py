@@ -76,7 +76,7 @@ def measure(fields: dict[str, Any]) -> dict[str, float]:
         found["step"] = max(found.get("step", 0), resident("VmHWM") - before)
         return log
 
-    train.Run.step = step  # type: ignore[method-assign]
+    train.Run.step = step  # type: ignore[assignment, method-assign]
     train.train(Config(**fields), Console(quiet=True))
     return found
 
