@@ -365,7 +365,6 @@ class Config(Stage2Options):
             "gradient_checkpointing": (False, "it saves the state of the random generator on the host"),
             "precision": (("auto", "fp32", "bf16"), "the loss scale of fp16 is decided on the host"),
             "share_prefixes": ((None, False), "how many tokens are shared changes from batch to batch"),
-            "distillation_marginal_texts": (0, "the marginal is taken on the host"),
             "attention": (("auto", "varlen", "flash_attention_2"), "sdpa makes a call for every length"),
         }
         for name, (expected, reason) in needs.items():

@@ -117,7 +117,7 @@ class StepInputs(NamedTuple):
     references: tuple[Tensor | None, Tensor | None] = (None, None)  # (B,), (B, M)
     num_tokens: Tensor | None = None  # () int64, targets with eos
     passage_ids: Tensor | None = None  # (P,) int64, equal for equal passages
-    teacher_scores: Tensor | None = None  # (B, B)
+    teacher_scores: Tensor | None = None  # (≥ B, B)
     unknown: Tensor | None = None  # (B, B) bool
 
 
@@ -131,6 +131,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
         parts = [map_tensors(function, part) for part in x]
         return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     return x
+
+
+def tensors_of(x: Any) -> list[Tensor]:
+    """What `map_tensors` changes, in order."""
+    found: list[Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(add, x)
+    return found
 
 
 def shape_of(inputs: Any) -> tuple[Any, ...]:
@@ -147,8 +159,7 @@ def shape_of(inputs: Any) -> tuple[Any, ...]:
             found.append(x)
 
     visit(inputs)
-    map_tensors(lambda x: found.append((tuple(x.shape), x.dtype)) or x, inputs)
-    return tuple(found)
+    return *found, *((tuple(x.shape), x.dtype) for x in tensors_of(inputs))
 
 
 class GraphedObjective(Objective):
@@ -226,15 +237,13 @@ class GraphedObjective(Objective):
 
     def _loss(self, z: Tensor, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
         config, b = self.config, inputs.num_rows
-        score = None if self.decoder is None else partial(self.decoder.score, z, inputs.pairs, None)
-        reduction = "sum" if self.decoder is None else self.decoder.logprob_reduction
-        if config.stage == 1:
-            assert score is not None
-            assert inputs.num_tokens is not None
-            return compression_of(score, reduction, inputs.num_tokens), {}
         alignment = nce = distilled = None
-        if inputs.places is not None:
-            assert score is not None
+        if inputs.pairs is not None:
+            assert self.decoder is not None
+            score, reduction = partial(self.decoder.score, z, inputs.pairs, None), self.decoder.logprob_reduction
+            if inputs.num_tokens is not None:
+                return compression_of(score, reduction, inputs.num_tokens), {}
+            assert inputs.places is not None
             alignment = score(alignment_of(config, reduction, inputs.places, inputs.references))
         embeddings = text_embedding(z[: inputs.num_texts].to(torch.promote_types(z.dtype, torch.float32)))
         if config.contrastive_weight:
@@ -275,10 +284,8 @@ class Replayed:
         if key not in self.graphs:
             self.graphs[key] = self._capture(inputs)
         graph, static, out = self.graphs[key]
-        places: list[Tensor] = []
-        map_tensors(lambda x: places.append(x) or x, static)
-        turn = iter(places)
-        map_tensors(lambda x: next(turn).copy_(x.pin_memory(), non_blocking=True), inputs)
+        for place, x in zip(tensors_of(static), tensors_of(inputs), strict=True):
+            place.copy_(x.pin_memory(), non_blocking=True)
         graph.replay()
         return out.clone()
 

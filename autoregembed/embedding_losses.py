@@ -55,22 +55,24 @@ def contrastive_loss(
     return info_nce(query, passages, target, temperature=temperature, passage_ids=passage_ids, **options)
 
 
-def unknown_pairs(options: Stage2Options, keys: Sequence[tuple[Ids, Ids]], scores: Tensor) -> Tensor | None:
+def unknown_pairs(
+    options: Stage2Options, keys: Sequence[tuple[Ids, Ids]], scores: Tensor | None = None
+) -> Tensor | None:
     """The pairs of a query and a passage (B, B) that score distillation reads, on the host; None: all.
 
     Args:
         options: whether a query's own passage counts.
         keys: the token ids of query i and passage i, which tell equal texts.
-        scores: (≥ B, B), −inf where the teacher has scored no pair; those with such a pair lie on the host.
+        scores: (≥ B, B), −inf where the teacher has scored no pair; only on the host are they looked at.
     """
-    scored = None
-    if scores.device.type == "cpu" and bool((absent := scores[: len(keys)].isneginf()).any()):
-        scored = ~absent
+    chosen = None
+    if scores is not None and scores.device.type == "cpu" and bool(scores.isneginf().any()):
+        chosen = ~scores[: len(keys)].isneginf()
     if options.distillation_pairs != "mask":
-        return scored
+        return chosen
     # A text that is the query, or its passage, by another index is what the pair is: known.
     unknown = ~torch.tensor([[d in (own, x) for _, d in keys] for x, own in keys])
-    return unknown if scored is None else unknown & scored
+    return unknown if chosen is None else unknown & chosen
 
 
 def distillation_loss(
@@ -84,19 +86,19 @@ def distillation_loss(
         scores: (≥ B, B), the teacher's log p(d_j | z_i). Rows beyond B, of other texts' z, enter the marginal alone.
         mask: (B, B), from `unknown_pairs`.
     """
+    scores, others = scores.to(query.device, non_blocking=True).tensor_split([len(query)])
+    mask = None if mask is None else mask.to(query.device, non_blocking=True)
+    marginal: str | Tensor = "batch"
+    if len(others):
+        kept = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        marginal = log_marginal(torch.cat([kept, others]), options.teacher_temperature)
     target = None
     if options.distillation_mixture < 1:
         target = torch.arange(len(query), device=query.device)
-    marginal: str | Tensor = "batch"
-    if len(scores) > len(query):
-        own, others = scores.tensor_split([len(query)])
-        kept = own if mask is None else own.masked_fill(~mask.to(own.device), -torch.inf)
-        marginal = log_marginal(torch.cat([kept, others]), options.teacher_temperature)
-        marginal, scores = marginal.to(query.device, non_blocking=True), own
     return score_distillation(
-        query, passages, scores.to(query.device, non_blocking=True), temperature=options.distillation_temperature,
+        query, passages, scores, temperature=options.distillation_temperature,
         teacher_temperature=options.teacher_temperature, target=target, mixture=options.distillation_mixture,
-        mask=None if mask is None else mask.to(query.device, non_blocking=True), marginal=marginal,
+        mask=mask, marginal=marginal,
     )  # fmt: skip
 
 

@@ -231,9 +231,8 @@ class Run:
         """Adds what the model of this step is worth on the evaluation data, and keeps the model if it is the best."""
         if self.held_out.metric is None:
             return
-        encode = functools.partial(self.encoder.encode, shared=True)
         with self.accelerator.autocast():
-            found = self.held_out.evaluate(encode, self.console)
+            found = self.held_out.evaluate(functools.partial(self.encoder.encode, shared=True), self.console)
         state = self.state
         best = state.evaluations[str(state.best_step)] if state.best_step else {}
         state.evaluations[str(step)] = found
@@ -282,10 +281,10 @@ class Run:
                 )
             if config.needs_teacher_scores:
                 assert decoder is not None
-                given = {"seed": config.seed, "num_blocks": read, "console": self.console}
+                given: dict[str, Any] = {"seed": config.seed, "num_blocks": read, "console": self.console}
                 given |= {n: getattr(config, f"distillation_{n}") for n in ("candidates", "marginal_texts")}
-                size = config.batch_size
-                teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, size, fingerprint, **given)
+                given |= {"batch_size": config.batch_size, "fingerprint": fingerprint}
+                teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, **given)
         if config.stage == 2 and not config.alignment_weight:
             self.decoder = None  # all that it had to say is in the scores
         self.encoder.train()

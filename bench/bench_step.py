@@ -296,13 +296,13 @@ def whole_step(stage: int, device: str, quick: bool, graphed: bool) -> Callable[
     rows = [{**r, "row": i, "passage_suffix_ids": [r["suffix_ids"]] * 2} for i, r in enumerate(setup.rows)]
     if stage == 1:
         rows = [{**r, "text_ids": r["query_ids"], "target_ids": r["query_ids"]} for r in rows]
-    config = Config(stage=stage, model="", train_data="", output_dir="")
+    config = Config(stage=1 if stage == 1 else 2, model="", train_data="", output_dir="")
     accelerator = Accelerator(cpu=not is_gpu(device))
     trained = [p for p in setup.encoder.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     encoder, optimizer = accelerator.prepare(setup.encoder, adamw)
-    references = tuple(r.cpu() for r in setup.reference) if stage == 2 else None
-    objective: Any = Objective(config, encoder, setup.decoder, accelerator, references)
+    r_a, r_c = (r.cpu() for r in setup.reference)
+    objective: Any = Objective(config, encoder, setup.decoder, accelerator, (r_a, r_c) if stage == 2 else None)
     if graphed:
         objective, optimizer = captured(objective, optimizer)
 

@@ -34,7 +34,7 @@ WAITS = [
     ("autoregembed/objective.py", "        query, others = embeddings.tensor_split", "embeddings.nonzero()"),
     ("autoregembed/embedding_losses.py", "    first, passage_ids = 0, None", "query.sum().item()"),
     ("autoregembed/cuda_graphs.py", "        found |= {", "loss.item()"),
-    ("autoregembed/cuda_graphs.py", "        alignment = nce = distilled = None", "torch.ones(3).to(z.device)"),
+    ("autoregembed/cuda_graphs.py", "            assert inputs.places is not None", "torch.ones(3).to(z.device)"),
     ("autoregembed/ops/linear_logprob.py", "    if ctx.with_gradient:", "grad.sum().item()"),
     ("autoregembed/ops/alignment_loss.py", '    return load_kernel("triton"', "int(query_positive.sum())"),
     ("autoregembed/ops/info_nce.py", "    kernel = load_kernel(impl", "query.sum().item()"),

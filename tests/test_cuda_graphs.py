@@ -26,6 +26,7 @@ from autoregembed.cuda_graphs import (
     padding,
     rounded_up,
     shape_of,
+    tensors_of,
 )
 from autoregembed.objective import Objective
 from autoregembed.testing import tiny_model
@@ -178,23 +179,17 @@ def test_a_captured_step_serves_every_batch_of_its_shape(case):
     first, second = (objective.plan(rows_of(stage, seed)) for seed in (0, 1))
     assert shape_of(first) == shape_of(second)
 
-    def flat(inputs):
-        found = []
-        return map_tensors(lambda x: found.append(x) or x, inputs), found
-
-    template, tensors = flat(first)
-
     def step(*given):
         turn = iter(given)
         encoder.zero_grad()
-        values = objective.run(map_tensors(lambda x: next(turn), template))
+        values = objective.run(map_tensors(lambda x: next(turn), first))
         return values, {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
 
     # On a CPU the ops read and check values, but for a compiler they are nodes that do.
     compiling = mock.patch("torch.compiler.is_compiling", return_value=True)
     with mock.patch("torch.nn.attention.varlen.varlen_attn", dense), compiling:
-        graph = make_fx(step)(*tensors)
-    values, gradients = graph(*flat(second)[1])
+        graph = make_fx(step)(*tensors_of(first))
+    values, gradients = graph(*tensors_of(second))
     assert_same((dict(zip(objective.log_names, values, strict=True)),), wanted[:1], 1e-6)
     assert_same((gradients,), wanted[1:])
 

@@ -98,9 +98,10 @@ def row_gradients(
     out = gradients[0].new_empty(length)
     if s == 0:
         return out.fill_(float("nan"))
-    t = tiles.tile("segment_sum", out.device)
+    t = tiles.tile("row_gradients", out.device)
     launch(
-        _row_gradients, triton.cdiv(length, t.cols), out.device, *(x.contiguous() for x in (*places, *gradients)),
-        cu_seqlens.contiguous(), out, s, length, b, c, s.bit_length(), MEAN=mean, BLOCK=t.cols, PARTS=16, **t.options,
+        _row_gradients, triton.cdiv(length, t.rows), out.device, *(x.contiguous() for x in (*places, *gradients)),
+        cu_seqlens.contiguous(), out, s, length, b, c, s.bit_length(), MEAN=mean, BLOCK=t.rows,
+        PARTS=t.cols, **t.options,
     )  # fmt: skip
     return out

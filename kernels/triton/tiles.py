@@ -90,6 +90,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("epilogue_cosine", "any", 32, 0): Tile(1, 4096, warps=8, programs=2, registers=128),
     ("epilogue_cosine", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
     ("segment_sum", "any", 0, 0): Tile(1, 1024),
+    ("row_gradients", "any", 0, 0): Tile(128, 16),  # rows, and parts at a time
     # rows moved or scaled: cols is the step along D
     ("rows", "any", 0, 0): Tile(2, 1024, registers=255),
     ("alignment_loss", "any", 0, 0): Tile(1024, 1, warps=8, registers=255),
@@ -118,6 +119,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
         }.items()
     },
     ("segment_sum", "interpret", 0, 0): Tile(1, 16),
+    ("row_gradients", "interpret", 0, 0): Tile(8, 4),
     ("rows", "interpret", 0, 0): Tile(4, 16),
     ("alignment_loss", "interpret", 0, 0): Tile(32, 1),
     ("unit", "interpret", 0, 0): Tile(1, 1),
