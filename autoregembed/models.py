@@ -263,7 +263,7 @@ def base_model(model: Any) -> Any:
     if reads_more_than_text(model):
         raise ValueError(
             f"model: got {type(model).__name__}, which reads more than text, expected its text part alone: "
-            "from_pretrained takes it out, as does autoregembed.modalities.text_model(model)"
+            "autoregembed.modalities.text_model(model)"
         )
     if hasattr(model, "get_base_model"):
         for config in model.peft_config.values():
