@@ -117,7 +117,7 @@ BUGS = [
      "directions_and_margin and dtype1"),
     ("cosines: sums of the second half over the first", COSINES, "(0, heights[0])", "(0, 0)", NCE, "agree"),
     ("cosines: margin from the shift", COSINES, "most = limit - margin", "most = limit", NCE, "large_batch"),
-    ("cosines: row beyond the range kept", COSINES, "(total > LIMIT)", "(total > 1e38)", NCE, "improbable"),
+    ("cosines: row beyond the range kept", COSINES, "(total > LIMIT)", "(total > float(\"inf\"))", NCE, "improbable"),
     ("cosines: row beyond the range, old e kept", COSINES, "counts = beyond[:, None]", "counts = (row < 0)[:, None]",
      NCE, "improbable"),
     ("cosines: row beyond the range, its sum kept", COSINES, "total = tl.where(beyond, again, total)", "total = total",
