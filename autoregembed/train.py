@@ -81,7 +81,6 @@ FREE_FIELDS = {
 
 RESULT_FOLDERS = ("model", "export", "adapter", "checkpoints")
 RESULT_FILES = ("config.json", "lock", "metrics.jsonl", "nonfinite.jsonl", "summary.json", "training.png")
-
 MAX_SKIPPED = 10  # steps in a row: by then the parameters are the reason, not the rows
 
 

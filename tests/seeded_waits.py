@@ -49,6 +49,8 @@ WAITS = [
     ("autoregembed/derivatives.py", "            return backward(ctx", "grads[0].sum().item()"),
     ("autoregembed/distributed.py", "    return x.full_tensor()", "x.sum().item()"),
     ("autoregembed/models.py", '    if hasattr(model, "get_base_model")', "next(model.parameters()).sum().item()"),
+    ("autoregembed/modalities.py", "    return model.config.get_text_config()",
+     "next(model.parameters()).sum().item()"),
     ("autoregembed/probe.py", "    if longest <= verified", "next(model.parameters()).sum().item()"),
     ("autoregembed/train.py", "        norm = log.pop", "found['grad_norm'].item()"),
     ("autoregembed/integrations/transformers.py", "        loss = world * terms", "max(terms, 1)"),
