@@ -22,7 +22,7 @@ def require_quantizer(config: Config, device: torch.device, *, sharded: bool) ->
         return
     package = QUANTIZERS[kind]
     if importlib.util.find_spec(package) is None:
-        raise ConfigError(f"base_dtype: got {kind!r}, expected an installed {package}: pip install {package}")
+        raise ConfigError(f"base_dtype: got {kind!r}, expected an installed {package} (the extra `quantized`)")
     if sharded:
         raise ConfigError(f"base_dtype: got {kind!r}, expected 'auto', 'fp32', 'bf16' or 'fp16' with FSDP")
     if kind == "nf4" and device.type == "cpu":

@@ -26,7 +26,7 @@ LORA = {"lora_rank": 2, "max_steps": 3, "learning_rate": 0.01}
 def require(kind: str, monkeypatch) -> None:
     """Skips without the package; lets bitsandbytes run on a CPU where it computes rightly."""
     package = quantized.QUANTIZERS[kind]
-    pytest.importorskip(package, reason=f"needs {package} (the extra test-quantised)")
+    pytest.importorskip(package, reason=f"needs {package} (the extra quantized)")
     if kind == "int8" or torch.cuda.is_available():
         return
     from bitsandbytes.functional import has_avx512bf16
@@ -174,7 +174,7 @@ def test_stages_train_resume_and_export_onto_plain_weights(
 
 
 def test_processes_train_as_one_does(folder, compression_file, tmp_path):
-    pytest.importorskip("torchao", reason="needs torchao (the extra test-quantised)")
+    pytest.importorskip("torchao", reason="needs torchao (the extra quantized)")
     options = {**LORA, "base_dtype": "int8", "max_steps": 2, "precision": "fp32", "stage": 1, "model": folder}
     found = []
     for world in (1, 2):
