@@ -37,10 +37,11 @@ class HeldOut:
             return
         column = (config.column_map or {}).get("text", "text")
         _, first = next(iter(read_rows(source, split)))
+        known: tuple[str, ...] = LABEL_FREE
         if "sentence1" in first or not {column, "text"} & set(first):
             self.pairs, known = load_sts(source, split), ("spearman",)
         else:
-            self.texts, known = load_texts(source, split, column), LABEL_FREE
+            self.texts = load_texts(source, split, column)
         self.metric = config.eval_metric or known[0]
         if self.metric not in known:
             kind = "texts without ratings" if self.pairs is None else "rated pairs"
