@@ -18,6 +18,7 @@ from autoregembed.attention import run_packed
 from autoregembed.centering import Centering, read_centering
 from autoregembed.export import export
 from autoregembed.files import CheckpointError
+from autoregembed.loading import place_of_rows, table_rows
 from autoregembed.model_card import Card
 from autoregembed.models import (
     add_compress_tokens,
@@ -125,9 +126,8 @@ class Encoder(nn.Module):
         claim(model, self)
         self.compress_rows = None
         if own_compress_rows is not False:
-            given = own_compress_rows
-            rows = given if isinstance(given, Tensor) else embedding.weight[self.compress_token_ids]
-            self.compress_rows = nn.Parameter(rows.detach().to(embedding.weight.device, copy=True))
+            rows: Any = table_rows(embedding, self.compress_token_ids) if inside else own_compress_rows
+            self.compress_rows = nn.Parameter(rows.detach().to(place_of_rows(embedding), copy=True))
         self.use_attention(attention)
 
     @classmethod
@@ -313,8 +313,7 @@ class Encoder(nn.Module):
         if self.tokenizer is None or self.instruction is None:
             name = "tokenizer" if self.tokenizer is None else "instruction"
             raise ValueError(f"{name}: got None, expected one: use from_pretrained, or give the constructor one")
-        k, bos = self.num_compress_tokens, self.bos_token_id
-        before = self.prompts.get
+        k, bos, before = self.num_compress_tokens, self.bos_token_id, self.prompts.get
         return Prompt(
             self.tokenizer, k, bos, self.instruction, self.max_length,
             query_instruction=before("query", ""), passage_instruction=before("document", ""),
@@ -409,7 +408,9 @@ class Encoder(nn.Module):
             write_compress_rows(self.model, self.compress_token_ids, self.compress_rows)
 
     @torch.no_grad()
-    def init_output_rms(self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> None:
+    def init_output_rms(
+        self, rms: Tensor, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = 4096
+    ) -> None:
         """Scales the model's final norm so that each dimension of z has a given RMS over some texts.
 
         A few dimensions of an LM's last hidden states are ten times as large as the rest. A decoder reads such a z as
@@ -417,13 +418,13 @@ class Encoder(nn.Module):
 
         Args:
             rms: (D,) of the decoder's input embeddings (`Decoder.input_rms_per_dimension`).
-            ids, suffix_ids: as in `forward`; a hundred texts are plenty.
+            ids, suffix_ids, token_budget: as in `forward`; a hundred texts are plenty.
         """
-        z = self(ids, suffix_ids).double()
+        z = self(ids, suffix_ids, token_budget).double()
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         if self.shared is not None:
             self.shared.require_own(final_norm(self.model), "a final norm")
-        scale_output(final_norm(self.model), gain)
+        scale_output(final_norm(distributed.reshard(self).model), gain)
 
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
         """The token ids that the model reads for each text."""
@@ -491,10 +492,9 @@ class Encoder(nn.Module):
 
     def _run(self, ids: Tensor, packed: Packed) -> Tensor:
         """z (B, K, D) of one pack; `ids` are its own, since `checkpoint` keeps the random state by tensor arguments."""
-        k = self.num_compress_tokens
         if self.compress_rows is None:
             hidden = run_packed(base_model(self.model), packed, input_ids=ids[None])
         else:
             x = embed_compress_rows(self.model, ids, packed.cu_seqlens, self.compress_rows)
             hidden = run_packed(base_model(self.model), packed, inputs_embeds=x[None])
-        return pool_last_k(hidden, packed.cu_seqlens, k, packed.unsort_index)
+        return pool_last_k(hidden, packed.cu_seqlens, self.num_compress_tokens, packed.unsort_index)

@@ -1,5 +1,6 @@
 """What the processes of test_distributed.py run: functions of a module, since each process imports them by name."""
 
+import contextlib
 import gc
 import math
 import multiprocessing
@@ -314,7 +315,7 @@ def refused(case: dict) -> str:
 
 def one_step(cases: list[dict]) -> list[dict]:
     """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
-    from autoregembed import build, data, distributed, runtime
+    from autoregembed import build, data, distributed, loading, runtime, sharding
     from autoregembed.config import Config
     from autoregembed.objective import Objective, encoder_lengths, loss_counts
     from autoregembed.packing import make_microbatches
@@ -326,7 +327,8 @@ def one_step(cases: list[dict]) -> list[dict]:
         config = Config(**case)
         accelerator = runtime.make_accelerator(config, "fp32")
         assert accelerator.num_processes == distributed.world_size() == int(os.environ.get("WORLD_SIZE", "1"))
-        encoder, decoder, tokenizer, _ = build.build_models(config)
+        with loading.in_parts() if accelerator.is_fsdp2 else contextlib.nullcontext():
+            encoder, decoder, tokenizer, _ = build.build_models(config)
         prompt = Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
         rows = (data.compression_rows if config.stage == 1 else data.alignment_rows)(
             data.load_rows(config.train_data), prompt
@@ -334,9 +336,13 @@ def one_step(cases: list[dict]) -> list[dict]:
         encoder.double()
         if decoder is not None:
             decoder.double()
-        wrapped, optimizer = accelerator.prepare(encoder, build.create_optimizer(encoder, config))
-        if decoder is not None and accelerator.is_fsdp2:
-            decoder.shard(accelerator.device)
+        if accelerator.is_fsdp2:
+            assert all(p.is_meta for n, p in encoder.named_parameters() if n != "compress_rows" and "lora" not in n)
+            optimizer = build.placeholder_optimizer(encoder, config)
+            wrapped, optimizer = sharding.shard_models(accelerator, encoder, decoder, optimizer)
+            build.fill_optimizer(optimizer.optimizer, encoder, config)
+        else:
+            wrapped, optimizer = accelerator.prepare(encoder, build.create_optimizer(encoder, config))
         reference = compute_ref_logps(encoder.eval(), decoder, rows, 64) if config.needs_ref_logps else None
         encoder.train()
         objective = Objective(config, wrapped, decoder, accelerator, reference)
