@@ -33,15 +33,16 @@ def shard_models(accelerator: Any, encoder: Any, decoder: Any, optimizer: torch.
         ValueError: a model that Encoder or Decoder would not take, or a weight that is not finite.
         LostProcess: another process has ended.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    shares_prefixes = distributed.broadcast_from_rank0(functools.partial(_try, encoder, decoder))
     if decoder is not None:
-        decoder.shares_prefixes = distributed.broadcast_from_rank0(functools.partial(_try, encoder, decoder))
-    else:
-        distributed.broadcast_from_rank0(functools.partial(_try, encoder, None))
+        decoder.shares_prefixes = shares_prefixes
     models = [encoder] if decoder is None else [encoder, decoder]
     with distributed.naming_lost("reading the weights"):
         wrapped, optimizer = accelerator.prepare(encoder, optimizer)
-        plugin = accelerator.state.fsdp_plugin
-        fill(encoder.model, torch.device("cpu") if plugin.cpu_offload else accelerator.device)
+        offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+        fill(encoder.model, torch.device("cpu") if offloaded else accelerator.device)
         mesh = getattr(accelerator, "torch_device_mesh", None)
         if decoder is not None:
             if mesh is not None:

@@ -63,6 +63,8 @@ def worker(folder: Path) -> None:
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "HF_HUB_OFFLINE": "1"}
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
     import torch
+    import torch._dynamo  # fully_shard imports it
+    import torch.distributed.fsdp
     from rich.console import Console
 
     torch.accelerator.is_available = lambda: True  # type: ignore[assignment]
