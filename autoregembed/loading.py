@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoregembed import distributed
+from autoregembed.files import CheckpointError
 from autoregembed.weight_files import WeightFiles, WholeWeights, find_weights
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -139,12 +140,12 @@ def model_in_parts(loader: Any, source: str, dtype: torch.dtype, read: Callable[
         read: loads the model whole, where it cannot be read by rows: in process 0 alone.
 
     Raises:
-        ValueError: weights in 8 or 4 bits, or a buffer that is neither in the files nor made by the model's own init.
+        CheckpointError: weights in 8 or 4 bits, or a buffer that neither the files nor the model's own init has.
     """
     model = empty_model(loader, source, dtype, **options)
     if (kind := getattr(model.config, "quantization_config", None)) is not None and "gguf_file" not in options:
         method = kind.get("quant_method") if isinstance(kind, dict) else type(kind).__name__
-        raise ValueError(
+        raise CheckpointError(
             f"model: got {source!r}, whose weights are quantised ({method}), expected plain ones under FSDP2: shards "
             "are read from them by rows; start without FSDP, or from the model that it was made of"
         )
@@ -163,7 +164,7 @@ def model_in_parts(loader: Any, source: str, dtype: torch.dtype, read: Callable[
             buffer.copy_(weights.whole(keys[name], buffer))
     odd = [n for n, b in model.named_buffers() if b.is_floating_point() and bool(b.isnan().any())]
     if odd:
-        raise ValueError(
+        raise CheckpointError(
             f"model: got a buffer {odd[0]} of {type(model).__name__} that is not in its files, expected one that its "
             "_init_weights makes: start without FSDP"
         )
