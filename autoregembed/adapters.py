@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from autoregembed import loading
 from autoregembed.files import CheckpointError, write_json
 from autoregembed.models import module_name, wrap_load_errors
 
@@ -47,7 +48,8 @@ def add_lora(
         trainable_token_indices=None if compress_token_ids is None else {embedding: compress_token_ids},
         modules_to_save=modules_to_save,
     )
-    return get_peft_model(model, config)
+    with loading.hollow(model):
+        return get_peft_model(model, config)
 
 
 def load_adapter(model: Any, folder: str | Path, *, compress_tokens: bool = True) -> Any:
@@ -64,7 +66,7 @@ def load_adapter(model: Any, folder: str | Path, *, compress_tokens: bool = True
     config = adapter_config(folder)
     if not compress_tokens:
         config.trainable_token_indices = None
-    with wrap_load_errors(str(folder), "adapter"):
+    with wrap_load_errors(str(folder), "adapter"), loading.hollow(model):
         return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=True)
 
 

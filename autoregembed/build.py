@@ -154,13 +154,33 @@ def _decoder(config: Config, original: dict[str, Any], model: Any, tokenizer: An
 
 def create_optimizer(encoder: Encoder, config: Config) -> torch.optim.Optimizer:
     """AdamW with the compress-token embeddings in a group of their own."""
+    return _adamw(_groups(encoder, config), config)
+
+
+def placeholder_optimizer(encoder: Encoder, config: Config) -> torch.optim.Optimizer:
+    """The optimizer of an encoder whose other parameters are not there yet; `fill_optimizer` makes it whole."""
+    return _adamw([{"params": [encoder.compress_rows]}], config)
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, encoder: Encoder, config: Config) -> None:
+    """Gives an optimizer the groups of `create_optimizer` in place of those that it has."""
+    optimizer.param_groups.clear()
+    for group in _groups(encoder, config):
+        optimizer.add_param_group(group)
+
+
+def _adamw(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(0.9, config.adam_beta2), fused=True)
+
+
+def _groups(encoder: Encoder, config: Config) -> list[dict[str, Any]]:
     compress = [p for n, p in encoder.named_parameters() if p.requires_grad and is_compress_parameter(n)]
     others = [p for n, p in encoder.named_parameters() if p.requires_grad and not is_compress_parameter(n)]
     groups = [
         {"params": others, "lr": config.learning_rate, "weight_decay": config.weight_decay},
         {"params": compress, "lr": config.compress_learning_rate or config.learning_rate, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, config.adam_beta2), fused=True)
+    return [group for group in groups if group["params"]]
 
 
 def is_compress_parameter(name: str) -> bool:

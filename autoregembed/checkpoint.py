@@ -5,6 +5,7 @@ Nothing is read that is not covered by a checksum.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from autoregembed import distributed
 from autoregembed.files import CheckpointError, atomic_folder, file_fingerprint, read_json, write_json
+from autoregembed.weight_files import WeightFiles, save_tensors
 
 CHECKPOINT_FILES = ("trainable.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
@@ -62,7 +64,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes trainable parameters, optimizer, RNG and step as safetensors and JSON, with a manifest of checksums.
 
-    With sharded weights all processes call it: the weights are gathered one by one, and process 0 writes.
+    With sharded weights all processes call it: shards are sent one by one to process 0, which writes.
 
     Args:
         folder: appears when it is whole and on the disk; named step-… for `latest_checkpoint` to find it.
@@ -74,21 +76,19 @@ def save_checkpoint(
         OSError: a write failed. CheckpointError: what is read back is not what was written.
     """
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    trainable = {n: distributed.to_full_tensor(p).cpu().contiguous() for n, p in trained.items()}
     state = optimizer.state_dict()
-    tensors, scalars = {}, {}
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{slot}"] = distributed.to_full_tensor(value.detach()).cpu().contiguous()
-            else:
-                scalars[f"{index}.{slot}"] = value
-    if distributed.rank() > 0:
-        return folder
+            (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{slot}"] = value
     generators = {f"{i}.{n}": t for i, one in enumerate(rng or [rng_state()]) for n, t in one.items()}
-    with atomic_folder(folder, overwrite=True) as temporary:
-        save_file(trainable, temporary / "trainable.safetensors")
-        save_file(tensors, temporary / "optimizer.safetensors")
+    main = distributed.rank() == 0
+    with atomic_folder(folder, overwrite=True) if main else contextlib.nullcontext() as temporary:
+        save_tensors(temporary and temporary / "trainable.safetensors", trained)
+        save_tensors(temporary and temporary / "optimizer.safetensors", tensors)
+        if temporary is None:
+            return folder
         save_file(generators, temporary / "rng.safetensors")
         groups = [{k: v for k, v in g.items() if k != "foreach"} for g in state["param_groups"]]
         write_json(temporary / "state.json", {"step": step, "scalars": scalars, "param_groups": groups, **extra})
@@ -184,12 +184,13 @@ def load_checkpoint(
         if known.get(name, value) != value:
             raise CheckpointError(_another_run(folder, name, value, known[name]))
     try:
-        saved, tensors, generators = (load_file(folder / name) for name in CHECKPOINT_FILES[:3])
+        saved, tensors = (WeightFiles.of(folder / name) for name in CHECKPOINT_FILES[:2])
+        generators = load_file(folder / CHECKPOINT_FILES[2])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"resume_from_checkpoint: got {str(folder)!r}, which cannot be read: {error}") from error
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     shapes = {n: tuple(p.shape) for n, p in trainable.items()}
-    found = {n: tuple(t.shape) for n, t in saved.items()}
+    found = {n: shape for n, (shape, _) in saved.kinds.items()}
     if shapes != found:
         odd = sorted(n for n in shapes.keys() | found.keys() if shapes.get(n) != found.get(n))
         raise CheckpointError(
@@ -202,10 +203,10 @@ def load_checkpoint(
     try:
         step, scalars, groups = state["step"], state["scalars"], state["param_groups"]
         good = type(step) is int and step >= 0
-        for key, value in (*tensors.items(), *scalars.items()):
+        for key, value in (*((key, key) for key in tensors.kinds), *scalars.items()):
             index, slot = key.split(".", 1)
             slots.setdefault(int(index), {})[slot] = value
-            shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+            shape = tensors.kinds[key][0] if key in tensors.kinds else ()
             good &= 0 <= int(index) < len(sizes) and shape in (sizes[int(index)], ())
         expected = optimizer.state_dict()["param_groups"]
         good &= [g["params"] for g in groups] == [g["params"] for g in expected]
@@ -227,12 +228,13 @@ def load_checkpoint(
         )
     with torch.no_grad():
         for name, parameter in trainable.items():
-            parameter.copy_(distributed.shard_like(saved[name], parameter))
+            parameter.copy_(saved.shard(name, parameter, parameter.device))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, held in slots.items():
-        for slot, value in held.items():
-            if isinstance(value, Tensor) and value.shape == parameters[index].shape:
-                held[slot] = distributed.shard_like(value, parameters[index])
+    for key, (shape, _) in tensors.kinds.items():
+        index, slot = key.split(".", 1)
+        like = parameters[int(index)]
+        like = like if shape == tuple(like.shape) else torch.zeros(shape)
+        slots[int(index)][slot] = tensors.shard(key, like, like.device)
     groups = [{**old, **new} for old, new in zip(optimizer.param_groups, groups, strict=True)]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
     torch.set_rng_state(generators[f"{rank}.cpu"])

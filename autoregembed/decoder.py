@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from autoregembed.attention import run_packed
-from autoregembed.distributed import equalize_microbatches, to_full_tensor
+from autoregembed.distributed import all_reduce, equalize_microbatches, to_full_tensor
 from autoregembed.files import CheckpointError
 from autoregembed.heads import require_linear_head, require_plain_embedding
+from autoregembed.loading import fill
 from autoregembed.models import (
     base_model,
     claim,
@@ -289,24 +290,29 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def input_rms_per_dimension(self) -> Tensor:
         """RMS of the model's input embeddings over the vocabulary, (D,) float32."""
-        embedding = self.model.get_input_embeddings()
-        ids = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
-        squares = torch.stack([embedding(part).double().square().sum(0) for part in ids.split(8192)]).sum(0)
-        return (squares / len(ids)).sqrt().float()
+        table = self.model.get_input_embeddings().weight
+        shard = table.to_local() if self.sharded else table
+        scale = torch.tensor(self.embedding_scale, dtype=table.dtype, device=shard.device)
+        parts = [(part * scale).double().square().sum(0) for part in shard.detach().split(8192)]
+        squares = torch.stack(parts).sum(0) if len(shard) else shard.new_zeros(shard.shape[1], dtype=torch.float64)
+        if not self.sharded:
+            return (squares / len(table)).sqrt().float()
+        # Each row as often as there are copies of the shards.
+        rows = all_reduce(torch.tensor(float(len(shard)), device=shard.device, dtype=torch.float64))
+        return (all_reduce(squares) / rows).sqrt().float()
 
-    def shard(self, device: torch.device) -> None:
+    def shard(self, device: torch.device, mesh: Any = None) -> None:
         """Shards the frozen weights over the processes of the run, on `device`; a pass gathers them layer by layer.
 
-        Weights that an encoder shares must be sharded there before.
-
-        The ops read embedding matrix and head, not their modules: `logprob` gathers one after the other and frees it.
+        They lie over `mesh`, as `fully_shard` takes it, by default over all processes. Weights that an encoder shares
+        must be sharded there before. The ops read embedding matrix and head, not their modules: `logprob` gathers one after the other and frees it.
         """
         self.sharded = True
         if self.shared is None:
-            shard_frozen(self.model, device)
+            shard_frozen(self.model, device, mesh)
         else:
             gather_shared(self.model, self.shared.places, device)
-        if self.input_rms is not None:
+        if self.input_rms is not None and not self.input_rms.is_meta:
             self.input_rms = self.input_rms.to(device)
 
     def verify(self, longest: int) -> None:
@@ -315,6 +321,13 @@ class Decoder(nn.Module):
             self.model, longest, self._verified_length, embeds=True, shares_prefixes=self.shares_prefixes,
             sharded=self.sharded,
         )  # fmt: skip
+
+    def fill(self, device: torch.device) -> None:
+        """Reads the values of a decoder that was built in parts and then sharded, those of an encoder's base aside."""
+        if self.shared is None:
+            fill(self.model, device)
+        if self.input_rms is not None:
+            self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
 
     def rescale(self, z: Tensor) -> Tensor:
         """z (B, K, D) as the decoder reads it, by `z_norm`."""

@@ -6,7 +6,10 @@ form, without a call to torch.distributed.
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +19,35 @@ from torch import Tensor
 from autoregembed.derivatives import first_order_only
 
 T = TypeVar("T")
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run has ended."""
+
+
+@contextlib.contextmanager
+def naming_lost(what: str) -> Iterator[None]:
+    """At the end all processes wait for each other; where one has ended, the others raise LostProcess that names it.
+
+    Args:
+        what: they are doing, for the error.
+    """
+    if world_size() == 1:
+        yield
+        return
+    # NCCL does not see that a process has ended; gloo's connection to it closes at once.
+    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    try:
+        yield
+        dist.monitored_barrier(group, timeout=timedelta(hours=2), wait_all_ranks=True)
+    except RuntimeError as error:
+        reason = str(error).strip()
+        if not isinstance(error, dist.DistError) and not re.search("gloo|monitoredBarrier|closed by peer", reason):
+            raise
+        raise LostProcess(
+            f"{what}: got no answer from another process, expected all {world_size()}; its own last lines, or the "
+            f"launcher's, say why it ended ({reason[-300:]})"
+        ) from error
 
 
 def world_size() -> int:
@@ -55,6 +87,15 @@ def broadcast_from_rank0(function: Callable[[], T]) -> T:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+def first_found(found: T | None) -> T | None:
+    """What the first process found that found anything."""
+    if world_size() == 1:
+        return found
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, found)
+    return next((x for x in every if x is not None), None)
 
 
 def equalize_microbatches(microbatches: list[list[int]], device: torch.device) -> list[list[int]]:
@@ -143,3 +184,42 @@ def shard_like(x: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def reshard(module: Any) -> Any:
+    """`module`, whose parameters are shards until its next pass: FSDP2 leaves some of them whole after one."""
+    for part in module.modules():
+        if hasattr(part, "reshard"):
+            part.reshard()
+    return module
+
+
+def pieces(x: Tensor) -> Iterator[Tensor]:
+    """The rows of a tensor in process 0, shard after shard, on the CPU; in the others nothing.
+
+    All processes run through it, so that each can send its shard when its turn comes.
+    """
+    if not isinstance(getattr(x, "placements", None), tuple):
+        if rank() == 0:
+            yield x.detach().cpu()
+        return
+    shard: Any = x
+    mesh, local = shard.device_mesh, shard.detach().to_local()
+    dims = [dim for dim, placement in enumerate(shard.placements) if placement.is_shard()]
+    if any(shard.placements[dim].dim != 0 for dim in dims) or len(dims) > 1:
+        raise ValueError(f"x: got {shard.placements}, expected shards of its rows")
+    owners = mesh.mesh.movedim(dims[0], 0).reshape(mesh.size(dims[0]), -1)[:, 0].tolist() if dims else [0]
+    size = -(-x.shape[0] // len(owners)) if dims else x.shape[0]
+    for i, owner in enumerate(owners):
+        rows = max(0, min(x.shape[0] - i * size, size))
+        if rows == 0:
+            continue
+        if owner == 0:
+            if rank() == 0:
+                yield local.cpu()
+        elif rank() == 0:
+            part = torch.empty(rows, *x.shape[1:], dtype=x.dtype, device=mesh.device_type)
+            dist.recv(part, owner)
+            yield part.cpu()
+        elif rank() == owner:
+            dist.send(local.to(mesh.device_type).contiguous(), 0)

@@ -18,6 +18,7 @@ from autoregembed.attention import run_packed
 from autoregembed.centering import Centering, read_centering
 from autoregembed.export import export
 from autoregembed.files import CheckpointError
+from autoregembed.loading import place_of_rows, table_rows
 from autoregembed.model_card import Card
 from autoregembed.models import (
     add_compress_tokens,
@@ -99,8 +100,7 @@ class Encoder(nn.Module):
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         self.compress_token_ids = list(compress_token_ids)
         self.bos_token_id = bos_token_id
-        self.tokenizer = tokenizer
-        self.instruction = instruction
+        self.tokenizer, self.instruction = tokenizer, instruction
         if suffix_ids is None:
             suffix_ids = [] if instruction is None else instruction_ids(tokenizer, instruction)
         self.suffix_ids = list(suffix_ids)
@@ -125,8 +125,8 @@ class Encoder(nn.Module):
         claim(model, self)
         self.compress_rows = None
         if own_compress_rows is not False:
-            rows: Any = embedding.weight[self.compress_token_ids] if inside else own_compress_rows
-            self.compress_rows = nn.Parameter(rows.detach().to(embedding.weight.device, copy=True))
+            rows: Any = table_rows(embedding, self.compress_token_ids) if inside else own_compress_rows
+            self.compress_rows = nn.Parameter(rows.detach().to(place_of_rows(embedding), copy=True))
         self.use_attention(attention)
 
     @classmethod
@@ -424,7 +424,7 @@ class Encoder(nn.Module):
         gain = rms.double() / z.square().mean((0, 1)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         if self.shared is not None:
             self.shared.require_own(final_norm(self.model), "a final norm")
-        scale_output(final_norm(self.model), gain)
+        scale_output(final_norm(distributed.reshard(self).model), gain)
 
     def sequences(self, ids: Sequence[Ids], suffix_ids: Sequence[Ids] | None = None) -> list[list[int]]:
         """The token ids that the model reads for each text."""

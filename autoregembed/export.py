@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from autoregembed.attention import rope_limit
@@ -65,9 +65,18 @@ def merged(encoder: Encoder) -> Any:
         copied.model = copied.model.merge_and_unload()
     copied.fold_compress_rows()
     model = copied.model
-    for name in (COMPRESS_TOKENS, REFUSED):  # of an earlier export
-        vars(model.config).pop(name, None)
+    name_compress_tokens(model.config, None, None)
     return model
+
+
+def name_compress_tokens(config: Any, ids: list[int] | None, centering: Centering | None) -> None:
+    """Writes into a model's config which tokens are compressed ones, and what servers refuse; None: neither."""
+    for name in (COMPRESS_TOKENS, REFUSED):  # of an earlier export
+        vars(config).pop(name, None)
+    if ids is not None:
+        setattr(config, COMPRESS_TOKENS, ids)
+        if len(ids) > 1 or centering is not None:
+            setattr(config, REFUSED, REFUSAL if len(ids) > 1 else CENTRED)
 
 
 def _tokenizer(encoder: Encoder, max_length: int) -> PreTrainedTokenizerFast:
@@ -236,9 +245,7 @@ def export(
         if dtype is not None:
             _cast(model, dtype)
         ids = encoder.compress_token_ids
-        setattr(model.config, COMPRESS_TOKENS, ids)
-        if len(ids) > 1 or centering is not None:
-            setattr(model.config, REFUSED, REFUSAL if len(ids) > 1 else CENTRED)
+        name_compress_tokens(model.config, ids, centering)
         source = temporary / "source"
         model.save_pretrained(source)
         _tokenizer(encoder, max_length).save_pretrained(source)
@@ -273,5 +280,12 @@ def export(
 def _cast(model: Any, dtype: torch.dtype) -> None:
     model.to(dtype)
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise ValueError(f"dtype: got {dtype}, which {name} overflows, expected torch.bfloat16 or torch.float32")
+        require_representable(name, parameter, dtype)
+
+
+def require_representable(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype`; ValueError where a weight overflows it."""
+    value = value.to(dtype)
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"dtype: got {dtype}, which {name} overflows, expected torch.bfloat16 or torch.float32")
+    return value

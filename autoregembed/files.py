@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -218,19 +220,22 @@ def read_json(path: Path, name: str) -> dict:
     return value
 
 
-def tensor_fingerprint(*tensors: dict[str, Tensor]) -> str:
-    """Hash of names, shapes, dtypes and bytes, in order."""
+def tensor_fingerprint(
+    *tensors: dict[str, Tensor], pieces: Callable[[Tensor], Iterable[Tensor]] = lambda tensor: [tensor.detach().cpu()]
+) -> str:
+    """Hash of names, shapes, dtypes and bytes, in order; `pieces` gives the bytes of a tensor, on the CPU."""
     digest = xxhash.xxh3_128()
     for name, tensor in (item for some in tensors for item in some.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        for part in _parts(tensor.detach()):
-            digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        for part in _parts(tensor):
+            for piece in pieces(part):
+                digest.update(_bytes(piece))
     return digest.hexdigest()[:16]
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor consists of: itself, or the parts of a quantised one."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    """What a tensor consists of: itself, also where it is sharded, or the parts of a quantised one."""
+    if hasattr(tensor, "full_tensor") or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
@@ -240,6 +245,45 @@ def _parts(tensor: Tensor) -> Iterator[Tensor]:
 def weights_fingerprint(*modules: nn.Module) -> str:
     """`tensor_fingerprint` of every parameter and persistent buffer."""
     return tensor_fingerprint(*(module.state_dict() for module in modules))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+_KINDS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_safetensors(
+    path: Path, kinds: Mapping[str, tuple[torch.dtype, Sequence[int]]], pieces: Iterable[Tensor]
+) -> None:
+    """Writes a safetensors file piece by piece: no more than one piece need be in memory.
+
+    Args:
+        kinds: dtype and shape of each tensor, in the order in which they are written; sizes of elements do not grow.
+        pieces: their rows, on the CPU, tensor after tensor.
+
+    Raises:
+        OSError: a write failed. ValueError: pieces of another size in all.
+
+    Source: the format, github.com/huggingface/safetensors (8 bytes for the length of the header, JSON, the data).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in kinds.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _KINDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file, _named_os_errors("output", str(path)):
+        file.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            file.write(_bytes(piece))
+        if file.tell() != 8 + len(text) + end:
+            raise ValueError(f"pieces: got {file.tell() - 8 - len(text)} bytes for {str(path)!r}, expected {end}")
 
 
 def file_fingerprint(path: Path) -> str:

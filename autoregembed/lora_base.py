@@ -118,10 +118,10 @@ def write_adapter(config: Config, encoder: Any, folder: Path) -> Path:
     return folder
 
 
-def place(encoder: nn.Module, decoder: Any, device: torch.device, half: torch.dtype | None) -> None:
-    """Moves the models of a run to `device`; a decoder with weights of its own takes them in `half`."""
-    if decoder is not None:
-        if decoder.shared is None and half is not None:
-            cast_parameters(decoder, half)
-        decoder.to(device)
-    encoder.to(device)
+def place(encoder: nn.Module, decoder: Any, device: torch.device | None, half: torch.dtype | None) -> None:
+    """Moves the models of a run to `device`, if any; a decoder with weights of its own takes them in `half`."""
+    if decoder is not None and decoder.shared is None and half is not None:
+        cast_parameters(decoder, half)
+    for model in (encoder, decoder):
+        if model is not None and device is not None:
+            model.to(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import weakref
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
-from autoregembed import loading
+from autoregembed import distributed, loading
 from autoregembed.files import CheckpointError, atomic_folder, read_json, write_json
 from autoregembed.modalities import reads_more_than_text, text_model
 from autoregembed.prompt import COMPRESS_INIT
@@ -103,6 +105,12 @@ def load_causal_lm(
     loader = AutoModelForCausalLM if recipe.get("lm_head", True) else AutoModel
     with wrap_load_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if loading.comes_in_parts():
+            whole = functools.partial(
+                load_causal_lm, source, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+            model = loading.model_in_parts(loader, source, dtype, lambda: whole()[0], **options)
+            return model, tokenizer, recipe
         if loading.absent():
             return text_model(loading.empty_model(loader, source, dtype, **options)), tokenizer, recipe
         model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **weights)
@@ -198,14 +206,23 @@ def compress_embeddings(model: Any, tokenizer: Any, k: int, words: str | None = 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 16
     if not 1 <= k < limit:
         raise ValueError(f"num_compress_tokens: got {k}, expected 1..{limit - 1}")
-    used, weight = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.detach()
-    known = weight[: min(used, len(weight))].float()  # without the random rows of tokens that the model never had
+    used, embedding = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings()
     tokens = tokenizer(COMPRESS_INIT if words is None else words, add_special_tokens=False)["input_ids"]
     if not tokens and words is not None:
         raise ValueError(f"compress_init: got {words!r}, expected a text of at least one token")
-    noise = torch.randn(k, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    rows = known[[tokens[i % len(tokens)] for i in range(k)]] if tokens else known.mean(0)
-    return list(range(used, used + k)), (rows + 0.1 * known.std(0) * noise).to(weight.dtype)
+
+    def statistics() -> tuple[Tensor, Tensor]:
+        n = min(used, len(embedding.weight))  # without the random rows of tokens that the model never had
+        sums = [(x.double().sum(0), x.double().square().sum(0)) for x in loading.table_blocks(embedding, n)]
+        total, squares = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+        spread = ((squares - total.square() / n).clamp(min=0) / (n - 1)).sqrt().float()
+        if not tokens:
+            return (total / n).float(), spread
+        return loading.table_rows(embedding, [tokens[i % len(tokens)] for i in range(k)]).float(), spread
+
+    rows, spread = loading.once(statistics)
+    noise = torch.randn(k, len(spread), generator=torch.Generator().manual_seed(0)).to(spread.device)
+    return list(range(used, used + k)), (rows + 0.1 * spread * noise).to(embedding.weight.dtype)
 
 
 def add_compress_tokens(model: Any, tokenizer: Any, k: int, words: str | None = None) -> list[int]:
@@ -218,8 +235,12 @@ def add_compress_tokens(model: Any, tokenizer: Any, k: int, words: str | None = 
 @torch.no_grad()
 def write_compress_rows(model: Any, ids: list[int], rows: Tensor) -> None:  # rows (K, D)
     """Writes rows into the embedding matrix, which grows where it has to."""
-    if max(ids) >= model.get_input_embeddings().weight.shape[0]:
+    before, head = model.get_input_embeddings().weight.shape[0], model.get_output_embeddings()
+    if max(ids) >= before:
+        tied = head is None or head.weight is model.get_input_embeddings().weight
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        if not tied:  # Transformers would draw rows that nothing reads
+            model.get_output_embeddings().weight[before:] = 0
     weight = model.get_input_embeddings().weight
     weight[ids] = rows.to(weight)
 
@@ -240,12 +261,23 @@ def module_name(model: nn.Module, module: nn.Module) -> str:
 
 
 def save_model(
-    folder: Path, model: Any, tokenizer: Any, recipe: dict, *, adapter: Path | None = None, overwrite: bool = True
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    recipe: dict,
+    *,
+    adapter: Path | None = None,
+    overwrite: bool = True,
+    empty: bool = False,
 ) -> Path:
     """Writes a Hugging Face folder with the recipe beside it, and a copy of the folder `adapter` in it, whole or not
-    at all."""
+    at all; with `empty`, all but the weights."""
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        model.save_pretrained(temporary)
+        if empty:
+            model.save_pretrained(temporary, state_dict={"none": torch.zeros(1)})
+            (temporary / SAFE_WEIGHTS_NAME).unlink()
+        else:
+            model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if adapter is not None:
             shutil.copytree(adapter, temporary / "adapter")
@@ -355,25 +387,22 @@ def final_norm(model: Any) -> nn.Module:
 
 @torch.no_grad()
 def scale_output(norm: nn.Module, gain: Tensor) -> None:  # gain (D,)
-    """Multiplies the output of a norm by `gain`, through its weight (and bias).
+    """Multiplies the output of a norm by `gain`, through its weight (and bias), whole or sharded.
 
     Raises:
         ValueError: the norm's output is proportional neither to its weight nor to 1 + weight.
     """
     parameters: dict[str, Tensor] = dict(norm.named_parameters(recurse=False))
-    weight = parameters["weight"]
-    gain = gain.to(weight)
-    x = torch.randn(4, len(gain), generator=torch.Generator().manual_seed(0)).to(weight)
-    wanted = norm(x) * gain
-    old = {name: p.clone() for name, p in parameters.items()}
+    old = {name: distributed.to_full_tensor(p).clone() for name, p in parameters.items()}
+    gain = gain.to(old["weight"])
+    x = torch.randn(4, len(gain), generator=torch.Generator().manual_seed(0)).to(gain)
+    wanted = functional_call(norm, old, (x,)) * gain
     for offset in (0.0, 1.0):  # Gemma's norm multiplies by 1 + weight
-        weight.copy_((old["weight"] + offset) * gain - offset)
-        if "bias" in old:
-            parameters["bias"].copy_(old["bias"] * gain)
-        if torch.allclose(norm(x), wanted, rtol=64 * torch.finfo(weight.dtype).eps, atol=1e-6):
+        new = {name: (p + offset) * gain - offset if name == "weight" else p * gain for name, p in old.items()}
+        if torch.allclose(functional_call(norm, new, (x,)), wanted, rtol=64 * torch.finfo(gain.dtype).eps, atol=1e-6):
+            for name, value in new.items():
+                parameters[name].copy_(distributed.shard_like(value, parameters[name]))
             return
-    for name, value in old.items():
-        parameters[name].copy_(value)
     raise ValueError(f"model: got a final {type(norm).__name__}, expected one that scales with its weight")
 
 

@@ -79,6 +79,7 @@ class Plan:
     step: dict[str, float]  # the largest moment of a step by use, on the device
     device: dict[str, float] = field(default_factory=dict)  # the peaks of a run's stretches, on the device
     host: dict[str, float] = field(default_factory=dict)  # the same in main memory, where that is not the device
+    host_others: float | None = None  # in main memory, of each process but the first; None: as the first
 
     @property
     def peak(self) -> float:
@@ -113,6 +114,7 @@ class Weights:
     results: float  # of the copies of the encoder that are written
     widened: float  # the largest layer of a quantised base, as it is multiplied by
     gathered: float  # what FSDP2 holds whole at a time: two layers, tables, gradients of a layer and a table
+    trial: float  # of two layers and two tables in fp32: what process 0 tries before shards are read
     layers: int
 
 
@@ -137,6 +139,7 @@ def weights(config: Config, half: torch.dtype | None) -> Weights:
         results=merged * (RESULT_COPIES + (saved > 0)),
         widened=product * largest,
         gathered=(3 * layer + 3 * table) * product / 4,
+        trial=(2 * layer + 2 * table) * 4 / encoder.model.get_input_embeddings().weight.element_size(),
         layers=encoder.model.config.get_text_config().num_hidden_layers,
     )
 
@@ -253,6 +256,9 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
             **{name: size + libraries for name, size in found.device.items()},
             "writing the results": libraries + stay + w.results,
         }
+    elif machine.fsdp:  # each process reads its shards into its device
+        found.host = {"loading": libraries + w.trial, "writing the results": libraries + RESULT_COPIES * w.trial}
+        found.host_others = libraries
     else:
         found.host = {"loading": libraries + w.loaded, "writing the results": libraries + w.results}
     return found
@@ -390,8 +396,9 @@ def _print(found: Plan, machine: Machine, console: Console) -> bool:
     for name, size in found.host.items():
         line(f"{name}, in main memory", size)
     available = main_memory()
-    host = found.host_peak * machine.processes
-    fits = found.host_peak * machine.processes <= available
+    others = found.host_peak if found.host_others is None else found.host_others
+    host = found.host_peak + others * (machine.processes - 1)
+    fits = host <= available
     if machine.processes > 1 or found.host:
         console.print(
             f"\nmain memory: {host / GB:.1f} GB for {machine.processes} processes, this machine has "

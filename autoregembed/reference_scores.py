@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from autoregembed import data, distributed
 from autoregembed.config import Config
 from autoregembed.decoder import Decoder
-from autoregembed.files import require_writable_folder, weights_fingerprint
+from autoregembed.files import require_writable_folder
 from autoregembed.packing import make_microbatches
 from autoregembed.prompt import tokenizer_fingerprint
 from autoregembed.score_files import cached_path, load_scores, save_scores
+from autoregembed.sharding import shared_fingerprint
 
 
 class RefLogps(NamedTuple):
@@ -57,13 +58,16 @@ def compute_ref_logps(
 
 
 def ref_logps_fingerprint(encoder: nn.Module, decoder: Decoder, tokenizer: Any, rows: Dataset) -> dict[str, str]:
-    """What reference scores depend on: data, weights and options of the models, tokenizer."""
+    """What reference scores depend on: data, weights and options of the models, tokenizer. All processes call it."""
     options = f"{decoder.z_norm}-{decoder.prefix}-{decoder.logprob_reduction}"
-    return {
-        "data": data.content_fingerprint(rows),
-        "model": f"{weights_fingerprint(encoder, decoder)}-{options}",
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
+    weights = shared_fingerprint(encoder, decoder)
+    return distributed.broadcast_from_rank0(
+        lambda: {
+            "data": data.content_fingerprint(rows),
+            "model": f"{weights}-{options}",
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+    )
 
 
 def cached_ref_logps(
@@ -74,7 +78,7 @@ def cached_ref_logps(
     """Scores of the rows that a run reads, from a file of earlier runs; those that it lacks are computed and added.
 
     Args:
-        fingerprint: `ref_logps_fingerprint`, taken before the weights are sharded.
+        fingerprint: `ref_logps_fingerprint`.
         wanted: the rows that the run reads.
     """
     path = _path(config, fingerprint)

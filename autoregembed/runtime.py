@@ -65,11 +65,9 @@ def make_accelerator(config: Config, precision: str) -> Accelerator:
         plugin = accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ConfigError(f"fsdp_version: got {plugin.fsdp_version}, expected 2")
-        if plugin.cpu_ram_efficient_loading:
-            raise ConfigError(
-                "fsdp_cpu_ram_efficient_loading: got true, expected false: every process reads the weights and makes "
-                "compress tokens and frozen decoder from them before they are sharded"
-            )
+        # accelerate's would have process 0 hold the model whole, and Transformers build without weights in the others.
+        plugin.cpu_ram_efficient_loading = False
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ConfigError(
             f"use_fsdp: got true on {accelerator.device.type}, expected false: accelerate has FSDP on accelerators only"

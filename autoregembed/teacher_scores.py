@@ -119,7 +119,7 @@ def cached_teacher_scores(
     Args:
         encoder: gives z (B, K, D) of ids and suffixes, and says its `num_compress_tokens`.
         batch_size, seed: of `sampling.blocks`.
-        fingerprint: `ref_logps_fingerprint`, taken before the weights are sharded.
+        fingerprint: `ref_logps_fingerprint`.
         num_blocks: how many blocks the run reads; the same block counts again in the next epoch. None: all.
         candidates: as in `compute_teacher_scores`.
         marginal_texts: R, texts of the blocks that follow, which score every passage for its marginal.

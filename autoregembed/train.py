@@ -25,8 +25,8 @@ from accelerate.utils import gather_object, set_seed
 from rich.console import Console
 from transformers import get_scheduler
 
-from autoregembed import data, distributed, plan, sampling
-from autoregembed.build import build_models, create_optimizer, on_plain_weights
+from autoregembed import data, distributed, loading, plan, sampling
+from autoregembed.build import build_models, create_optimizer, fill_optimizer, placeholder_optimizer
 from autoregembed.checkpoint import (
     TrainState,
     latest_checkpoint,
@@ -39,22 +39,20 @@ from autoregembed.config import Config, ConfigError
 from autoregembed.cuda_graphs import captured
 from autoregembed.decoder import Decoder
 from autoregembed.encoder import Encoder
-from autoregembed.export import EXPORT_DTYPES, merged
 from autoregembed.files import (
     read_json,
     remove_stale_tmp,
     require_writable_folder,
-    weights_fingerprint,
     write_json,
 )
 from autoregembed.held_out import HeldOut, step_of
-from autoregembed.lora_base import not_shared_because, place, write_adapter
+from autoregembed.lora_base import not_shared_because, place
 from autoregembed.model_card import run_card
-from autoregembed.models import save_model
 from autoregembed.objective import Objective, encoder_lengths, texts_of
 from autoregembed.progress import Display, describe
 from autoregembed.quantized import num_elements
 from autoregembed.reference_scores import cached_ref_logps, ref_logps_fingerprint
+from autoregembed.results import Results, hull_of
 from autoregembed.runtime import (
     HALF_DTYPES,
     Interrupted,
@@ -67,6 +65,7 @@ from autoregembed.runtime import (
     stop_on_signal,
     truncate_log,
 )
+from autoregembed.sharding import shard_models, shared_fingerprint
 from autoregembed.teacher_scores import cached_teacher_scores
 from autoregembed.training_plot import draw_training
 
@@ -100,14 +99,12 @@ def train(config: Config, console: Console | None = None) -> dict:
         run.load_models()
         run.tokenize_data()
         run.place_models()
-        if latest is None and not run.sharded:
+        if latest is None:
             run.evaluate(0)  # before init_output_rms changes the encoder
         run.init_output_rms()
         run.prepare()
         if config.resume_from_checkpoint and run.resume(latest, damaged):
             return read_json(run.out / "summary.json", "output_dir")
-        if run.state.step == 0 and not run.state.evaluations:
-            run.evaluate(0)
         distributed.broadcast_from_rank0(run.begin_logs)
         run.loop()
         return run.finish()
@@ -167,12 +164,16 @@ class Run:
         self.console.print(f"reading {config.model}", highlight=False, markup=False)
         if config.log_with:
             self.accelerator.init_trackers("autoregembed", config={k: str(v) for k, v in asdict(config).items()})
-        self.encoder, self.decoder, self.tokenizer, self.recipe = build_models(config)
+        # Sharded weights are read once they are shards.
+        building = loading.in_parts() if self.sharded else contextlib.nullcontext()
+        with building, distributed.naming_lost("building the models"):
+            self.encoder, self.decoder, self.tokenizer, self.recipe = build_models(config)
         if reason := not_shared_because(config):
             self.console.print(f"share_base: off, {reason}", highlight=False, markup=False)
         self.models: list[Encoder | Decoder] = [m for m in (self.encoder, self.decoder) if m is not None]
+        hull = hull_of(self.encoder) if self.sharded else None
+        self.results = Results(config, self.encoder, self.tokenizer, self.sharded, hull)
         distributed.broadcast_from_rank0(self.require_space)
-        self.weights = distributed.broadcast_from_rank0(lambda: weights_fingerprint(*self.models))
 
     def require_space(self) -> None:
         """Before the training: what is certain to be written must fit onto the disk."""
@@ -214,13 +215,17 @@ class Run:
         self.console.print(f"batch_size: cut from {config.batch_size} to {size} a process, for data of {rows} rows")
 
     def place_models(self) -> None:
-        # What will be sharded need not fit on a device whole.
-        device = torch.device("cpu") if self.sharded else self.accelerator.device
+        config, attention = self.config, self.config.attention
+        device = None if self.sharded else self.accelerator.device
         place(self.encoder, self.decoder, device, HALF_DTYPES.get(self.precision))
-        attention = self.config.attention
         if self.sharded:
             if attention not in ("auto", "sdpa"):
                 raise ConfigError(f"attention: got {attention!r}, expected 'auto' or 'sdpa' with FSDP")
+            optimizer = placeholder_optimizer(self.encoder, config)
+            self.wrapped, self.optimizer = shard_models(self.accelerator, self.encoder, self.decoder, optimizer)
+            fill_optimizer(self.optimizer.optimizer, self.encoder, config)
+        self.weights = shared_fingerprint(*self.models)
+        if self.sharded:
             return
         with self.accelerator.autocast():
             for model in self.models:
@@ -240,8 +245,7 @@ class Run:
             self.console.print(f"{step:>6}/{self.max_steps}  {values}", highlight=False)
         if step and self.config.save_best and self.held_out.is_better(found, best):
             state.best_step = step
-            encoder = self.full_encoder()
-            distributed.broadcast_from_rank0(lambda: self.write_model(encoder, step))
+            self.write_model(step)
 
     def init_output_rms(self) -> None:
         if not self.config.init_output_rms or self.decoder is None or self.recipe["output_rms_initialized"]:
@@ -260,12 +264,10 @@ class Run:
         fingerprint: dict[str, str] = {}
         if config.needs_ref_logps or config.needs_teacher_scores:
             assert decoder is not None
-            fingerprint = distributed.broadcast_from_rank0(
-                lambda: ref_logps_fingerprint(self.encoder, decoder, self.tokenizer, self.rows)
-            )
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.encoder, create_optimizer(self.encoder, config))
-        if decoder is not None and self.sharded:
-            decoder.shard(self.accelerator.device)
+            fingerprint = ref_logps_fingerprint(self.encoder, decoder, self.tokenizer, self.rows)
+        if not self.sharded:
+            optimizer = create_optimizer(self.encoder, config)
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.encoder, optimizer)
         ref_logps = teacher_scores = None
         self.encoder.eval()
         read = self.max_steps * self.world  # batches
@@ -440,19 +442,6 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # The result
 
-    def full_encoder(self) -> Encoder:
-        """The trained encoder with all of its weights, plain ones, in process 0; in the others, what they hold."""
-        if not self.sharded:
-            return on_plain_weights(self.config, self.encoder)
-        weights = self.accelerator.get_state_dict(self.wrapped)
-        if not self.accelerator.is_main_process:
-            return self.encoder
-        # A sharded module cannot be copied: another one is built like it and filled.
-        other = build_models(self.config, with_decoder=False)[0]
-        other.suffix_ids, other.recipe = self.encoder.suffix_ids, self.encoder.recipe
-        other.load_state_dict(weights)
-        return other
-
     @property
     def kept_step(self) -> int:
         """The step of `save_best`, 0 where there is none."""
@@ -475,24 +464,19 @@ class Run:
             "skipped_steps": len(state.skipped),
             "attention": self.encoder.attention,
         }
-        encoder = self.full_encoder()
-        distributed.broadcast_from_rank0(lambda: self.write_results(encoder, summary))
+        if not self.kept_step:
+            self.write_model(self.max_steps)
+
+        def write_rest() -> None:
+            draw_training(out, state.evaluations, self.held_out.metric, self.console)
+            write_json(out / "summary.json", summary)
+
+        distributed.broadcast_from_rank0(write_rest)
         if config.log_with:
             self.accelerator.end_training()
         return summary
 
-    def write_results(self, encoder: Encoder, summary: dict) -> None:
-        if not self.kept_step:
-            self.write_model(encoder, self.max_steps)
-        draw_training(self.out, summary["evaluations"], summary["eval_metric"], self.console)
-        write_json(self.out / "summary.json", summary)
-
-    def write_model(self, encoder: Encoder, step: int) -> None:
-        config, out = self.config, self.out
+    def write_model(self, step: int) -> None:
         self.recipe["step"] = step
-        adapter = write_adapter(config, encoder, out / "adapter") if config.lora_rank else None
-        inside = adapter if self.recipe["adapter"] else None  # on the original model: a next stage may share it
-        save_model(out / "model", merged(encoder), self.tokenizer, self.recipe, adapter=inside)
-        card = run_card(config, self.recipe["decoder"], self.held_out.metric, self.state.evaluations)
-        dtype = EXPORT_DTYPES.get(config.export_dtype)
-        encoder.save_pretrained(out / "export", dtype=dtype, overwrite=True, card=card)
+        card = run_card(self.config, self.recipe["decoder"], self.held_out.metric, self.state.evaluations)
+        self.results.write(self.out, card)

@@ -1,6 +1,7 @@
 """Memory and communication of a stage-2 step under FSDP2: computed from shapes, not measured.
 
 python bench/scaling.py            # the tables of docs/explanation/scaling.md
+python bench/scaling.py --start    # that of docs/howto/distributed.md
 python bench/scaling.py --paper    # that of docs/howto/paper.md
 """
 
@@ -116,8 +117,31 @@ def flops(m: Shape, tokens: int, microbatches: int) -> float:
 
 
 def host(m: Shape, processes: int) -> float:
-    """Bytes of main memory on a node at startup: each process reads the whole encoder and decoder in fp32."""
+    """Bytes of main memory on a node where each process reads the whole encoder and decoder in fp32: DDP."""
     return processes * 2 * m.total * FP32
+
+
+def host_in_parts(m: Shape, on_gpu: bool) -> float:
+    """Bytes of main memory on a node, at most, where each process reads its shards into a GPU, or into main memory.
+
+    Before a weight is read, process 0 tries a model of two layers in fp32 and frees it. The shards, fp32 for the
+    encoder and bf16 for the decoder, are read in blocks of 32 MB.
+    """
+    trial = (2 * m.layer + 2 * m.table) * FP32
+    return trial if on_gpu else max(trial, m.total * (FP32 + BF16))
+
+
+def start(processes: int = 8) -> str:
+    """Markdown: main memory of weights to start on a node, without the libraries'."""
+    lines = [
+        "| model | every process reads all (DDP, and FSDP2 before) | FSDP2 in parts, shards on GPUs | in parts, shards "
+        "in main memory |",
+        "|---|---|---|---|",
+    ]
+    for name, m in MODELS.items():
+        cells = [host(m, processes), host_in_parts(m, True), host_in_parts(m, False)]
+        lines.append(f"| {name} | " + " | ".join(f"{x / GB:.0f} GB" for x in cells) + " |")
+    return "\n".join(lines)
 
 
 def tables(rows: int, negatives: int, budgets: dict[str, int], worlds: list[int]) -> str:
@@ -126,7 +150,7 @@ def tables(rows: int, negatives: int, budgets: dict[str, int], worlds: list[int]
         tokens, microbatches = budgets[name], 4
         lines += [
             f"**{name}**: {m.total / 1e9:.2f}e9 parameters, {tokens} tokens a pass, {microbatches} passes a step, "
-            f"{rows} rows a GPU; a node of 8 processes reads {host(m, 8) / GB:.0f} GB of weights into main memory",
+            f"{rows} rows a GPU",
             "",
             "| GPUs | encoder | decoder | gathered | activations | all, GB | sent a step, GB | InfoNCE of it, GB | "
             "FLOP per byte sent |",
@@ -180,9 +204,10 @@ def main() -> None:
     parser.add_argument("--negatives", type=int, default=1, help="hard negatives per row")
     parser.add_argument("--gpus", type=int, nargs="+", default=[8, 16, 64, 128, 512])
     parser.add_argument("--paper", action="store_true", help="the setting of the paper alone")
+    parser.add_argument("--start", action="store_true", help="main memory to start alone")
     options = parser.parse_args()
-    if options.paper:
-        print(paper())
+    if options.paper or options.start:
+        print(paper() if options.paper else start())
         return
     budgets = {"7B": options.tokens_7b, "70B": options.tokens_70b}
     print(tables(options.rows, options.negatives, budgets, options.gpus))

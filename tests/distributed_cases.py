@@ -1,5 +1,6 @@
 """What the processes of test_distributed.py run: functions of a module, since each process imports them by name."""
 
+import contextlib
 import gc
 import math
 import multiprocessing
@@ -101,6 +102,64 @@ def fsdp(function, *arguments):
     result = function(*arguments)
     assert AcceleratorState().distributed_type == DistributedType.FSDP
     return result
+
+
+def hybrid(function, *arguments):
+    """`fsdp` with shards over two processes each, and two copies of them, as accelerate's launcher asks for it."""
+    os.environ |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+    os.environ |= {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+    return fsdp(function, *arguments)
+
+
+def filled(configs: list) -> None:
+    """Every weight that processes read for their shards is that of the model loaded whole, also in fingerprints."""
+    from autoregembed import build, distributed, files, loading, runtime, sharding
+
+    for config in configs:
+        accelerator = runtime.make_accelerator(config, "fp32")
+        torch.manual_seed(0)
+        whole = build.build_models(config)[:2]
+        torch.manual_seed(0)
+        with loading.in_parts():
+            models = build.build_models(config)[:2]
+        optimizer = build.placeholder_optimizer(models[0], config)
+        sharding.shard_models(accelerator, *models, optimizer)
+        for found, wanted in zip(models, whole, strict=True):
+            expected = dict(wanted.named_parameters())
+            assert [n for n, _ in found.named_parameters()] == [*expected]
+            for name, parameter in found.named_parameters():
+                mesh = parameter.device_mesh
+                assert parameter.to_local().numel() <= -(-len(parameter) // mesh.size(-1)) * expected[name][:1].numel()
+                assert torch.equal(distributed.to_full_tensor(parameter.detach()), expected[name].detach()), name
+                rows = [*distributed.pieces(parameter)]
+                assert dist.get_rank() > 0 or torch.equal(torch.cat(rows), expected[name].detach())
+            for name, buffer in wanted.named_buffers():
+                assert torch.equal(found.get_buffer(name), buffer), name
+        assert sharding.shared_fingerprint(*models) == files.weights_fingerprint(*whole)
+        tokens = [[5, 6, 7], [8]]
+        with torch.no_grad():
+            z = models[0].eval()(tokens)
+            torch.testing.assert_close(z, whole[0].eval()(tokens))
+            torch.testing.assert_close(models[1].logprob(z, tokens), whole[1].logprob(z, tokens))
+
+
+def dying_reader(config, victim: int) -> None:
+    """A run in which one process is killed while it reads its weights."""
+    from rich.console import Console
+
+    from autoregembed import train, weight_files
+
+    read = weight_files.WeightFiles.rows
+
+    def killed(self, *arguments):
+        killed.calls += 1
+        if killed.calls == 5 and dist.get_rank() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, *arguments)
+
+    killed.calls = 0
+    weight_files.WeightFiles.rows = killed
+    train.train(config, Console(quiet=True))
 
 
 def one_run(case: dict) -> tuple[dict, list[str]]:
@@ -314,7 +373,7 @@ def refused(case: dict) -> str:
 
 def one_step(cases: list[dict]) -> list[dict]:
     """One optimiser step in float64 for each case, its batch cut into equal shares of consecutive rows."""
-    from autoregembed import build, data, distributed, runtime
+    from autoregembed import build, data, distributed, loading, runtime, sharding
     from autoregembed.config import Config
     from autoregembed.objective import Objective, encoder_lengths, loss_counts
     from autoregembed.packing import make_microbatches
@@ -326,7 +385,8 @@ def one_step(cases: list[dict]) -> list[dict]:
         config = Config(**case)
         accelerator = runtime.make_accelerator(config, "fp32")
         assert accelerator.num_processes == distributed.world_size() == int(os.environ.get("WORLD_SIZE", "1"))
-        encoder, decoder, tokenizer, _ = build.build_models(config)
+        with loading.in_parts() if accelerator.is_fsdp2 else contextlib.nullcontext():
+            encoder, decoder, tokenizer, _ = build.build_models(config)
         prompt = Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)
         rows = (data.compression_rows if config.stage == 1 else data.alignment_rows)(
             data.load_rows(config.train_data), prompt
@@ -334,9 +394,13 @@ def one_step(cases: list[dict]) -> list[dict]:
         encoder.double()
         if decoder is not None:
             decoder.double()
-        wrapped, optimizer = accelerator.prepare(encoder, build.create_optimizer(encoder, config))
-        if decoder is not None and accelerator.is_fsdp2:
-            decoder.shard(accelerator.device)
+        if accelerator.is_fsdp2:
+            assert all(p.is_meta for n, p in encoder.named_parameters() if n != "compress_rows" and "lora" not in n)
+            optimizer = build.placeholder_optimizer(encoder, config)
+            wrapped, optimizer = sharding.shard_models(accelerator, encoder, decoder, optimizer)
+            build.fill_optimizer(optimizer.optimizer, encoder, config)
+        else:
+            wrapped, optimizer = accelerator.prepare(encoder, build.create_optimizer(encoder, config))
         reference = compute_ref_logps(encoder.eval(), decoder, rows, 64) if config.needs_ref_logps else None
         encoder.train()
         objective = Objective(config, wrapped, decoder, accelerator, reference)

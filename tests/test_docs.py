@@ -23,6 +23,7 @@ from autoregembed import (
     generative_info_nce,
     info_nce,
     linear_logprob,
+    loading,
     models,
     plan,
     reference_scores,
@@ -286,6 +287,15 @@ def triggers(tmp_path: Path, model_folder: str, compression_file: str):
         MatryoshkaLoss(start, loss, [32, 16])([start.preprocess(["the cat"]) for _ in range(3)], None)
 
     yield cut_loss
+    models.save_model(tmp_path / "awq", tiny_model(), tokenizer, {})
+    config = files.read_json(tmp_path / "awq" / "config.json", "model")
+    files.write_json(tmp_path / "awq" / "config.json", {**config, "quantization_config": {"quant_method": "awq"}})
+
+    def read_by_rows():
+        with loading.in_parts():
+            models.load_causal_lm(str(tmp_path / "awq"))
+
+    yield read_by_rows
     broken = tiny_model()
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = torch.nan
