@@ -70,7 +70,8 @@ def save_checkpoint(
     """
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     state = optimizer.state_dict()
-    tensors, scalars = {}, {}
+    tensors: dict[str, Any] = {}
+    scalars: dict[str, Any] = {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():
             (tensors if isinstance(value, Tensor) else scalars)[f"{index}.{slot}"] = value

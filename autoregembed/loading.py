@@ -275,7 +275,7 @@ def fill(model: nn.Module, device: torch.device) -> None:
         weights, key = places[id(parameter)]
         return weights.shard(key, parameter, device, _BLOCK)
 
-    places = {}
+    places: dict[int, Any] = {}
     for module in model.modules():
         weights, keys = stored(module) or (None, {})
         for name, key in keys.items():

@@ -174,7 +174,8 @@ def find_weights(
     Args:
         read: loads the model whole; for process 0.
     """
-    reason, files, keys = "they are a GGUF file", None, {}
+    reason: str | None = "they are a GGUF file"
+    files, keys = None, dict[str, str]()
     if not gguf:
         files = _files_of(source)
         reason, keys = ("they are no safetensors files", {}) if files is None else _match(model, files)

@@ -61,13 +61,13 @@ def worker(folder: Path) -> None:
 
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_TORCH_DEVICE": "cpu"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "HF_HUB_OFFLINE": "1"}
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     import torch
     import torch._dynamo  # fully_shard imports it
     import torch.distributed.fsdp
     from rich.console import Console
 
-    torch.accelerator.is_available = lambda: True  # type: ignore[assignment]
+    torch.accelerator.is_available = lambda: True
     from autoregembed import distributed, train
     from autoregembed.config import Config
 
@@ -84,8 +84,9 @@ def worker(folder: Path) -> None:
     run.prepare()
     held = {}
     for model in run.models:
-        for p in model.parameters():
-            local: Any = p.to_local()
+        shards: Any = model.parameters()
+        for p in shards:
+            local = p.to_local()
             held[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
     distributed.all_reduce(torch.zeros(1))
     (folder / f"done-{rank}").write_text(json.dumps({"bytes": size, "held": sum(held.values())}))
