@@ -112,7 +112,8 @@ class Results:
             stand_in(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped),
             compress_token_ids=encoder.compress_token_ids, suffix_ids=encoder.suffix_ids, tokenizer=encoder.tokenizer,
             bos_token_id=encoder.bos_token_id, instruction=encoder.instruction, max_length=encoder.max_length,
-            prompts=encoder.prompts, attention="sdpa", own_compress_rows=self.hull.get_parameter("compress_rows").detach().float(),
+            prompts=encoder.prompts, attention="sdpa",
+            own_compress_rows=self.hull.get_parameter("compress_rows").detach().float(),
         )  # fmt: skip
         small.recipe = encoder.recipe
         return small
