@@ -77,7 +77,7 @@ def save_checkpoint(
     """
     trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     scalars: dict[str, Any] = {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():

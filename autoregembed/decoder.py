@@ -305,9 +305,8 @@ class Decoder(nn.Module):
         """Shards the frozen weights over the processes of the run, on `device`; a pass gathers them layer by layer.
 
         They lie over `mesh`, as `fully_shard` takes it, by default over all processes. Weights that an encoder shares
-        must be sharded there before.
-
-        The ops read embedding matrix and head, not their modules: `logprob` gathers one after the other and frees it.
+        must be sharded there before. The ops read embedding matrix and head, not their modules: `logprob` gathers one
+        after the other and frees it.
         """
         self.sharded = True
         if self.shared is None:

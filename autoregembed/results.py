@@ -121,7 +121,8 @@ class Results:
             stand_in(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped),
             compress_token_ids=encoder.compress_token_ids, suffix_ids=encoder.suffix_ids, tokenizer=encoder.tokenizer,
             bos_token_id=encoder.bos_token_id, instruction=encoder.instruction, max_length=encoder.max_length,
-            prompts=encoder.prompts, attention="sdpa", own_compress_rows=self.hull.compress_rows.detach().float(),
+            prompts=encoder.prompts, attention="sdpa",
+            own_compress_rows=self.hull.get_parameter("compress_rows").detach().float(),
         )  # fmt: skip
         small.recipe = encoder.recipe
         return small
@@ -172,8 +173,7 @@ class _Shards:
         self.model = copied.model
         self.adapted = adapted
         names = {name: self.sources[id(p)] for name, p in self.model.named_parameters()}
-        assert hull.compress_rows is not None
-        write_compress_rows(self.model, hull.compress_token_ids, hull.compress_rows)
+        write_compress_rows(self.model, hull.compress_token_ids, hull.get_parameter("compress_rows"))
         self.sources = {id(p): names[name] for name, p in self.model.named_parameters()}
         for parameter in self.model.parameters() if adapted else ():
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
@@ -220,9 +220,8 @@ class _Shards:
             layer.merged_adapters.clear()
         embedding: Any = self.hull.model.get_input_embeddings()
         if self.hull.get_parameter(source) is embedding.weight:
-            assert self.hull.compress_rows is not None
             value = torch.cat([value, value.new_zeros(shape[0] - len(value), *shape[1:])])
-            value[self.hull.compress_token_ids] = self.hull.compress_rows.detach().to(value)
+            value[self.hull.compress_token_ids] = self.hull.get_parameter("compress_rows").detach().to(value)
         elif len(value) < shape[0]:  # rows of a head for the compress tokens, which nothing reads
             value = torch.cat([value, value.new_zeros(shape[0] - len(value), *shape[1:])])
         return value

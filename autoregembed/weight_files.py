@@ -175,8 +175,7 @@ def find_weights(
         read: loads the model whole; for process 0.
     """
     reason: str | None = "they are a GGUF file"
-    keys: dict[str, str] = {}
-    files = None
+    files, keys = None, dict[str, str]()
     if not gguf:
         files = _files_of(source)
         reason, keys = ("they are no safetensors files", {}) if files is None else _match(model, files)

@@ -84,8 +84,8 @@ def worker(folder: Path) -> None:
     run.prepare()
     held = {}
     for model in run.models:
-        p: Any
-        for p in model.parameters():
+        shards: Any = model.parameters()
+        for p in shards:
             local = p.to_local()
             held[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
     distributed.all_reduce(torch.zeros(1))
