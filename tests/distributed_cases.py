@@ -62,6 +62,7 @@ def finish(started: list, seconds: float = 120) -> list:
         try:
             state = connection.recv() if connection.poll(max(0.0, end - time.monotonic())) else ("hung", "no answer")
         except EOFError:
+            process.join(10)  # its end of the pipe closes before its status is known
             state = ("dead", f"exit status {process.exitcode}")
         results.append(state)
     for process, _ in started:

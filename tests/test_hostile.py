@@ -426,10 +426,12 @@ WRONG = {
 
 def wrong_values(field: str) -> list:
     kind = typing.get_type_hints(Config)[field]
-    if typing.get_origin(kind) is typing.Literal:
-        return ["zzz", 7, [1]]
     unset = type(None) in typing.get_args(kind)  # then None is right
-    kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
+    kinds = [kind]
+    if typing.get_origin(kind) is not typing.Literal:
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)] or [kind]
+    if typing.get_origin(kinds[0]) is typing.Literal:
+        return ["zzz", 7, [1]]
     kinds = kinds if typing.get_origin(kind) is not list else [list]
     values = WRONG[typing.get_origin(kinds[0]) or kinds[0]]
     values = [v for v in values if not (unset and v is None)]

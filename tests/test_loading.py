@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -119,7 +120,11 @@ def test_a_process_killed_while_weights_are_read_ends_the_others(folders, compre
     assert str(-signal.SIGKILL) in results[victim][1]
     state, error = results[1 - victim]
     assert state == "failed"
-    assert error.startswith("LostProcess: reading the weights: got no answer from another process, expected all 2")
+    # The other one may still wait for the last that process 0 had to say before it read.
+    assert re.match(
+        "LostProcess: (building the models|reading the weights): got no answer from another process, expected all 2",
+        error,
+    )
 
 
 def test_processes_together_hold_a_model_little_more_than_once(tmp_path):

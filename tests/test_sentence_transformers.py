@@ -203,7 +203,7 @@ def test_equal_texts_are_no_negatives_of_each_other(model):
     assert found.item() == pytest.approx(expected, abs=1e-5)
     assert_same_gradients(gradients(transformer(model)), gradient)
     stock = FusedInfoNCELoss(model)(features(model, repeated), None)
-    assert loss(features(model, repeated), None)["contrastive"] < stock - 0.05, "which takes them as negatives"
+    assert loss(features(model, repeated), None)["contrastive"] < stock - 0.01, "which takes them as negatives"
 
 
 def test_left_padding_gives_the_same_loss(model):
