@@ -37,8 +37,10 @@ def growth(kind: str) -> int:
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN")
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_products_of_many_shapes_take_bounded_memory():
-    assert growth("bounded") < 20e6
-    assert growth("free") > 60e6
+    free = growth("free")
+    assert free > 60e6
+    # What the allocator keeps varies by tens of megabytes from run to run.
+    assert growth("bounded") < free / 2
 
 
 def test_what_the_user_has_set_stays(monkeypatch):
