@@ -56,12 +56,16 @@ class Results:
 
     def write(self, out: Path, card: Card) -> None:
         """`adapter/`, where there is one, `model/` and `export/`, with `card` as its README."""
-        plain = None if self.sharded else on_plain_weights(self.config, self.encoder)
-        self._write_model(out, plain)
-        self._export(out / "export", plain, card)
+        plain = shards = None
+        if self.sharded:
+            shards = _Shards(self.encoder, self.hull, self.config.lora_rank > 0)
+        else:
+            plain = on_plain_weights(self.config, self.encoder)
+        self._write_model(out, plain, shards)
+        self._export(out / "export", plain, shards, card)
 
-    def _write_model(self, out: Path, plain: Encoder | None) -> None:
-        config, recipe, shards = self.config, self.encoder.recipe, self._shards()
+    def _write_model(self, out: Path, plain: Encoder | None, shards: _Shards | None) -> None:
+        config, recipe = self.config, self.encoder.recipe
 
         def write_small() -> Path | None:
             return write_adapter(config, plain or self.hull, out / "adapter") if config.lora_rank else None
@@ -81,12 +85,12 @@ class Results:
             shards.write(folder / "model", shards.model)
             distributed.broadcast_from_rank0(lambda: _move_up(folder / "model"))
 
-    def _export(self, folder: Path, plain: Encoder | None, card: Card) -> None:
+    def _export(self, folder: Path, plain: Encoder | None, shards: _Shards | None, card: Card) -> None:
         """A folder as `export.export` writes it.
 
         Where weights are sharded, that runs on a small model of the same kind: all but the weights is compared there.
         """
-        dtype, shards = EXPORT_DTYPES.get(self.config.export_dtype), self._shards()
+        dtype = EXPORT_DTYPES.get(self.config.export_dtype)
         if shards is None:
             assert plain is not None
             distributed.broadcast_from_rank0(
@@ -126,9 +130,6 @@ class Results:
         )  # fmt: skip
         small.recipe = encoder.recipe
         return small
-
-    def _shards(self) -> _Shards | None:
-        return _Shards(self.encoder, self.hull, self.config.lora_rank > 0) if self.sharded else None
 
 
 @contextlib.contextmanager

@@ -151,6 +151,14 @@ NO_TEXT_MODEL = {"qwen2_5_vl", "qwen2_vl", "qwen3_vl"}  # Transformers has no ca
 DECODERS_REFUSED = {*ENCODERS_REFUSED, "dory", "gemma3n_text", "modernbert-decoder"}
 
 
+@torch.no_grad()
+def shaken(model):
+    """With no weight left at the 0 or 1 that it began with."""
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
 def tiny(name):
     """A seeded float64 model, every parameter (norms, biases, sinks too) away from where it starts."""
     model_type, options = ARCHITECTURES[name]
@@ -179,10 +187,7 @@ def tiny(name):
     config._experts_implementation = "eager"  # the grouped one has no float64
     torch.manual_seed(0)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=torch.float64).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
+    return shaken(model)
 
 
 def check_refusal(message):
@@ -203,10 +208,7 @@ def composite(name):
             setattr(config, field, 310)
     torch.manual_seed(0)
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]._from_config(config, dtype=torch.float64).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model
+    return shaken(model)
 
 
 def check(name):
