@@ -165,9 +165,9 @@ class Config(Stage2Options):
         eval_data: what is measured before, during and after training: rated pairs, rows of sentence1, sentence2,
             score, or texts alone, rows of text or a folder of .txt files, of which at most 128 are read.
         eval_split: its split.
-        eval_metric: spearman for rated pairs; for texts view_separation, mean_cosine, view_accuracy, effective_rank or
-            uniformity. All that the data allow are measured; this one is shown, and chooses what `save_best` keeps.
-            Default: spearman, or view_separation.
+        eval_metric: spearman, which needs rated pairs, or view_separation, mean_cosine, view_accuracy, effective_rank
+            or uniformity, which need texts alone. All that the data allow are measured; this one is shown, and chooses
+            what `save_best` keeps. Default: spearman for rated pairs, else view_separation.
         eval_steps: evaluate every so many steps; 0: only before and after.
         max_steps: optimizer steps; default: from `num_train_epochs`.
         num_train_epochs: passes over the data when `max_steps` is not given.

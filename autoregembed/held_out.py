@@ -30,29 +30,34 @@ class HeldOut:
 
     def __init__(self, config: Config, console: Console):
         self.pairs: Dataset | None = None
-        self.texts: list[str] = []
+        self.texts: list[str] = []  # of rated pairs, too: what needs no rating is measured on them as well
         self.metric: str | None = None  # without eval_data
         source, split = config.eval_data, config.eval_split
         if source is None:
             return
         column = (config.column_map or {}).get("text", "text")
         _, first = next(iter(read_rows(source, split)))
-        known: tuple[str, ...] = LABEL_FREE
+        known = LABEL_FREE
         if "sentence1" in first or not {column, "text"} & set(first):
-            self.pairs, known = load_sts(source, split), ("spearman",)
+            self.pairs, known = load_sts(source, split), tuple(METRICS)
+            self.texts = list(dict.fromkeys([*self.pairs["sentence1"], *self.pairs["sentence2"]]))
         else:
             self.texts = load_texts(source, split, column)
         self.metric = config.eval_metric or known[0]
         if self.metric not in known:
-            kind = "texts without ratings" if self.pairs is None else "rated pairs"
-            raise ConfigError(f"eval_metric: got {self.metric!r}, expected {', '.join(known)}: {source!r} holds {kind}")
+            raise ConfigError(
+                f"eval_metric: got {self.metric!r}, expected {', '.join(known)}: {source!r} holds texts without ratings"
+            )
         if (n := len(self.texts)) > MOST_TEXTS:
             self.texts = [self.texts[i * n // MOST_TEXTS] for i in range(MOST_TEXTS)]
-            console.print(f"eval_data: {MOST_TEXTS} of {n:,} texts are read, spread evenly", highlight=False)
+            if self.pairs is None:
+                console.print(f"eval_data: {MOST_TEXTS} of {n:,} texts are read, spread evenly", highlight=False)
 
     def evaluate(self, embed: Embed, console: Console) -> dict[str, float | None]:
         """Every metric of these data; why one is undefined is printed."""
-        found: dict[str, Any] = label_free(embed, self.texts) if self.pairs is None else sts(embed, self.pairs)
+        found: dict[str, Any] = sts(embed, self.pairs) if self.pairs is not None else {}
+        if len(self.texts) > 1:
+            found |= label_free(embed, self.texts)
         for name in [name for name in found if name.endswith("undefined")]:
             console.print(f"evaluation: no {self.metric}, {found.pop(name)}", highlight=False)
         return found

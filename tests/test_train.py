@@ -16,6 +16,7 @@ from autoregembed import encoder as encoder_module
 from autoregembed.build import build_models
 from autoregembed.config import Config, ConfigError
 from autoregembed.encoder import text_embedding
+from autoregembed.evaluate import LABEL_FREE, METRICS, load_sts
 from autoregembed.models import final_norm, scale_output
 from autoregembed.objective import Objective, texts_of
 from autoregembed.ops import info_nce
@@ -81,7 +82,7 @@ def test_wrong_evaluation_data_is_refused_before_anything_is_loaded(model_folder
         ([{"text": "the cat"}] * 2, {}, "got one text in"),
         ([{"text": "the cat"}, {"text": " "}], {}, "got an empty 'text' in line 2"),
         ([{"text": "a"}, {"text": "b"}], {"eval_metric": "spearman"}, "^eval_metric: got 'spearman', expected view_s"),
-        ([pair, pair | {"score": 2}], {"eval_metric": "uniformity"}, "expected spearman: .* holds rated pairs"),
+        ([pair, pair], {}, "got 1.0 as 'score' in every row"),
     ):
         wrong = write_jsonl(tmp_path / "wrong.jsonl", rows)
         with pytest.raises(ValueError, match=message):
@@ -363,6 +364,20 @@ def test_a_base_model_that_has_moved_is_named_by_who_names_it(
     train(stage2(str(out / "model"), alignment_file, tmp_path / "three", **options), quiet)
 
 
+def test_rated_pairs_are_measured_without_their_ratings_too(model_folder, compression_file, sts_file, tmp_path, quiet):
+    options = {"eval_data": sts_file, "eval_metric": "view_separation", "eval_steps": 1, "save_best": True}
+    summary = train(stage1(model_folder, compression_file, tmp_path / "out", **options, max_steps=3), quiet)
+    found = summary["evaluations"]
+    assert all(list(values) == [*METRICS] and None not in values.values() for values in found.values())
+    assert summary["model_step"] == int(max("123", key=lambda step: found[step]["view_separation"]))
+    pairs = load_sts(sts_file)
+    texts = dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]])
+    alone = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    config = stage1(model_folder, compression_file, tmp_path / "alone", **options | {"eval_data": alone}, max_steps=3)
+    for step, values in train(config, quiet)["evaluations"].items():
+        assert values == pytest.approx({name: found[step][name] for name in LABEL_FREE}, rel=1e-5)
+
+
 def test_equal_embeddings_leave_no_nan_in_what_a_run_writes(model_folder, compression_file, tmp_path):
     from rich.console import Console
 
@@ -371,7 +386,7 @@ def test_equal_embeddings_leave_no_nan_in_what_a_run_writes(model_folder, compre
     console = Console(file=io.StringIO(), width=1000)
     options = {"eval_data": pairs, "eval_steps": 1, "save_best": True, "save_steps": 1, "max_steps": 2}
     summary = train(stage1(model_folder, compression_file, tmp_path / "out", **options), console)
-    assert summary["evaluations"] == {step: {"spearman": None} for step in "012"}
+    assert summary["evaluations"] == {step: {"spearman": None} for step in "012"}, "one text has no label-free metric"
     assert summary["model_step"] == 2, "the last, where none is the best"
     assert "evaluation: no spearman, similarities: got no two different" in console.file.getvalue()
     written = [p for p in (tmp_path / "out").rglob("*.json*") if p.is_file()]
