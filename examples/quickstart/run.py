@@ -102,7 +102,7 @@ def plot(out: Path, summaries: list[dict], token_mean_score: float) -> None:
         left.plot([offset + r["step"] for r in log], [r["loss"] for r in log], color=f"C{i}", label=title)
         scores = [(offset + int(s), v["spearman"]) for s, v in summary["evaluations"].items()]
         right.plot(*zip(*scores, strict=True), "o-", color=f"C{i}", label=folder)
-        offset += summary["steps"]
+        offset += summary["model_step"]
     right.axhline(token_mean_score, color="0.6", linestyle="--", label="untrained, mean over tokens")
     left.set(xlabel="step", ylabel="loss", title="Training loss")
     right.set(xlabel="step", ylabel="Spearman", title="Similarity of 50 rated articles")
@@ -139,12 +139,15 @@ def main() -> None:
     lm, tokenizer, _ = load_causal_lm(model, gguf_file=read_config([str(HERE / "stage1.yaml")]).gguf_file)
     plain = sts(lambda texts: token_mean(lm, tokenizer, texts), pairs)["spearman"]
 
-    scores = [[found["spearman"] for found in s["evaluations"].values()] for s in summaries]
+    untrained, *scores = [
+        s["evaluations"][str(step)]["spearman"]
+        for s, step in [(summaries[0], 0), *((s, s["model_step"]) for s in summaries)]
+    ]
     seconds = [s["train_seconds"] for s in summaries]
     summary = {
-        "spearman_untrained": scores[0][0],
+        "spearman_untrained": untrained,
         "spearman_untrained_token_mean": plain,
-        **{f"spearman_{name}": found[-1] for (name, *_), found in zip(RUNS, scores, strict=True)},
+        **{f"spearman_{name}": score for (name, *_), score in zip(RUNS, scores, strict=True)},
         "train_seconds": round(sum(seconds), 1),
         "total_seconds": round(time.perf_counter() - begin, 1),
         "seed": options.seed,
@@ -159,8 +162,8 @@ def main() -> None:
     table = Table("", "Spearman", "above the baseline", "training", title=title, title_justify="left")
     table.add_row("baseline: untrained, mean over tokens", f"{plain:.3f}", "", "")
     for name, score, time_taken in (
-        ("untrained, mean of the compress tokens", scores[0][0], ""),
-        *((name, found[-1], f"{spent:.0f} s") for (*_, name), found, spent in zip(RUNS, scores, seconds, strict=True)),
+        ("untrained, mean of the compress tokens", untrained, ""),
+        *((name, score, f"{spent:.0f} s") for (*_, name), score, spent in zip(RUNS, scores, seconds, strict=True)),
     ):
         table.add_row(name, f"{score:.3f}", f"{score - plain:+.3f}", time_taken)
     console.print(table)
