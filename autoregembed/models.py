@@ -225,6 +225,14 @@ def compress_embeddings(model: Any, tokenizer: Any, k: int, words: str | None = 
     return list(range(used, used + k)), (rows + 0.1 * spread * noise).to(embedding.weight.dtype)
 
 
+def require_untrained(ids: list[int], words: str | None) -> None:
+    """Raises CheckpointError for words that compress tokens with trained embeddings, `ids`, are to start from."""
+    if ids and words is not None:
+        raise CheckpointError(
+            f"compress_init: got {words!r} for {len(ids)} compress tokens that are trained, expected none"
+        )
+
+
 def add_compress_tokens(model: Any, tokenizer: Any, k: int, words: str | None = None) -> list[int]:
     """Writes `compress_embeddings` into the embedding matrix, which grows where it has to; returns their ids."""
     ids, rows = compress_embeddings(model, tokenizer, k, words)

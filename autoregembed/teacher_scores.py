@@ -18,11 +18,10 @@ from autoregembed.decoder import Decoder
 from autoregembed.files import require_writable_folder
 from autoregembed.packing import Ids
 from autoregembed.progress import Display
-from autoregembed.reference_scores import ref_logps_fingerprint
+from autoregembed.reference_scores import SCORING_BUDGET, ref_logps_fingerprint
 from autoregembed.score_files import cached_path, load_scores, save_scores
 
 _SAVE_EVERY = 300.0  # seconds between two savings of a long computation
-_TOKEN_BUDGET = 8192  # of a pass
 
 
 def pair_scores(
@@ -75,7 +74,7 @@ def nearest(z: Tensor, candidates: int) -> list[list[int]]:
 
 @torch.no_grad()
 def compute_teacher_scores(
-    encoder: nn.Module, decoder: Decoder, rows: Dataset, blocks: list[list[int]], token_budget: int = _TOKEN_BUDGET,
+    encoder: nn.Module, decoder: Decoder, rows: Dataset, blocks: list[list[int]], token_budget: int = SCORING_BUDGET,
     candidates: int | None = None, others: list[list[int]] | None = None,
 ) -> Tensor:  # fmt: skip
     """(len(blocks), B + R, B) float32: scores of the first target of every row under the query of every row of its
@@ -167,7 +166,7 @@ def cached_teacher_scores(
             part = wanted[first : first + step]
             others = [[order[((i + 1) * b + s) % len(order)] for s in range(r)] for i in part]
             chosen = [all_blocks[i] for i in part]
-            scores[part] = compute_teacher_scores(encoder, decoder, rows, chosen, _TOKEN_BUDGET, candidates, others)
+            scores[part] = compute_teacher_scores(encoder, decoder, rows, chosen, SCORING_BUDGET, candidates, others)
             now = time.perf_counter()
             last = first + step >= len(wanted)
             if distributed.broadcast_from_rank0(lambda: last or now - saved > _SAVE_EVERY):  # noqa: B023
