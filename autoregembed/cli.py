@@ -32,8 +32,8 @@ def _init(name: str | None = None, folder: str | None = None) -> None:
     """Copies a ready configuration, with its comments, into a folder to edit.
 
     Args:
-        name: of a configuration; without one, the names are listed.
-        folder: to copy into; by default one of that name here. It must not exist.
+        name: name of a configuration; without one, the command lists them.
+        folder: the folder to create; by default NAME in the current folder. It must not exist.
     """
     found = {p.name: p for p in sorted(_configs().iterdir()) if p.is_dir() and not p.name.startswith("_")}
     if name is None:
@@ -95,11 +95,11 @@ def _encode(model: str, texts: str, output: str, column: str | None = None, prom
 
     Args:
         model: an exported folder, or any sentence-transformers model.
-        texts: one text a line ("-" is stdin), or rows: a jsonl, json, csv, tsv or parquet file.
-        output: receives the embeddings (n, D), rows of norm 1, in the order of the texts: as NumPy's array in a .npy
-            file, as `embeddings` in a .safetensors file.
-        column: of rows; by default text, with the row's title before it, as in BEIR.
-        prompt_name: the prompt of the model that stands before the texts: query, document, or none.
+        texts: one text per line ("-" is stdin), or rows: a jsonl, json, csv, tsv or parquet file.
+        output: receives the embeddings (n, D), rows of norm 1, in the order of the texts: a NumPy array in a .npy file,
+            or the tensor `embeddings` in a .safetensors file.
+        column: the column to read in a file of rows; by default text, with the row's title before it, as in BEIR.
+        prompt_name: which prompt of the model to put before each text: query, document, or none.
     """
     import numpy
     from safetensors.torch import save_file
@@ -146,8 +146,8 @@ def _evaluate(
         corpus: rows {_id, text, title?}, as in BEIR.
         queries: rows {_id, text}.
         qrels: rows {query-id, corpus-id, score}.
-        split: of hub data sets.
-        json_file: receives the result too.
+        split: the split of hub data sets.
+        json_file: also receives the result.
     """
     from autoregembed import evaluate
     from autoregembed.files import json_text, require_writable_file, write_json
@@ -203,11 +203,11 @@ def _probe(
 
     Args:
         model: the model/ folder of a training run.
-        triplets: rows {query, pos} as stage 2 reads them, or {text}, each of which is its own passage.
-        split: of hub data sets.
-        rows: the first so many are read.
-        block: rows of which each query is scored with each passage.
-        json_file: receives the numbers too.
+        triplets: rows {query, pos} as stage 2 reads them, or {text}, where each text is its own passage.
+        split: the split of hub data sets.
+        rows: how many rows to read, from the first.
+        block: rows per block; within a block, every query is scored with every passage.
+        json_file: also receives the numbers.
     """
     from rich.table import Table
 
@@ -256,12 +256,12 @@ def _bench(
         report: receives an HTML report.
         compare: results of an earlier run; exit status 1 if a time or a peak memory of ours grew beyond the threshold.
         threshold: the allowed growth, as a ratio.
-        rounds: of every case.
-        rows: triplets of a training step.
-        triplets: a jsonl file of query, pos, neg for the steps; by default stretches of news.
+        rounds: how often each case runs.
+        rows: triplets in a training step.
+        triplets: a jsonl file of query, pos, neg for the steps; by default, passages of news.
         limit: seconds after which no further case starts.
         baseline: module:function, your own kernel, to measure beside ours at one shape.
-        op: what it computes: linear_logprob or info_nce.
+        op: what your kernel computes: linear_logprob or info_nce.
         shape: N,D,V of linear_logprob; B,P,D of info_nce.
         dtype: bf16, fp16 or fp32; by default bf16 on a GPU, fp32 on a CPU.
     """

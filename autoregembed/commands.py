@@ -2,14 +2,14 @@
 
 COMMANDS = {
     "train": "train CONFIG.yaml [--field value ...]",
-    "plan": "tell the memory that CONFIG.yaml will need",
+    "plan": "compute how much memory CONFIG.yaml will need",
     "encode": "embed the lines of a text file",
     "eval": "score a model by STS and retrieval",
-    "export": "write a folder for sentence-transformers, centred if wanted",
+    "export": "write a folder for sentence-transformers, optionally centred",
     "probe": "show what a stage-1 model has learned",
     "bench": "time the ops and the training step",
     "init": "copy a ready configuration",
     "completion": "print a completion script for bash, zsh, fish or tcsh",
-    "doctor": "what is installed, and which backends run here",
+    "doctor": "show what is installed and which backends run here",
 }
 HEAVY = COMMANDS.keys() - {"init", "completion", "doctor"}  # read a model

@@ -53,24 +53,25 @@ def _parse_columns(text: str) -> dict[str, str]:
 
 @dataclass(kw_only=True)
 class Stage2Options:
-    """What the loss of stage 2 is made of: conditional distribution alignment and InfoNCE (arXiv 2502.11401, §3.3).
+    """The objective of stage 2: conditional distribution alignment, InfoNCE and score distillation, by weight.
 
     Args:
-        alignment_weight: factor of the alignment loss; 0 turns it off, and no decoder is needed.
-        contrastive_weight: factor of InfoNCE over the text embeddings; equal texts are no negatives of each other.
+        alignment_weight: factor of the alignment loss. With 0 the alignment needs no decoder.
+        contrastive_weight: factor of InfoNCE over the text embeddings. Equal texts are never negatives of each other.
         contrastive_temperature: temperature of InfoNCE.
         beta: β of the alignment loss.
         temperature: τ of the alignment loss.
-        ref_margin: how the reference model's margin enters: add (the released code), subtract (as in DPO), none.
+        ref_margin: how the reference model's margin enters: add (the released code), subtract (as in DPO), or none.
         negatives: independent (one binary loss per negative) or joint (all negatives in one denominator).
-        hard_negatives: encode the negatives too and use them in InfoNCE.
-        distillation_weight: factor of score distillation: the scores log p(d_j | z_i) of the model before the stage,
-            of all pairs in a block of rows, teach the cosines. Needs no label: rows may be {text} alone.
-        distillation_temperature: of the cosines in it.
-        teacher_temperature: of the scores, in nats.
-        distillation_pairs: mask (a query's own passage, and any equal text, is left out: nothing is learned from who
-            belongs to whom) or keep.
-        distillation_mixture: λ: the target is λ · teacher + (1 − λ) · the known pair; below 1 the pairs are kept.
+        hard_negatives: also encode the negatives and use them in InfoNCE.
+        distillation_weight: factor of score distillation, which teaches the cosines the scores log p(d_j | z_i) of the
+            model that the stage starts from, for all pairs in a block of rows. Rows may be texts without labels.
+        distillation_temperature: temperature of the cosines in score distillation.
+        teacher_temperature: temperature of the scores in score distillation, in nats.
+        distillation_pairs: mask leaves out a query's own passage and equal texts, so nothing is learned from which
+            texts belong together; keep uses them.
+        distillation_mixture: λ. The target is λ · teacher + (1 − λ) · the known pair. A value below 1 needs
+            distillation_pairs=keep.
 
     Raises:
         ConfigError: a field has a wrong type or value; the message names it.
@@ -138,100 +139,102 @@ class Config(Stage2Options):
     """One training run.
 
     Args:
-        stage: 1, information compression; 2, conditional distribution alignment.
-        model: the encoder to start from: a folder or hub id of a causal LM. Stage 2 normally starts from the model of
-            stage 1.
-        train_data: a jsonl, json, csv, tsv or parquet file, several of them, a BEIR folder, or a hub id. Stage 1 rows:
-            context, output, instruction?; stage 2 rows: query, pos, neg?, instruction?, prompt? or anchor, positive,
-            negative?, with negative_1, negative_2 … for more than one; prompt stands before the query.
+        stage: 1 is information compression, 2 is conditional distribution alignment.
+        model: the encoder to start from: the folder or hub id of a causal LM. Stage 2 normally starts from the model
+            of stage 1.
+        train_data: a jsonl, json, csv, tsv, txt or parquet file, several files, a folder of .txt files, a BEIR folder,
+            or a hub id. Stage 1 reads the columns context, output and optionally instruction, or text. Stage 2 reads
+            query, pos and optionally neg, instruction and prompt, which stands before the query. The names anchor,
+            positive, negative and negative_1, negative_2 … work too.
         output_dir: receives model/, export/, checkpoints/, metrics.jsonl and summary.json.
-        decoder: the frozen decoder; default: the one that `model` was trained with, otherwise `model` itself.
-        gguf_file: the file inside `model` (and `decoder`) when it is a GGUF folder.
+        decoder: the frozen decoder. Default: the one that `model` was trained with, otherwise `model` itself.
+        gguf_file: the file inside `model` (and `decoder`) to read, when it is a folder with a GGUF file.
         trust_remote_code: run model code that comes with a hub repository.
-        columns: the data's own names of these columns, as query=question,pos=answer or as a mapping. Columns with
-            neither such a name nor one of those above are then left out; without `columns` they are refused.
-        instruction: behind the texts of rows without an instruction, in evaluation and in the export.
-        query_instruction: stage 2: before the text of a query, as prompts are in sentence-transformers; the export has
-            it as its prompt "query". Default: that of `model`.
-        passage_instruction: stage 2: before positives and negatives; the prompt "document" of the export.
-        num_compress_tokens: K; default: that of `model` if it has compress tokens, otherwise 5.
-        compress_init: for a model without compress tokens: the text whose tokens' embeddings they start from, repeated
-            to K tokens. Default: " ,", a comma.
-        max_length: tokens the encoder reads of one text, including instruction and compress tokens; default: 512, or
-            the model's positions if they are fewer.
-        max_target_length: tokens of a target that the decoder scores, without eos; default: likewise.
-        train_split: the split of a hub data set, or of the qrels of a BEIR folder; default: train.
-        streaming: stream the data; needs `max_steps`, and no reference scores.
-        eval_data: what is measured before, during and after training: rated pairs, rows of sentence1, sentence2,
-            score, or texts alone, rows of text or a folder of .txt files, of which at most 128 are read.
-        eval_split: its split.
-        eval_metric: spearman, which needs rated pairs, or view_separation, mean_cosine, view_accuracy, effective_rank
-            or uniformity, which need texts alone. All that the data allow are measured; this one is shown, and chooses
-            what `save_best` keeps. Default: spearman for rated pairs, else view_separation.
-        eval_steps: evaluate every so many steps; 0: only before and after.
-        max_steps: optimizer steps; default: from `num_train_epochs`.
+        columns: your names for these columns, as query=question,pos=answer or as a mapping. Every column with neither
+            such a name nor one above is then ignored; without `columns`, one that holds text or labels is refused.
+        instruction: stands after every text: in rows that have no instruction of their own, in evaluation and in the
+            export.
+        query_instruction: stage 2: stands before the text of a query, like a prompt in sentence-transformers. The
+            export stores it as its prompt "query". Default: that of `model`.
+        passage_instruction: stage 2: stands before positives and negatives. The export stores it as its prompt
+            "document". Default: that of `model`.
+        num_compress_tokens: K. Default: that of `model` if it has compress tokens, otherwise 5.
+        compress_init: a text whose token embeddings the compress tokens start from, repeated to K tokens; only for a
+            model without compress tokens. Default: " ,", a comma.
+        max_length: tokens of one text that the encoder reads, including instruction and compress tokens. Default: 512,
+            or the model's positions if they are fewer.
+        max_target_length: tokens of a target that the decoder scores, without eos. Default: as for `max_length`.
+        train_split: the split of a hub data set, or of the qrels of a BEIR folder. Default: train.
+        streaming: stream the data. Needs `max_steps`, and works without reference scores only.
+        eval_data: data to evaluate on before, during and after training: pairs with ratings (columns sentence1,
+            sentence2, score), or texts alone (a column text, or a folder of .txt files), of which at most 128 are read.
+        eval_split: the split of `eval_data`.
+        eval_metric: the metric that is shown and that `save_best` maximises or minimises. spearman needs pairs with
+            ratings; view_separation, mean_cosine, view_accuracy, effective_rank and uniformity need only texts. The
+            run records all metrics that the data allow. Default: spearman for rated pairs, otherwise view_separation.
+        eval_steps: evaluate every this many steps; 0: only before and after training.
+        max_steps: number of optimizer steps. Default: from `num_train_epochs`.
         num_train_epochs: passes over the data when `max_steps` is not given.
-        batch_size: rows of a step on each process; cut to the rows that the data have.
-        token_budget: tokens of one pass of the encoder or the decoder; default: the whole step at once.
+        batch_size: rows of a step on each process; at most the rows that the data have.
+        token_budget: tokens of one pass of the encoder or the decoder, which bounds the memory and does not change the
+            update. Default: the whole step in one pass.
         learning_rate: the peak learning rate.
-        compress_learning_rate: that of the K compress-token embeddings; default: `learning_rate`.
+        compress_learning_rate: the peak learning rate of the K compress-token embeddings. Default: `learning_rate`.
         lr_scheduler_type: cosine, linear or constant, after the warm-up.
-        warmup_steps: linear warm-up.
-        weight_decay: of AdamW.
-        adam_beta2: of AdamW.
-        max_grad_norm: gradient clipping; 0: none.
-        freeze: regular expressions of encoder parameters that are not trained; the compress tokens always are.
-        lora_rank: > 0 trains LoRA adapters and the compress tokens in place of all parameters.
+        warmup_steps: steps over which the learning rate rises linearly.
+        weight_decay: weight decay of AdamW.
+        adam_beta2: β₂ of AdamW.
+        max_grad_norm: gradients are clipped to this norm; 0: no clipping.
+        freeze: regular expressions for encoder parameters that are not trained. The compress tokens always are.
+        lora_rank: above 0, train LoRA adapters and the compress tokens instead of all parameters.
         lora_alpha: scale of the adapters.
-        lora_targets: module names, or all-linear.
-        share_base: with LoRA, one copy of the frozen weights serves the encoder, with its adapters, and the decoder,
-            without them; a next stage goes on with the adapters. auto: where the decoder is the model under the
-            adapters. true: the run is refused where it is not.
-        base_dtype: of the weights under LoRA adapters: fp32, bf16, fp16, or auto: that of `precision` where they are
-            shared, otherwise fp32. int8 (torchao) and nf4 (bitsandbytes, GPU only) quantise the linear layers and leave
-            embeddings and head in that of `precision`; model and export have the adapters merged into plain weights.
-        distillation_candidates: how many texts of its block score a passage besides its own: those nearest by cosine.
-            The other pairs cost no decoder pass and do not count, so a block may be larger. Default: all.
-        distillation_marginal_texts: texts of other blocks that score a passage too, for its marginal alone, which over
-            few texts is rough. Each costs a decoder pass a passage.
+        lora_targets: names of the modules that get adapters, or all-linear.
+        share_base: with LoRA, keep one copy of the frozen weights, which serves the encoder with its adapters and the
+            decoder without them; the next stage continues with these adapters. auto: share where the decoder is the
+            model under the adapters. true: refuse the run where it is not.
+        base_dtype: dtype of the weights under LoRA adapters: fp32, bf16, fp16, or auto (that of `precision` where they
+            are shared, otherwise fp32). int8 (torchao) and nf4 (bitsandbytes, GPU only) quantize the linear layers and
+            keep embeddings and head in the dtype of `precision`; model/ and export/ get the adapters merged into plain
+            weights.
+        distillation_candidates: how many texts of its block a passage is scored under besides its own, the nearest by
+            cosine. The other pairs cost no decoder pass and do not count, so blocks can be larger. Default: all.
+        distillation_marginal_texts: how many texts of other blocks improve the estimate of a passage's marginal, which
+            is rough over few texts. Each costs a decoder pass per passage.
         z_norm: none, or match_rms: scale z to the RMS of the decoder's input embeddings.
-        decoder_add_bos: the decoder reads bos before z. The released code has none there, and the decoder's attention
-            sink then falls on one of the vectors of z, a different one for each text.
-        init_output_rms: before the first training step, scale the encoder's final norm so that every dimension of z has
-            the RMS of the decoder's input embeddings.
-        logprob_reduction: how the alignment reads log p of a target: sum over tokens (the paper), or mean, which does
-            not favour short targets; β should then be larger by the length of a text.
-        ref_logps_file: reference scores to use; default: kept in the cache of `datasets`, by
-            fingerprint.
+        decoder_add_bos: the decoder reads bos before z. Without it, as in the released code, the decoder's attention
+            sink falls on one of the vectors of z, a different one for each text.
+        init_output_rms: before the first step, scale the encoder's final norm so that every dimension of z has the RMS
+            of the decoder's input embeddings.
+        logprob_reduction: how the alignment loss reduces log p of a target over its tokens: sum (the paper), or mean,
+            which does not favour short targets. With mean, multiply β by a typical text length.
+        ref_logps_file: file of the reference scores. Default: a file in the cache of `datasets`, by fingerprint.
         precision: auto (bf16 where the GPU or CPU multiplies it in hardware, otherwise fp32), fp32, bf16, or fp16 with
             loss scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
-        gradient_checkpointing: recompute the encoder's activations in backward.
-        decoder_gradient_checkpointing: recompute the decoder's activations in backward.
-        share_prefixes: targets of one z run the decoder's bos and the K rows of z once. Default: where the model can
-            and it saves time; true: always, or the model is refused; false: each target has its own.
+        gradient_checkpointing: recompute the encoder's activations in the backward.
+        decoder_gradient_checkpointing: recompute the decoder's activations in the backward.
+        share_prefixes: targets of the same z run the decoder's bos and the K rows of z only once. Default: where the
+            model supports it and it saves time. true: always; models that do not support it are refused. false: never.
         compile: torch.compile the layers of encoder and decoder.
-        cuda_graphs: capture a step, and replay it for batches whose padded shapes it has seen. Without a token_budget,
-            on one GPU.
-        seed: seeds everything.
+        cuda_graphs: capture a step as a CUDA graph, and replay it for batches whose padded shapes have occurred before.
+            Needs one GPU and no token_budget.
+        seed: seed of all random generators.
         deterministic: use torch's deterministic algorithms, so that two runs on the same machine agree in every bit.
-        on_nonfinite: what happens when the loss or gradient of a step is not finite. Such a step never updates
-            anything, and its rows are written to nonfinite.jsonl. stop: the run ends with FloatingPointError. skip: it
-            continues with the next rows, the learning rate too (it depends on the step alone), and ends after 10 such
-            steps in a row.
-        save_steps: save a checkpoint every so many steps and after the last; 0: only on interruption.
-        save_total_limit: how many checkpoints are kept, the newest; older ones are removed once the new one has been
-            read back whole.
-        save_best: model/ and export/ are those of the best evaluation (`eval_metric`, every `eval_steps`), written
-            when it is reached; without it, those of the last step.
-        resume_from_checkpoint: continue from the newest whole checkpoint of `output_dir`, if there is one, in the same
-            bits. Without it the run starts anew and refuses a folder that holds checkpoints.
+        on_nonfinite: what happens after a step whose loss or gradient is not finite. Such a step updates nothing, and
+            its rows are written to nonfinite.jsonl. stop: the run ends with FloatingPointError. skip: it continues with
+            the next rows and the next learning rate, and ends after 10 such steps in a row.
+        save_steps: save a checkpoint every this many steps and after the last one; 0: only on interruption.
+        save_total_limit: how many checkpoints are kept. An older one is removed once the new one has been verified.
+        save_best: model/ and export/ hold the weights of the best evaluation by `eval_metric` instead of those of the
+            last step. Needs `eval_data` and `eval_steps`.
+        resume_from_checkpoint: continue from the newest valid checkpoint in `output_dir`, if there is one; the result
+            is bit-identical to that of an uninterrupted run. Without it, a folder that holds checkpoints is refused.
         log_with: trackers of accelerate, such as tensorboard, trackio or wandb; several as a list. Those that write
             files do so in `output_dir`/autoregembed.
-        num_proc: processes that tokenize.
-        export_dtype: of the weights in export/: fp32, bf16, fp16, or auto: that of the trained weights.
-        model_name: of the trained model, for its card: a hub id such as user/name, or any name.
-        license: of the trained model, for its card: an SPDX id such as apache-2.0.
+        num_proc: number of processes that tokenize.
+        export_dtype: dtype of the weights in export/: fp32, bf16, fp16, or auto (that of the trained weights).
+        model_name: name of the trained model on its card: a hub id such as user/name, or any name.
+        license: license of the trained model on its card: an SPDX id such as apache-2.0.
     """
 
     stage: Literal[1, 2]

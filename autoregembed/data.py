@@ -268,16 +268,16 @@ def compression_rows(
 ) -> Dataset | IterableDataset:
     """Stage 1: {context, output, instruction?} to {text_ids, suffix_ids, target_ids}, truncated.
 
-    A column `text` stands for both: the text is written from its own embedding.
+    A column `text` replaces both: each text is then written from its own embedding.
 
     Args:
-        rows: what `load_rows` gives, or a data set of `datasets`.
-        columns: the data's own names of these columns; columns that it does not name and that mean nothing here are
-            then left out. Without it a column that holds text and that nothing would read is refused.
-        num_proc: processes that tokenize.
+        rows: what `load_rows` returns, or a data set of `datasets`.
+        columns: the data's own names for these columns. All columns that are neither named here nor known are then
+            ignored; without `columns`, an unknown column that holds text is refused.
+        num_proc: number of processes that tokenize.
 
     Raises:
-        TypeError, ValueError: a wrong row; the message has its index, its file and its line.
+        TypeError, ValueError: a wrong row; the message gives its index, its file and its line.
     """
     check_first_row(rows, 1, columns)
 
@@ -335,13 +335,13 @@ def alignment_rows(
 ) -> Dataset | IterableDataset:
     """Stage 2: one row per (query, positive), from {query or anchor, pos or positive} and any negatives.
 
-    `target_ids` is [positive, *negatives] as the decoder scores them, without prompts; `query_ids`, `positive_ids` and
-    `negative_ids` are as the encoder reads them, `suffix_ids` what follows the query and `passage_suffix_ids` what
-    follows each of [positive, *negatives].
+    The encoder reads `query_ids`, `positive_ids` and `negative_ids`. `suffix_ids` follow the query, and
+    `passage_suffix_ids` follow each of [positive, *negatives]. The decoder scores `target_ids`, which are
+    [positive, *negatives] without prompts.
 
-    The columns hold strings or lists (BGE; several positives make several rows). Negatives stand in `neg` or
-    `negative`, or in `negative_1`, `negative_2` …. `instruction` is the suffix of all texts of a row; MEDI's
-    [instruction, text] pairs give each its own. `prompt` stands before the query in place of `query_instruction`.
+    The columns hold strings or lists, as in BGE; several positives become several rows. Negatives are in `neg` or
+    `negative`, or in `negative_1`, `negative_2` …. `instruction` follows all texts of a row; in MEDI's
+    [instruction, text] pairs, each text has its own. `prompt` precedes the query, instead of `query_instruction`.
 
     The other arguments and errors are those of `compression_rows`.
     """

@@ -53,28 +53,28 @@ LOGPROB_REDUCTIONS = ("sum", "mean")
 class Decoder(nn.Module):
     """A frozen causal LM that reads z as K input embeddings and scores target tokens and the closing eos.
 
-    The model is and stays in eval mode, without gradients of its parameters; gradients flow through it to z.
-    `from_pretrained` makes one that is ready; the constructor takes its parts.
+    The model stays in eval mode and its parameters get no gradients; gradients flow through it to z.
+    `from_pretrained` gives a complete decoder; the constructor takes its parts.
 
     Args:
-        model: a Hugging Face causal LM, not the encoder's own (`sharing` is for that).
-        eos_token_id: ends every target; by default the model config's (the first, where it lists several).
-        bos_token_id: read before z. None: z comes first (the released code).
+        model: a Hugging Face causal LM, not the encoder's own (for that, use `sharing`).
+        eos_token_id: ends every target; by default that of the model's config (the first, if it lists several).
+        bos_token_id: read before z. None: z comes first, as in the released code.
         tokenizer: a fast tokenizer, for `tokenize`.
-        z_norm: "none" feeds z unchanged (the released code); "match_rms" scales every compressed vector to the RMS of
+        z_norm: "none" leaves z unchanged (the released code); "match_rms" scales every compressed vector to the RMS of
             the model's input embeddings, since the last hidden states of an LM are an order of magnitude larger.
         logprob_reduction: over a target's tokens and eos: "sum" (the paper) or "mean", which does not grow with length.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
         impl: the backend of `linear_logprob`.
-        share_prefixes: targets of one z run bos and its K rows once; scores and gradients are the same to rounding.
-            None: where the model can and it saves time; True: wherever two targets of a pass have one z.
-        gradient_checkpointing: recompute the activations of each layer in backward.
+        share_prefixes: targets of the same z run bos and its K rows only once; scores and gradients are the same up to
+            rounding. None: where the model supports it and it saves time; True: always, where two targets share a z.
+        gradient_checkpointing: recompute the activations of each layer in the backward.
 
     Raises:
-        ValueError: no eos, NaN weights, an option that is unknown or that the model cannot follow, the model of an
-            Encoder, adapters that PEFT has put into the model in place or that add virtual tokens, input embeddings
-            that are not rows of their matrix, a head with an adapter or quantised weights, or one whose logits are not
-            softcap(scale · (hidden Wᵀ + bias)), which is found by comparison with the model's own.
+        ValueError: no eos, NaN weights, an option that is unknown or that the model does not support; the model of an
+            Encoder; adapters that PEFT has put into the model in place or that add virtual tokens; input embeddings
+            that are not rows of their matrix; a head with an adapter or quantized weights; a head whose logits, by
+            comparison with those of the model, are not softcap(scale · (hidden Wᵀ + bias)).
     """
 
     def __init__(
@@ -164,13 +164,13 @@ class Decoder(nn.Module):
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
     ) -> Decoder:
-        """A decoder that carries its tokenizer, from a causal LM, or from the one that a trained encoder started from.
+        """A decoder with its tokenizer, from a causal LM, or from the model that a trained encoder started from.
 
         Args:
-            name_or_path: a hub id, a folder, a GGUF file, or what `Encoder.save_pretrained` or a training run wrote
-                (`model/` or `export/`): those folders name the original model, which is loaded in their place.
-            z_norm: as in the constructor; by default what the trained encoder was trained with, else "none".
-            add_bos: the decoder reads bos before z; by default as the trained encoder was trained, else False.
+            name_or_path: a hub id, a folder, a GGUF file, or a folder that `Encoder.save_pretrained` or a training run
+                wrote (`model/` or `export/`). Such a folder names its original model, which is loaded instead.
+            z_norm: as in the constructor; by default as in the training of that folder, otherwise "none".
+            add_bos: the decoder reads bos before z; by default as in that training, otherwise False.
             logprob_reduction, attention, impl, share_prefixes, gradient_checkpointing: as in the constructor.
             dtype: of the weights.
             device: of the weights; by default the CPU.
@@ -204,10 +204,10 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, tokenizer: Any, *, add_bos: bool = False, **options: Any) -> Decoder:
-        """`from_pretrained` for a causal LM in memory, which nothing else may share.
+        """Like `from_pretrained`, for a causal LM in memory, which nothing else may use.
 
         Args:
-            model, tokenizer: what `models.load_causal_lm` gives.
+            model, tokenizer: as `models.load_causal_lm` returns them.
             add_bos: the decoder reads bos before z.
             options: as in the constructor.
 
@@ -221,9 +221,9 @@ class Decoder(nn.Module):
 
     @classmethod
     def sharing(cls, encoder: Encoder, *, add_bos: bool = False, **options: Any) -> Decoder:
-        """The model under an encoder's adapters, without them: the same weights in memory serve both.
+        """A decoder that uses the weights under an encoder's adapters, so that one copy in memory serves both.
 
-        Make it before the encoder is wrapped (DDP) or sharded. Moving or casting the weights of one moves both.
+        Create it before the encoder is wrapped (DDP) or sharded. Moving or casting one of them changes both.
 
         Args:
             encoder: with adapters (`lora_rank`, `adapter`, or a PeftModel) on the original model, whose compress tokens
@@ -246,7 +246,7 @@ class Decoder(nn.Module):
     def tokenize(
         self, texts: Sequence[str], *, max_target_length: int | None = None, num_compress_tokens: int = 5
     ) -> list[list[int]]:
-        """The ids of each text as a target, without eos, cut so that bos, K vectors and eos fit beside them.
+        """The ids of each text as a target, without eos, truncated so that bos, K vectors and eos fit beside them.
 
         Args:
             texts: n strings.
@@ -255,7 +255,7 @@ class Decoder(nn.Module):
         Raises:
             ValueError: a decoder without tokenizer, a text without a token (the row is named), a length above the
                 model's positions.
-            TypeError: no list of strings.
+            TypeError: not a list of strings.
         """
         length = self.fit_max_target_length(num_compress_tokens, max_target_length)
         return [ids[:length] for ids in batch_token_ids(self.tokenizer, texts)]
@@ -331,7 +331,7 @@ class Decoder(nn.Module):
             self.input_rms = self.input_rms_per_dimension().square().mean().sqrt()
 
     def rescale(self, z: Tensor) -> Tensor:
-        """z (B, K, D) as the decoder reads it, by `z_norm`."""
+        """z (B, K, D), scaled by `z_norm` to what the decoder reads."""
         if self.input_rms is None:
             return z
         work = torch.promote_types(z.dtype, torch.float32)
@@ -349,7 +349,7 @@ class Decoder(nn.Module):
         return fit_length("max_target_length", length, room)
 
     def num_tokens(self, targets: Sequence[Ids]) -> int:
-        """Supervised rows N: target tokens and one eos each."""
+        """N, the number of supervised rows: the tokens of all targets, and one eos each."""
         return sum(map(len, targets)) + len(targets)
 
     def num_pass_tokens(self, k: int, targets: Sequence[Ids], owners: list[int]) -> int:
@@ -388,23 +388,23 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """log p(target | z) in nats, summed over target tokens and eos (or their mean, by `logprob_reduction`).
 
-        With a `token_budget` that the pairs exceed, only one pass' activations are ever alive, whatever the loss does
-        with the scores later. Each pass is followed at once by its own backward, for (S, K, D) gradients until the
-        backward and no FLOP more. Where the pairs of one z share a third of all tokens, the forward keeps no graph, and
-        the backward runs each pass again: that costs less there.
+        If the pairs exceed `token_budget`, memory holds the activations of only one pass, for any loss. Each pass is
+        followed at once by its own backward, which costs no additional FLOPs and keeps (S, K, D) gradients. If the
+        pairs of one z share at least a third of all tokens, it is cheaper to keep no graph in the forward and to repeat
+        each pass in the backward, so this is done instead.
 
         Args:
             z: (B, K, D) compressed embeddings.
             targets: S targets as token ids, without eos.
             z_index: (S,) the row of z that each target is scored under; by default target i under row i.
-            token_budget: tokens of one pass, with bos and K vectors; a longer pair makes a pass of its own. None: one
-                pass.
+            token_budget: tokens of one pass, including bos and K vectors; a longer pair gets a pass of its own. None:
+                one pass.
 
         Returns:
             (S,) float32 (float64 for a float64 model).
 
         Raises:
-            ValueError: wrong shapes, an empty target, one longer than the model's positions, or a budget below 1.
+            ValueError: wrong shapes, a target that is empty or exceeds the model's positions, or a budget below 1.
             IndexError: an id outside the vocabulary, or a z_index outside z.
         """
         return self.run(z, targets, z_index, token_budget)

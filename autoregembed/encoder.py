@@ -52,25 +52,25 @@ def text_embedding(z: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """`bos · text · suffix · compress tokens` through a causal LM, packed, to z.
+    """Reads `bos · text · suffix · compress tokens` of packed texts with a causal LM, and returns z.
 
-    `from_pretrained` makes one that is ready; the constructor takes its parts.
+    `from_pretrained` gives a complete encoder; the constructor takes its parts.
 
     Args:
         model: a Hugging Face causal LM (or its base model, or a PeftModel around one). Its attention is set to a
-            backend that understands packs; nothing else of it is changed.
-        compress_token_ids: the K ids whose embeddings the model reads last; they must lie within its embedding matrix.
+            backend that reads packs; nothing else in it is changed.
+        compress_token_ids: ids of the K compress tokens, which the model reads last; inside its embedding matrix.
         suffix_ids: ids between text and compress tokens; by default those of `instruction`.
         bos_token_id: None for models without one.
         tokenizer: a fast tokenizer, for `tokenize`, `encode` and `save_pretrained`.
         instruction: the text that `suffix_ids` stand for.
-        max_length: tokens of one text with all that surrounds it, where texts are tokenized here; by default 512, or
-            the model's positions if fewer.
-        prompts: what stands before the texts of a side, {"query": …, "document": …}, as in sentence-transformers.
+        max_length: tokens of one text that this encoder tokenizes, including bos, instruction and compress tokens; by
+            default 512, or the model's positions if they are fewer.
+        prompts: text before queries and documents, {"query": …, "document": …}, as in sentence-transformers.
         attention: "auto", "flash_attention_2", "varlen" or "sdpa".
-        own_compress_rows: keep the K compress embeddings in a parameter of its own, `compress_rows` (K, D), so that
-            they can have their own learning rate and be trained where the embedding matrix is frozen. They start as
-            the rows of the matrix, or as the tensor (K, D) given here, whose ids may lie behind the matrix.
+        own_compress_rows: keep the K compress embeddings in a separate parameter, `compress_rows` (K, D). They can then
+            have their own learning rate, and be trained while the embedding matrix is frozen. They start as the rows of
+            the matrix, or as a tensor (K, D) given here; its ids may be beyond the end of the matrix.
             `fold_compress_rows()` writes them into the matrix.
 
     Raises:
@@ -150,18 +150,18 @@ class Encoder(nn.Module):
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
     ) -> Encoder:
-        """An encoder that carries its tokenizer, from a causal LM or from one that this library has trained.
+        """An encoder with its tokenizer, from a causal LM or from a model that this library has trained.
 
         Args:
-            name_or_path: a hub id, a folder, a GGUF file, or what `save_pretrained` or a training run wrote (`model/`
-                or `export/`); what those folders say of themselves is the default of the next three.
-            num_compress_tokens: K; by default 5. They are added to a model that has none.
-            compress_init: a text whose tokens' embeddings they then start from; by default " ,".
-            instruction: between text and compress tokens; by default "Keywords:".
+            name_or_path: a hub id, a folder, a GGUF file, or a folder that `save_pretrained` or a training run wrote
+                (`model/` or `export/`), which stores its own K, instruction and max_length as defaults.
+            num_compress_tokens: K; by default 5. A model that has no compress tokens gets K of them.
+            compress_init: text whose token embeddings the new compress tokens start from; by default " ,".
+            instruction: text between the input and the compress tokens; by default "Keywords:".
             max_length: as in the constructor.
-            lora_rank: above 0, LoRA adapters and the compress tokens train in place of all parameters (needs `peft`).
+            lora_rank: above 0, train LoRA adapters and the compress tokens instead of all parameters (needs `peft`).
             lora_alpha, lora_targets: `lora_alpha` and `target_modules` of `peft.LoraConfig`.
-            adapter: the folder of a PEFT adapter that was trained on this model, to go on with.
+            adapter: folder of a PEFT adapter that was trained on this model, to continue with.
             dtype: of the weights.
             device: of the weights; by default the CPU.
             attention, own_compress_rows: as in the constructor.
@@ -204,10 +204,10 @@ class Encoder(nn.Module):
         attention: str = "auto",
         own_compress_rows: bool = False,
     ) -> Encoder:
-        """`from_pretrained` for a causal LM (or its base model) in memory, which it changes in place.
+        """Like `from_pretrained`, for a causal LM (or its base model) in memory, which is changed in place.
 
         Args:
-            model, tokenizer, recipe: what `models.load_causal_lm` gives.
+            model, tokenizer, recipe: as `models.load_causal_lm` returns them.
             lora_modules_to_save: `modules_to_save` of `peft.LoraConfig`.
 
         The other arguments and errors are those of `from_pretrained`.
@@ -281,10 +281,10 @@ class Encoder(nn.Module):
         )
 
     def center(self, texts: Sequence[str], *, whiten: bool = False, **options: Any) -> Centering:
-        """From here on `encode` and saved folders centre embeddings on unlabelled texts, and whiten them if wanted.
+        """Makes `encode` and saved folders subtract the mean embedding of unlabelled texts, and optionally whiten.
 
         Raises:
-            ValueError: fewer than two texts, or no more than D to whiten with. And the errors of `encode`.
+            ValueError: fewer than two texts, or not more than D for whitening. And the errors of `encode`.
         """
         self.centering = None
         self.centering = Centering.fit(self.encode(texts, **options), whiten=whiten)
@@ -310,7 +310,7 @@ class Encoder(nn.Module):
         """How texts become ids, for `data.compression_rows` and `data.alignment_rows`.
 
         Raises:
-            ValueError: this encoder was made without tokenizer or instruction.
+            ValueError: this encoder has no tokenizer or no instruction.
         """
         if self.tokenizer is None or self.instruction is None:
             name = "tokenizer" if self.tokenizer is None else "instruction"
@@ -322,7 +322,7 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def fit_max_length(self, length: int | None = None) -> int:
-        """Tokens of one text with all that surrounds it: `length`, by default the encoder's own `max_length`.
+        """`length`, or by default the encoder's own `max_length`, checked against the model's positions.
 
         Raises:
             ValueError: `length` is more than the model's positions.
@@ -332,17 +332,17 @@ class Encoder(nn.Module):
     def tokenize(
         self, texts: Sequence[str], *, instruction: str | None = None, max_length: int | None = None
     ) -> list[list[int]]:
-        """The ids of each text alone, cut so that bos, instruction and compress tokens fit beside them.
+        """The ids of each text, truncated so that bos, instruction and compress tokens fit beside them.
 
         Args:
             texts: n strings.
-            instruction: the one that will be read with them; by default the encoder's own.
-            max_length: tokens of one text with all that surrounds it; by default the encoder's own.
+            instruction: the instruction that will follow the texts; by default the encoder's own.
+            max_length: tokens of one text, including all that surrounds it; by default the encoder's own.
 
         Raises:
             ValueError: an encoder without tokenizer, a text without a token (the row is named), a `max_length` above
                 the model's positions or without room for text.
-            TypeError: no list of strings.
+            TypeError: not a list of strings.
         """
         ids, suffix = batch_token_ids(self.tokenizer, texts), self._suffix(instruction)
         whole = Prompt(self.tokenizer, self.num_compress_tokens, self.bos_token_id, "", self.fit_max_length(max_length))
@@ -362,20 +362,20 @@ class Encoder(nn.Module):
         shared: bool = False,
         prompt_name: str | None = None,
     ) -> Tensor:
-        """normalize(mean_k z) of each text, centred where `centering` is set, without dropout and without gradient.
+        """The embedding normalize(mean_k z) of each text, centred if `centering` is set; no dropout, no gradient.
 
         Args:
             texts: n strings, tokenized as in training.
             instruction, max_length: as in `tokenize`.
             token_budget: tokens of one pass.
-            shared: all processes are called with the same texts; each embeds a share of them and gets all embeddings.
-            prompt_name: "query" or "document": `prompts` has what stands before the texts; by default nothing does.
+            shared: call this in all processes with the same texts; each embeds a part and gets all embeddings.
+            prompt_name: "query" or "document", the entry of `prompts` to put before each text; by default none.
 
         Returns:
             (n, D) float32 on the CPU, in the order of `texts`.
 
         Raises:
-            ValueError: no text, or a prompt that there is not. And the errors of `tokenize`.
+            ValueError: no text, or an unknown `prompt_name`. And the errors of `tokenize`.
         """
         if prompt_name is not None:
             if prompt_name not in self.prompts:
@@ -414,7 +414,7 @@ class Encoder(nn.Module):
     ) -> None:
         """Scales the model's final norm so that each dimension of z has a given RMS over some texts.
 
-        A few dimensions of an LM's last hidden states are ten times the rest, and such a z is noise to a decoder.
+        A few dimensions of an LM's last hidden states are ten times the others, so a decoder cannot read such a z.
 
         Args:
             rms: (D,) of the decoder's input embeddings (`Decoder.input_rms_per_dimension`).
@@ -439,24 +439,24 @@ class Encoder(nn.Module):
     def forward(
         self, ids: Sequence[Ids] | Packed, suffix_ids: Sequence[Ids] | None = None, token_budget: int | None = None
     ) -> Tensor:
-        """Encodes B texts, in one packed pass or in several that each fit in memory.
+        """Encodes B texts in one packed pass, or in several passes that fit into memory.
 
-        With a `token_budget` that the batch exceeds, only z and one pass' activations are ever alive: the forward keeps
-        no graph, and the backward runs each pass again, with the same dropout, before it goes through it. The gradient
-        is that of one pass over all texts, whatever the loss does with z, for one more forward.
+        If the batch exceeds `token_budget`, memory holds only z and the activations of one pass: the forward keeps no
+        graph, and the backward repeats the forward of each pass with the same dropout. For any loss, the gradient
+        equals that of a single pass. The cost is one more forward.
 
         Args:
             ids: B texts as token ids, without bos, suffix or compress tokens; or a pack of `sequences`, unchecked.
             suffix_ids: B suffixes that replace the default one.
-            token_budget: tokens of one pass, with suffix and compress tokens; a longer text makes a pass of its own.
-                None: one pass.
+            token_budget: tokens of one pass, including suffix and compress tokens; a longer text gets a pass of its
+                own. None: one pass.
 
         Returns:
             z (B, K, D) in the model's dtype.
 
         Raises:
-            ValueError: no text, an empty one, one longer than the model's positions or than those that the model reads
-                rightly in a pack, or a budget below 1.
+            ValueError: no text, an empty text, a text longer than the model's positions or than what the model reads
+                correctly in a pack, or a budget below 1.
             IndexError: an id outside the embedding matrix.
 
         Source: gradient caching, Gao et al., arXiv 2101.06983.

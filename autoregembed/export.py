@@ -190,23 +190,23 @@ def export(
 ) -> Path:
     """Writes `folder`, whole or not at all, for `SentenceTransformer(folder)` and `Encoder.from_pretrained(folder)`.
 
-    `autoregembed.json` lies beside the model: compress tokens, suffix, and the original model that the decoder is. The
-    folder embeds two texts before it gets its name, and they must come out as the encoder embeds them.
+    `autoregembed.json` in the folder records compress tokens, suffix, and the original model, which is the decoder.
+    Before the folder gets its name, it must embed two texts as the encoder does.
 
     Args:
-        encoder: with its fast tokenizer; adapters are merged and compress rows folded in a copy of its model.
+        encoder: an encoder with a fast tokenizer; adapters are merged and compress rows folded in a copy of its model.
         folder: new or empty, unless `overwrite`.
-        max_length: tokens of a text with instruction and compress tokens; by default the encoder's own.
-        dtype: of the weights: float32, bfloat16 or float16; by default the encoder's own.
-        card: what README.md, the model card, says of the training.
-        centering: follows the pooling; None: none, whatever the encoder has.
+        max_length: tokens of a text, including instruction and compress tokens; by default the encoder's own.
+        dtype: dtype of the weights: float32, bfloat16 or float16; by default the encoder's own.
+        card: what the model card, README.md, says about the training.
+        centering: what follows the pooling; None: nothing, even if the encoder is centred.
 
     Raises:
         FileExistsError: `folder` is in use.
-        CheckpointError: the tokenizer cannot be saved so that it gives the same ids, or the folder other embeddings.
-        ValueError: a slow tokenizer, a `max_length` that leaves no room for text, is above the model's positions or
-            above the length up to which its rope is the same for all texts, a `dtype` that is none of the three or
-            that a weight overflows, or weights other than float32 with a centring.
+        CheckpointError: the saved tokenizer would give other ids, or the folder other embeddings.
+        ValueError: a slow tokenizer; a `max_length` that leaves no room for text, is above the model's positions, or
+            above the length up to which the rotary embedding is the same for all texts; a `dtype` that is none of the
+            three or that a weight overflows; weights other than float32 together with centring.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules as stock

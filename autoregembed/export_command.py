@@ -21,11 +21,11 @@ def export_model(
     Args:
         model: the model/ folder of a training run, an export, or any causal LM.
         output: a new or empty folder.
-        center: texts without labels, about whose mean the embeddings shall be: a text a line, or a file of rows.
-        whiten: the same, and every direction gets the same variance; more texts than dimensions.
-        column: of rows; by default text.
-        max_length: tokens of one text with all that surrounds it.
-        dtype: of the weights: fp32, bf16 or fp16; by default as they are.
+        center: unlabelled texts whose mean is subtracted from every embedding: one text per line, or a file of rows.
+        whiten: as center, and every direction also gets the same variance. Needs more texts than dimensions.
+        column: the column to read in a file of rows; by default text.
+        max_length: tokens of one text, including instruction and compress tokens; by default the model's own.
+        dtype: dtype of the exported weights: fp32, bf16 or fp16; by default as they are.
     """
     from autoregembed.encoder import Encoder
     from autoregembed.export import EXPORT_DTYPES

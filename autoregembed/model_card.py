@@ -28,17 +28,17 @@ CITATION = """\
 
 @dataclass
 class Card:
-    """What only the one who trained a model knows. A local path appears by its last part alone.
+    """What only the person who trained a model knows. Of a local path, the card shows only the last part.
 
     Args:
         base_model: the model that training started from, before any stage.
-        license: SPDX id, or another that the Hugging Face hub knows. It is never guessed.
+        license: an SPDX id, or another one that the Hugging Face hub knows. It is never guessed.
         train_data: the data file or data set.
-        recipe: the options of the training, as YAML can write them.
-        eval_data: what `evaluations` are measured on.
-        evaluations: the metrics of `evaluate.METRICS` by step, "0" before training; None where one is undefined.
+        recipe: the options of the training, in types that YAML can represent.
+        eval_data: the data of `evaluations`.
+        evaluations: the metrics of `evaluate.METRICS` by step, "0" before training; an undefined one is None.
         eval_metric: the metric that the card shows.
-        model_name: of this model, perhaps its hub id; by default that of the base model and -autoregembed.
+        model_name: the name of this model, such as its hub id; by default that of the base model with -autoregembed.
     """
 
     base_model: str | None = None

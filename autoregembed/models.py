@@ -86,7 +86,7 @@ def load_causal_lm(
     trust_remote_code: bool = False,
     quantization: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, dict]:
-    """A causal LM, its tokenizer and its recipe: `autoregembed.json` of a folder this library wrote, else {}.
+    """A causal LM, its tokenizer and its recipe (the `autoregembed.json` of a folder this library wrote, else {}).
 
     An exported encoder has no head; its base model is returned.
 
@@ -94,7 +94,7 @@ def load_causal_lm(
         quantization: `quantization_config` and `device_map` of `from_pretrained`; not with a GGUF file.
 
     Raises:
-        CheckpointError: the source cannot be loaded, or lacks weights that Transformers would then draw at random.
+        CheckpointError: the source cannot be loaded, or lacks weights, which Transformers would initialize at random.
     """
     source = os.path.expanduser(source)
     require_source(source)
@@ -237,7 +237,7 @@ def require_untrained(ids: list[int], words: str | None) -> None:
 
 
 def add_compress_tokens(model: Any, tokenizer: Any, k: int, words: str | None = None) -> list[int]:
-    """Writes `compress_embeddings` into the embedding matrix, which grows where it has to; returns their ids."""
+    """Writes `compress_embeddings` into the embedding matrix, which grows if necessary; returns their ids."""
     ids, rows = compress_embeddings(model, tokenizer, k, words)
     write_compress_rows(model, ids, rows)
     return ids

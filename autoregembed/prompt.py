@@ -15,12 +15,11 @@ COMPRESS_INIT = " ,"
 
 @dataclass(frozen=True)
 class Prompt:
-    """How text becomes ids: text and suffix are tokenized apart, so truncation never reaches the instruction.
+    """How text becomes ids: text and suffix are tokenized separately, so truncation never reaches the instruction.
 
-    The encoder reads `bos · text · "\\n" · instruction · "\\n" · compress tokens`, at most `max_length` tokens; the
-    decoder scores at most `max_target_length` target tokens and eos. In retrieval data `query_instruction` stands
-    before the text of a query and `passage_instruction` before that of a passage, as prompts do in
-    sentence-transformers.
+    The encoder reads `bos · text · "\\n" · instruction · "\\n" · compress tokens`, at most `max_length` tokens. The
+    decoder scores at most `max_target_length` target tokens and eos. In retrieval data, `query_instruction` is put
+    before every query and `passage_instruction` before every passage, like the prompts of sentence-transformers.
     """
 
     tokenizer: Any

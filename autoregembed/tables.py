@@ -414,13 +414,13 @@ def require_cache() -> Path:
 
 
 def load_rows(source: str | Sequence[str], split: str | None = None, streaming: bool = False) -> Rows:
-    """Loads rows for training: those of files or of a BEIR folder as a `Table`, a hub data set as `datasets` gives it.
+    """Loads rows for training: files and BEIR folders as a `Table`, a hub data set as `datasets` returns it.
 
     Args:
-        source: a jsonl, json, csv, tsv or parquet file (text also as .gz), several of them (a list, or names with
-            commas between), a folder with corpus.jsonl, queries.jsonl and qrels/*.tsv, or a hub id.
-        split: of a hub data set, or of the qrels of a BEIR folder; by default "train".
-        streaming: read the rows while they are used; none of them is kept.
+        source: a jsonl, json, csv, tsv, txt or parquet file (text also as .gz), several (a list, or separated by
+            commas), a folder of .txt files, a folder with corpus.jsonl, queries.jsonl and qrels/*.tsv, or a hub id.
+        split: the split of a hub data set, or of the qrels of a BEIR folder; by default "train".
+        streaming: read rows when they are needed, and keep none.
 
     Raises:
         FileNotFoundError: `source` looks like a file and there is none.

@@ -84,11 +84,11 @@ MAX_SKIPPED = 10  # steps in a row: by then the parameters are the reason, not t
 
 
 def train(config: Config, console: Console | None = None) -> dict:
-    """Runs one stage; returns and writes the summary (`summary.json`), with paths of model and export.
+    """Runs one stage; writes and returns the summary (`summary.json`), with the paths of model and export.
 
     Raises:
-        ConfigError, CheckpointError, ScoresMismatch, OSError: the message says what is wrong, as do the errors of
-            `data`, `Encoder` and `Decoder`.
+        ConfigError, CheckpointError, ScoresMismatch, OSError: the message says what is wrong. And the errors of `data`,
+            `Encoder` and `Decoder`.
         FloatingPointError: a loss or gradient is not finite; the rows of that step are named (see `on_nonfinite`).
         Interrupted: after a Ctrl-C, with a checkpoint saved. MemoryError: the message names what needs less.
     """

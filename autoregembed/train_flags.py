@@ -78,13 +78,13 @@ def plan_parser(**options: Any) -> ArgumentParser:
     parser = ArgumentParser(
         prog="autoregembed plan",
         usage="autoregembed plan CONFIG.yaml [CONFIG.yaml ...] [--device cpu|cuda] [--field value ...]",
-        description="Tell the memory that runs will need, before a weight is loaded. Takes the flags of train as well.",
+        description="Compute the memory of a run before any weight is loaded. Also takes all flags of train.",
         **options,
     )
-    parser.add_argument("--device", type=str | None, help="cpu or cuda, where the run will be; by default as here")
-    parser.add_argument("--memory", type=float | None, help="GB of that device; by default as here")
-    parser.add_argument("--processes", type=int, default=1, help="processes of the run on one machine")
-    parser.add_argument("--fsdp", action="store_true", help="their weights are shared out by FSDP2; otherwise DDP")
+    parser.add_argument("--device", type=str | None, help="cpu or cuda: where the run will be; by default as here")
+    parser.add_argument("--memory", type=float | None, help="memory of that device in GB; by default as here")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes on one machine")
+    parser.add_argument("--fsdp", action="store_true", help="shard the weights over them with FSDP2; otherwise DDP")
     return parser
 
 

@@ -23,12 +23,12 @@ from autoregembed.teacher_scores import block_scores, scores_of_rows
 
 
 class BlockBatchSampler(DefaultBatchSampler):
-    """Batches of the rows that `LikelihoodDistillationLoss.precompute_teacher_scores` has scored with each other.
+    """Batches of rows that `LikelihoodDistillationLoss.precompute_teacher_scores` has scored together.
 
-    Pass the class as `batch_sampler` of the training arguments. An epoch draws all blocks in a new order.
+    Pass the class as `batch_sampler` of the training arguments. Every epoch draws the blocks in a new order.
 
     Raises:
-        ValueError: rows without their scores, or a batch size other than theirs.
+        ValueError: rows without scores, or a batch size that differs from that of the scores.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, *args: Any, seed: int = 0, **kwargs: Any):
@@ -71,18 +71,18 @@ class _Reader(nn.Module):
 
 
 class LikelihoodDistillationLoss(DecoderLoss):
-    """Score distillation: what the model before the training finds likely teaches the cosines, without any label.
+    """Score distillation: the cosines learn from the likelihoods of the model before training, without labels.
 
-    Columns: a text alone, or anchor and positive. `precompute_teacher_scores` scores blocks of rows once, adds the
-    scores as `label`, and `BlockBatchSampler` keeps the blocks together:
+    Columns: a single text, or anchor and positive. `precompute_teacher_scores` scores blocks of rows once and adds the
+    scores as a column `label`; `BlockBatchSampler` keeps the blocks together:
 
         loss = LikelihoodDistillationLoss(model)
         dataset = loss.precompute_teacher_scores(dataset, batch_size=12)
         args = SentenceTransformerTrainingArguments(…, per_device_train_batch_size=12, batch_sampler=BlockBatchSampler)
 
     Args:
-        model, decoder, max_target_length: as in `InformationCompressionLoss`; `model` has been through stage 1.
-        options: those of its fields whose names begin with `distillation_`, and `teacher_temperature`.
+        model, decoder, max_target_length: as in `InformationCompressionLoss`; `model` must be a stage-1 model.
+        options: only the fields `distillation_…` and `teacher_temperature` are used.
 
     Raises:
         TypeError, ValueError: as in `InformationCompressionLoss`.
@@ -135,17 +135,18 @@ class LikelihoodDistillationLoss(DecoderLoss):
     def precompute_teacher_scores(
         self, dataset: Dataset, batch_size: int, *, seed: int = 0, console: Console | None = None
     ) -> Dataset:
-        """Blocks of `batch_size` rows of `dataset`, with their scores under the model as it is in a column `label`.
+        """Divides `dataset` into blocks of `batch_size` rows, with their scores under the present model as `label`.
 
-        The scores are kept in the cache of `datasets`, by what they depend on. Rows that fill no block are left out.
+        The scores are cached in the folder of `datasets`, by everything they depend on. Rows that do not fill a block
+        are left out.
 
         Args:
-            dataset: with one column of texts, or two: anchor, positive.
-            seed: of the blocks.
-            console: says what is computed, and where it is kept.
+            dataset: one column of texts, or the two columns anchor and positive.
+            seed: random seed of the division into blocks.
+            console: prints what is computed, and where it is stored.
 
         Raises:
-            ValueError: another number of columns, or fewer rows than a block has.
+            ValueError: another number of columns, or fewer rows than a block.
         """
         names = [n for n in dataset.column_names if n not in ("label", "dataset_name")]
         if len(names) not in (1, 2):

@@ -25,15 +25,15 @@ __all__ = ["MTEBEncoder"]
 
 
 class MTEBEncoder(AbsEncoder):
-    """An `Encoder` as mteb's `EncoderProtocol`.
+    """Makes an `Encoder` available to mteb, as its `EncoderProtocol`.
 
     Args:
-        encoder: one that carries its tokenizer, as `Encoder.from_pretrained` gives it.
-        instructions: by mteb's prompt names: a task ("STSBenchmark"), a type of task ("Retrieval"), a side ("query",
-            "document"), or task and side ("NFCorpus-query"), the most specific one first. Texts without any get the
-            encoder's own. The encoder's `prompts` stand before queries and documents, as in an export.
-        name: "organisation/model", under which mteb files the results.
-        revision: likewise.
+        encoder: an encoder with a tokenizer, as `Encoder.from_pretrained` returns it.
+        instructions: instructions by mteb's prompt names: a task ("STSBenchmark"), a type of task ("Retrieval"), a side
+            ("query", "document"), or task and side ("NFCorpus-query"). The most specific one applies; texts without
+            any get the encoder's own. The encoder's `prompts` precede queries and documents, as in an export.
+        name: "organisation/model", under which mteb stores the results.
+        revision: the revision under which mteb stores the results.
         max_length, token_budget: as in `Encoder.encode`.
     """
 

@@ -57,7 +57,7 @@ def from_causal_lm(
     overwrite: bool = False,
     **options: Any,
 ) -> SentenceTransformer:
-    """A model to start training from: a causal LM with compress tokens, written to `folder` and loaded from there.
+    """A model to start training from: adds compress tokens to a causal LM, writes it to `folder` and loads it.
 
     Args:
         source, instruction, num_compress_tokens, max_length: as in `Encoder.from_pretrained`.
@@ -93,14 +93,14 @@ class InformationCompressionLoss(DecoderLoss):
 
     Args:
         model: written by `Encoder.save_pretrained` or `from_causal_lm`.
-        decoder: the frozen causal LM that `model` was made of; it follows the loss' device. By default the one that the
-            folder of `model` names is loaded.
-        max_target_length: tokens of a target that are scored, without eos; by default 512, or what the decoder has
-            positions for. The model's tokenizer truncates a target as it does any text.
+        decoder: the frozen causal LM that `model` was made from; it follows the device of the loss. By default, the one
+            that the folder of `model` names is loaded.
+        max_target_length: tokens of a target that are scored, without eos; by default 512, or fewer if the decoder has
+            fewer positions. The model's tokenizer truncates targets like any other text.
 
     Raises:
-        TypeError, ValueError: no `Decoder`, a model without compress tokens, or one that names no original model where
-            `decoder` is None.
+        TypeError, ValueError: `decoder` is not a `Decoder`, the model has no compress tokens, or `decoder` is None and
+            the model names no original model.
     """
 
     def __init__(
@@ -121,18 +121,18 @@ class InformationCompressionLoss(DecoderLoss):
 
 
 class AutoRegEmbedLoss(DecoderLoss):
-    """Stage 2 of AutoRegEmbed: conditional distribution alignment, and InfoNCE on the same forward pass if wanted.
+    """Stage 2 of AutoRegEmbed: conditional distribution alignment, and optionally InfoNCE on the same forward pass.
 
-    Columns: anchor, positive and any number of negatives. Without one, the batch has them: InfoNCE compares an anchor
-    with the positives of all others, and the alignment takes the positive of the next row. With `ref_margin` "add" or
-    "subtract" the reference scores (log-probabilities in nats of the positive and of each negative given the anchor,
-    under the model before this stage) are a `label` column of M + 1 floats; `precompute_ref_logps` computes it.
+    Columns: anchor, positive and any number of negatives. Without negatives, InfoNCE compares an anchor with the
+    positives of all other rows, and the alignment uses the positive of the next row. With `ref_margin` "add" or
+    "subtract", a column `label` must hold M + 1 reference scores: the log-probabilities, in nats, of the positive and
+    each negative given the anchor, under the model before this stage. `precompute_ref_logps` computes it.
 
     Args:
         model, decoder, max_target_length: as in `InformationCompressionLoss`.
         options: weights and variants of the loss; by default 0.2 · alignment without a reference + InfoNCE. With
-            `contrastive_weight` > 0 `forward` returns both parts by name.
-        gather_across_devices: InfoNCE takes negatives from all processes.
+            `contrastive_weight` > 0, `forward` returns both parts by name.
+        gather_across_devices: InfoNCE uses negatives from all processes.
 
     Raises:
         TypeError, ValueError: as in `InformationCompressionLoss`.
@@ -209,11 +209,11 @@ class AutoRegEmbedLoss(DecoderLoss):
 
     @torch.no_grad()
     def precompute_ref_logps(self, dataset: Any, batch_size: int = 32) -> Any:
-        """`dataset` with the reference scores under the model as it is now in a column `label`.
+        """Adds a column `label` to `dataset`: the reference scores under the model in its present state.
 
         Args:
             dataset: a `datasets.Dataset` with columns anchor, positive and negatives, in this order.
-            batch_size: rows that are scored together.
+            batch_size: number of rows that are scored together.
 
         Raises:
             ValueError: fewer than three columns, or options that read no reference scores.
@@ -255,21 +255,21 @@ class AutoRegEmbedLoss(DecoderLoss):
 class FusedInfoNCELoss(nn.Module):
     """`MultipleNegativesRankingLoss` over cosine similarities, without the (B, P) matrix of scores in memory.
 
-    Same columns (anchor, positive, any number of negatives), same value, same gradient. It saves memory where that
-    matrix is larger than the embeddings; for small batches on a CPU the stock loss is as fast or faster
-    (`autoregembed bench --suite integrations`). For any model; in one of `Encoder.save_pretrained` it keeps the pooling
-    weights as they are.
+    It has the same columns (anchor, positive, any number of negatives), value and gradient, and works with any model.
+    It saves memory if that matrix is larger than the embeddings; for small batches on a CPU the stock loss is as fast
+    or faster (`autoregembed bench --suite integrations`). In a model that `Encoder.save_pretrained` wrote, it keeps the
+    pooling weights as they are.
 
     Args:
         model: any SentenceTransformer.
         scale: factor on the cosine similarities, 1 / temperature.
-        gather_across_devices: negatives from all processes, with gradients; for "query_to_doc" alone.
-        directions, partition_mode: as there. With "doc_to_doc" the columns are anchor and positive alone.
-        margin: a negative with a cosine above the positive's + margin is left out, as in `info_nce`; `GISTEmbedLoss`
-            whose guide is the model takes it with the other sign. None: none is.
+        gather_across_devices: use negatives from all processes, with gradients; with "query_to_doc" only.
+        directions, partition_mode: as in `MultipleNegativesRankingLoss`. "doc_to_doc" allows only anchor and positive.
+        margin: a negative whose cosine exceeds the positive's by more than this is left out, as in `info_nce`. (In
+            `GISTEmbedLoss` with the model as its guide, the sign is the opposite.) None: no negative is left out.
 
     Raises:
-        TypeError, ValueError: as `info_nce`, or options that the fused op does not have together.
+        TypeError, ValueError: as in `info_nce`, or a combination of options that the fused op does not support.
     """
 
     def __init__(

@@ -55,9 +55,9 @@ IGNORE_INDEX = -100  # what Trainer does not count
 
 
 def compression_inputs(rows: Dataset, encoder: Encoder, eos_token_id: int) -> Dataset:
-    """Rows of `data.compression_rows` to {input_ids, labels}, what `DataCollatorForSeq2Seq` pads.
+    """Converts rows of `data.compression_rows` to {input_ids, labels}, which `DataCollatorForSeq2Seq` pads.
 
-    Give that collator a tokenizer with `padding_side="left"` and the Trainer `label_names=["labels"]`.
+    Give that collator a tokenizer with `padding_side="left"`, and the Trainer `label_names=["labels"]`.
     """
 
     def convert(row: dict) -> dict:
@@ -70,10 +70,11 @@ def compression_inputs(rows: Dataset, encoder: Encoder, eos_token_id: int) -> Da
 class CompressionLossFunction:
     """Stage 1 as `Trainer(compute_loss_func=…)` for a base model (`AutoModel`) and left-padded texts.
 
-    The loss is Σ −log p(output | z) over the target tokens of the whole step, all micro-batches and processes.
+    The loss is the mean of −log p(output | z) over the target tokens of the whole step, with all its microbatches and
+    processes.
 
     Args:
-        decoder: the frozen decoder; moved to the device of the model's outputs.
+        decoder: the frozen decoder; it is moved to the device of the model's outputs.
         num_compress_tokens: K; the last K inputs of every text are its compress tokens.
     """
 
@@ -120,7 +121,7 @@ def _on(count: Tensor | int, device: torch.device) -> Tensor | int:
 def precompute_ref_logps(
     rows: Dataset, encoder: Encoder, decoder: Decoder, token_budget: int = SCORING_BUDGET
 ) -> Dataset:
-    """Rows of `data.alignment_rows` with `ref_logps`: the scores of positive and negatives under the model as it is."""
+    """Adds `ref_logps` to rows of `data.alignment_rows`: scores of positive and negatives under the present model."""
     training = encoder.training
     positive, negatives = compute_ref_logps(encoder.eval(), decoder, rows, token_budget)
     encoder.train(training)
@@ -131,19 +132,19 @@ def precompute_ref_logps(
 def precompute_teacher_scores(
     rows: Dataset, encoder: Encoder, decoder: Decoder, batch_size: int, *, seed: int = 0, console: Console | None = None
 ) -> Dataset:
-    """Blocks of `batch_size` rows for score distillation, with their scores under the model as it is.
+    """Divides rows into blocks of `batch_size` for score distillation, with their scores under the present model.
 
-    The scores (`teacher_scores`, with `block` and `place`) are kept in the cache of `datasets`, by what they depend on.
-    `AutoRegEmbedTrainer` keeps the rows of a block together; `batch_size` is its `per_device_train_batch_size`. Rows
-    that fill no block are left out.
+    The scores (`teacher_scores`, with `block` and `place`) are cached in the folder of `datasets`, by everything they
+    depend on. `AutoRegEmbedTrainer` keeps the rows of a block together; its `per_device_train_batch_size` must equal
+    `batch_size`. Rows that do not fill a block are left out.
 
     Args:
-        rows: texts alone or pairs, or what `data.text_rows` or `data.alignment_rows` made of them.
-        seed: of the blocks.
-        console: says what is computed, and where it is kept.
+        rows: texts or pairs, or what `data.text_rows` or `data.alignment_rows` made of them.
+        seed: random seed of the division into blocks.
+        console: prints what is computed, and where it is stored.
 
     Raises:
-        ValueError: fewer rows than a block has, or an encoder without tokenizer.
+        ValueError: fewer rows than a block, or an encoder without tokenizer.
     """
     if "target_ids" not in rows.column_names:
         rows = (data.text_rows if data.is_unpaired(rows) else data.alignment_rows)(rows, encoder.prompt)
@@ -252,23 +253,23 @@ class AutoRegEmbedTrainer(Trainer):
     The gradient does not depend on how a step is split into microbatches and processes. Checkpoints hold the encoder's
     model as Transformers or PEFT saves it, never the decoder.
 
-    Data sets hold texts (the columns of `data.compression_rows` for stage 1, of `data.alignment_rows` for stage 2), or
-    what these functions made of them. Where no row has a negative, the batch has them: InfoNCE compares a query with
-    the positives of all others, and the alignment takes the positive of the next row.
+    Data sets hold texts, in the columns of `data.compression_rows` for stage 1 or `data.alignment_rows` for stage 2, or
+    what these functions made of them. If no row has a negative, InfoNCE compares a query with the positives of all
+    other rows, and the alignment uses the positive of the next row.
 
     Args:
-        encoder: around a base model (`AutoModel`) or a PeftModel of one, without `own_compress_rows`.
-        decoder: the frozen decoder; by default the model that the encoder was made from, where the loss reads one.
+        encoder: an encoder of a base model (`AutoModel`) or a PeftModel of one, without `own_compress_rows`.
+        decoder: the frozen decoder; by default, if the loss needs one, the model that the encoder was made from.
         args: as for `Trainer`.
         options: weights and variants of the loss of stage 2; by default 0.2 · alignment without a reference + InfoNCE.
-            With `ref_margin` other than "none" the rows need a column `ref_logps` (`precompute_ref_logps`), with
-            `distillation_weight` > 0 what `precompute_teacher_scores` adds.
+            With `ref_margin` other than "none", the rows need a column `ref_logps` (`precompute_ref_logps`); with
+            `distillation_weight` > 0, the columns that `precompute_teacher_scores` adds.
         trainer: further arguments of `Trainer`.
 
     Raises:
-        ValueError: a model with a head, an encoder with compress rows of its own, an encoder that names no original
-            model where `decoder` is None, or in-batch negatives under gradient accumulation, where they would come from
-            one microbatch of the step.
+        ValueError: a model with a head; an encoder with `own_compress_rows`; an encoder that names no original model,
+            if `decoder` is None; in-batch negatives with gradient accumulation, since they would come from a single
+            microbatch of the step.
     """
 
     def __init__(

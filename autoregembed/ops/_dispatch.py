@@ -66,9 +66,9 @@ def _state_of_triton(device: torch.device) -> str:
 
 
 def available_impls(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """Every backend by name, with "ok" or why it cannot run for `dtype` on `device`.
+    """Every backend by name, with "ok" or the reason why it cannot run for `dtype` on `device`.
 
-    `auto` takes the first "ok", but never Triton's interpreter.
+    impl="auto" takes the first that is "ok", but never Triton's interpreter.
     """
     device = torch.device(device)
     cpp = _NATIVE
@@ -96,7 +96,7 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype, kernels: t
 
 
 def default_impl(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
-    """The backend that impl="auto" stands for in `linear_logprob`, which has a kernel for each."""
+    """The backend that impl="auto" selects in `linear_logprob`, the op that has a kernel for every backend."""
     return resolve_impl("auto", torch.device(device), dtype, tuple(_FOLDERS))
 
 

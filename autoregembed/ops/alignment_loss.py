@@ -17,7 +17,7 @@ NEGATIVES = ("independent", "joint")
 
 
 class AlignmentOutput(NamedTuple):
-    """`loss` () carries the gradient; the statistics () do not, and stay on the device."""
+    """The loss and statistics of the alignment, each a () tensor on the device. Only `loss` carries a gradient."""
 
     loss: Tensor
     s1: Tensor
@@ -110,19 +110,19 @@ def alignment_loss(
         reference_positive: r_a (B,), `query_positive` under the stage-1 model; a constant.
         reference_negatives: r_c (B, M), `query_negatives` under the stage-1 model; a constant.
         beta, temperature: β and τ, positive; 0.1 each by default.
-        ref_margin: "add" (the released code), "subtract" (the DPO form) or "none".
+        ref_margin: the sign of the reference scores: "add" (the released code), "subtract" (as in DPO) or "none".
         negatives: "independent" (the released code for M > 1) or "joint".
         negative_mask: (B, M) bool, False where row i has no j-th negative; the values there are never read.
-            "independent" averages over the negatives that exist, "joint" over the rows that have one.
+            "independent" averages over the existing negatives, "joint" over the rows that have one.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
         AlignmentOutput(loss, s1, s2, accuracy): the loss, the mean of s1 over rows, the mean of s2 over pairs, and the
-        share of pairs with a > c. Without any pair the loss is 0, attached to the graph.
+        share of pairs with a > c. If there is no pair, the loss is 0, attached to the graph.
 
     Raises:
-        TypeError, ValueError: wrong dtype, device, shape or name of a variant, or reference scores that are missing, or
-            given with "none", which reads none.
+        TypeError, ValueError: wrong dtype, device, shape or option; reference scores that are missing, or that are
+            given with `ref_margin="none"`.
         ImplUnavailable: `impl` names a backend that cannot run here.
 
     Source: arXiv 2502.11401, §3.3, and the code released with it.

@@ -13,10 +13,10 @@ def compression_loss(logprob: Tensor, num_tokens: Tensor | int) -> Tensor:
 
     Args:
         logprob: (S,) log-probabilities of whole targets, nats.
-        num_tokens: (S,) the tokens of each target with its eos, or their total.
+        num_tokens: (S,) tokens of each target, including its eos, or their total.
 
     Returns:
-        () nats per token; 0 attached to the graph when there is no token.
+        () nats per token; 0, attached to the graph, if there is no token.
 
     Raises:
         TypeError, ValueError: wrong dtype or shape.

@@ -30,7 +30,10 @@ NO_NEGATIVE = -1
 
 
 class AlignmentPairs(NamedTuple):
-    """Which sequence of a pack plays which part, as places in 0..S−1. A sequence may play several, or none."""
+    """Which sequences of a pack are positives and negatives of which row, as indices 0..S−1.
+
+    A sequence may be used several times, or not at all.
+    """
 
     query_positive: Tensor  # (B,)    a: the positive, scored under z of the query
     positive_positive: Tensor  # (B,)    b: the positive, scored under z of the positive
@@ -38,9 +41,10 @@ class AlignmentPairs(NamedTuple):
 
     @classmethod
     def in_order(cls, num_negatives: Sequence[int], device: torch.device | str | None = None) -> AlignmentPairs:
-        """Of a pack that holds B query–positive, B positive–positive pairs, then each row's negatives in turn.
+        """The indices for a pack in the usual order: B query–positive pairs, B positive–positive pairs, negatives.
 
-        Built on the host and copied once; (B, max(num_negatives)).
+        The negatives follow row by row, `num_negatives[i]` of row i. M is max(num_negatives). The indices are built on
+        the host and copied to `device` once.
         """
         b = len(num_negatives)
         count = torch.tensor(num_negatives, dtype=torch.int64)
@@ -195,28 +199,29 @@ def conditional_alignment(
     negatives: str = "independent",
     impl: str = "auto",
 ) -> AlignmentOutput:
-    """Stage 2 of AutoRegEmbed from the decoder's hidden states: `alignment_loss` of `linear_logprob`, in one op.
+    """Stage 2 of AutoRegEmbed from the decoder's hidden states: `linear_logprob` and `alignment_loss` in one op.
 
-    The forward scores all sequences, forms the loss and its gradient of every score, and leaves d logprob / d hidden
-    behind; the backward multiplies that by one number a row. The host reads nothing on the Triton backend.
+    The forward scores all sequences, computes the loss and its gradient with respect to every score, and keeps
+    d logprob / d hidden. The backward multiplies that by one number per row. On the Triton backend the host never waits
+    for the device.
 
     Args:
         hidden, weight, target, bias, softcap, scale, ignore_index: as in `linear_logprob`; the head is frozen.
         cu_seqlens: (S+1,) int32 or int64; rows cu_seqlens[i] to cu_seqlens[i+1] are the tokens of scored sequence i.
-        pairs: which sequence plays which part: `AlignmentPairs` of (B,), (B,) and (B, M) int64 or int32.
-            `AlignmentPairs.in_order` makes those of the usual order, for rows with any number of negatives.
+        pairs: which sequences are positives and negatives of which row: `AlignmentPairs` of (B,), (B,) and (B, M) int64
+            or int32. `AlignmentPairs.in_order` builds them for the usual order, with any number of negatives per row.
         reference_positive: r_a (B,), the score of the positive under the stage-1 model; a constant.
-        reference_negatives: r_c (B, M), of the negatives; not read where there is none.
+        reference_negatives: r_c (B, M), the scores of the negatives under it; not read where a row has no negative.
         logprob_reduction: "sum" over a sequence's tokens (the paper) or "mean".
         beta, temperature, ref_margin, negatives: as in `alignment_loss`.
         impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
-        AlignmentOutput(loss, s1, s2, accuracy), as `alignment_loss` gives.
+        AlignmentOutput(loss, s1, s2, accuracy), as from `alignment_loss`.
 
     Raises:
-        TypeError, ValueError, IndexError: as in `linear_logprob` and `alignment_loss`, a head that requires grad, or a
-            place outside 0..S−1 (NaN on the Triton backend).
+        TypeError, ValueError, IndexError: as in `linear_logprob` and `alignment_loss`, a head that requires grad, or an
+            index outside 0..S−1 (NaN on the Triton backend).
         ImplUnavailable: `impl` names a backend that cannot run here.
 
     Source: arXiv 2502.11401, §3.3.

@@ -92,20 +92,20 @@ def conditional_compression(
     ignore_index: int = -100,
     impl: str = "auto",
 ) -> Tensor:
-    """Stage 1 of AutoRegEmbed from the decoder's hidden states: `compression_loss` of `linear_logprob`, in one op.
+    """Stage 1 of AutoRegEmbed from the decoder's hidden states: `linear_logprob` and `compression_loss` in one op.
 
     loss = −Σ_i log softmax(cap(scale · (hidden_i Wᵀ + bias)))[target_i] / num_tokens
 
-    The forward leaves d logprob / d hidden behind; the backward is one multiplication of it by one number.
+    The forward keeps d logprob / d hidden; the backward multiplies it by one number.
 
     Args:
         hidden, weight, target, bias, softcap, scale, ignore_index: as in `linear_logprob`; the head is frozen.
-        num_tokens: what the sum is divided by, at least 1: a number, or () int64 or int32. None: the targets that are
-            not ignored. Another number makes the loss a share of a larger step's.
+        num_tokens: the sum is divided by this number or () int64 or int32 tensor, at least 1. None: by the number of
+            targets that are not ignored. For a microbatch, pass the number of the whole step.
         impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
-        () float32 (float64 for float64), nats per token; 0 attached to the graph where there is no token.
+        () float32 (float64 for float64), nats per token; 0, attached to the graph, if there is no token.
 
     Raises:
         TypeError, ValueError, IndexError: as in `linear_logprob`, or a head that requires grad.

@@ -32,18 +32,19 @@ def generative_info_nce(
     direction: str = "passages",
     marginal: str | Tensor = "none",
 ) -> Tensor:
-    """InfoNCE over likelihoods in place of cosines: which of the passages does z_i describe?
+    """InfoNCE over likelihoods instead of cosines: which of the passages does z_i describe?
 
         x_ij = (log p(d_j | z_i) − marginal_j) / (n_j · temperature)
         "passages":  loss = mean_i −log softmax_j(x_ij)[target_i],         j over the scored passages
         "queries":   loss = mean_i −log softmax_i'(x_i'j)[i], j = target_i, i' over the queries with a score of j
 
-    How likely d_j is anyway dominates log p(d_j | z_i), and is the same for every query. `num_tokens` removes the
-    length of d_j from that, not how common its words are; `marginal` removes all of it, and in "queries" it cancels.
+    Most of log p(d_j | z_i) only says how likely d_j is anyway, which is the same for every query. `num_tokens` removes
+    the effect of d_j's length, but not that of how common its words are. `marginal` removes all of it; with direction
+    "queries" it cancels.
 
-    Every scored pair is one decoder pass over d_j's tokens: all pairs of a batch of B cost B times what the pairs
-    (z_i, d_i) cost, and M chosen negatives 1 + M times. `Decoder.logprob(..., token_budget)` scores any number of pairs
-    in the memory of one pass:
+    Every scored pair costs a decoder pass over d_j's tokens. Compared with the pairs (z_i, d_i) alone, all pairs of a
+    batch of B cost B times as much, and M chosen negatives 1 + M times. `Decoder.logprob(..., token_budget)` scores any
+    number of pairs in the memory of one pass:
 
         query, passage = chosen.nonzero(as_tuple=True)  # chosen (B, P) bool, the positives among them
         flat = decoder.logprob(z, [targets[j] for j in passage], query, token_budget)
@@ -53,17 +54,17 @@ def generative_info_nce(
         scores: (B, P), log p(d_j | z_i) in nats, summed over tokens.
         target: (B,) int64 or int32, the positive's column; by default query i belongs to passage i, P ≥ B.
         temperature: positive; 1 by default. A floating-point tensor, () or (1,), gets its gradient.
-        num_tokens: n_j (P,), tokens of each passage with its eos. Scores are then compared per token; compared by their
-            sums, the shortest passage often wins. None: n_j = 1.
-        mask: (B, P) bool, False where a pair has no score; the values there are never read. None: all have one.
-        passage_ids: (P,) int64, equal for equal passages. A passage with the id of a query's positive is no negative of
-            that query.
-        direction: "passages", "queries" (another query with the same positive is no negative), or "both", their mean.
-        marginal: "none"; "batch", the log of the sum over the batch's queries with a score, temperature · n_j ·
-            logsumexp_i scores_ij / (temperature · n_j), through which the gradient goes; or log p(d_j), (P,) floats.
+        num_tokens: n_j (P,), tokens of each passage, including its eos. Scores are then compared per token; as sums,
+            they often favour the shortest passage. None: n_j = 1.
+        mask: (B, P) bool, False where a pair has no score; the values there are never read. None: all pairs have one.
+        passage_ids: (P,) int64, equal for equal passages. A passage with the id of a query's positive is not a negative
+            of that query.
+        direction: "passages", "queries" (another query with the same positive is not a negative), or "both", the mean.
+        marginal: "none"; "batch", which is temperature · n_j · logsumexp_i scores_ij / (temperature · n_j) over the
+            batch's scored queries and passes gradients; or log p(d_j), (P,) floats.
 
     Returns:
-        () float32 (float64 for float64 scores); 0 attached to the graph for B = 0.
+        () float32 (float64 for float64 scores); 0, attached to the graph, for B = 0.
 
     Raises:
         TypeError, ValueError: wrong dtype, device, shape or name, or a positive without a score.
@@ -103,7 +104,7 @@ def generative_info_nce(
 
 
 class GenerativeInfoNCELoss(nn.Module):
-    """`generative_info_nce` with its options fixed; a temperature that is an `nn.Parameter` is one of the module's."""
+    """`generative_info_nce` with its options fixed; a temperature given as an `nn.Parameter` is trained with it."""
 
     def __init__(
         self,

@@ -127,7 +127,7 @@ def info_nce(
     margin: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Contrastive loss over cosine similarities, in-batch and hard negatives in one list of passages.
+    """Contrastive loss over cosine similarities, with in-batch and hard negatives.
 
     loss = mean_i −log softmax_p(cos(query_i, passage_p) / temperature)[target_i]
 
@@ -143,27 +143,28 @@ def info_nce(
         passages: (P, D): the positives, then any hard negatives.
         target: (B,) int64 or int32, the positive's row in `passages`; by default query i belongs to passage i, P ≥ B.
         temperature: positive; 0.05 by default. A floating-point tensor, () or (1,), gets its gradient.
-        passage_ids: (P,) int64, equal for equal passages. A passage with the id of a query's positive is no negative of
-            that query, nor is another query that has such a positive.
-        directions: names as in sentence-transformers' `MultipleNegativesRankingLoss`, "query_to_doc" among them.
-        partition_mode: "joint", one softmax over all directions, which holds the positive twice with "doc_to_query", as
-            there; or "per_direction", the mean of one loss for each, for "query_to_doc" and "doc_to_query": the
-            symmetric loss.
-        margin: a negative with a cosine above the positive's cos(query_i, p_i) + margin is taken for a false one and
-            left out; None: none is. Cosines within rounding of that bound may fall on either side.
+        passage_ids: (P,) int64, equal for equal passages. A passage with the id of a query's positive is not a negative
+            of that query, and neither is another query with such a positive.
+        directions: any of the names above, with "query_to_doc" among them. They are those of sentence-transformers'
+            `MultipleNegativesRankingLoss`.
+        partition_mode: "joint": one softmax over all directions, which contains the positive twice with "doc_to_query",
+            as in sentence-transformers. "per_direction": the mean of one loss per direction, for "query_to_doc" and
+            "doc_to_query"; both together are the symmetric loss.
+        margin: a negative whose cosine is above cos(query_i, p_i) + margin counts as a false negative and is left out.
+            None: no negative is. Cosines within rounding of that bound may fall on either side.
         impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:
-        () float32 (float64 for float64 inputs); 0 attached to the graph for B = 0.
+        () float32 (float64 for float64 inputs); 0, attached to the graph, for B = 0.
 
     Raises:
-        TypeError, ValueError, IndexError: wrong dtype, device, shape or target (a target out of range: NaN on the
-            Triton backend).
-        ImplUnavailable: the backend cannot run here; "cpp" cannot with `passage_ids`, further directions or a margin,
-            "triton" cannot with the latter two in float16 or float64.
+        TypeError, ValueError, IndexError: wrong dtype, device, shape or target (on the Triton backend, a target out of
+            range gives NaN instead).
+        ImplUnavailable: `impl` names a backend that cannot run here. "cpp" supports no `passage_ids`, no further
+            directions and no margin; "triton" supports the latter two in bfloat16 and float32 only.
 
-    Source: van den Oord et al., arXiv 1807.03748; the control of arXiv 2502.11401. All four directions: Li et al.,
-        arXiv 2308.03281. The margin, 0.1 there: Zhang et al., arXiv 2506.05176.
+    Source: van den Oord et al., arXiv 1807.03748; the baseline of arXiv 2502.11401. All four directions: Li et al.,
+        arXiv 2308.03281. The margin (0.1 there): Zhang et al., arXiv 2506.05176.
     """
     require_tensor("query", query, FLOATS, {"B": None, "D": None})
     (b, d), like = query.shape, ("query", query)
@@ -226,7 +227,7 @@ def info_nce(
 
 
 class InfoNCELoss(nn.Module):
-    """`info_nce` with its options fixed; a temperature that is an `nn.Parameter` is one of the module's."""
+    """`info_nce` with its options fixed; a temperature given as an `nn.Parameter` is trained with it."""
 
     def __init__(
         self,

@@ -219,13 +219,13 @@ def linear_logprob(
     num_grad_rows: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Log-probabilities of target tokens under a linear head, without the (N, V) logits.
+    """Log-probabilities of target tokens under a linear head, without storing the (N, V) logits.
 
     logprob_i = log softmax(cap(scale · (hidden_i Wᵀ + bias)))[target_i], cap(x) = softcap · tanh(x / softcap)
 
-    With a frozen head (neither `weight` nor `bias` requires grad) forward and backward cost two GEMMs of 2·N·V·D
-    FLOPs together, whatever the upstream gradient is; without gradients the forward costs one. A trainable head gets
-    its gradients by recomputation. Extra memory: one block of logits and, when `hidden` requires grad, (N, D).
+    With a frozen head (neither `weight` nor `bias` requires grad), forward and backward together cost two GEMMs of
+    2·N·V·D FLOPs, for any upstream gradient; without gradients the forward costs one. With a trainable head the
+    logits are recomputed in the backward. Extra memory: one block of logits and, if `hidden` requires grad, (N, D).
 
     Args:
         hidden: (N, D), float16, bfloat16, float32 or float64.
@@ -236,8 +236,8 @@ def linear_logprob(
         scale: factor on the logits before the cap.
         ignore_index: the target value of rows that do not count.
         cu_seqlens: (S+1,) int32 or int64; rows cu_seqlens[i] to cu_seqlens[i+1] belong to sequence i.
-        num_grad_rows: rows from this one on are scored only: they are constants, and cost one GEMM where the rows
-            before them cost two. None: all rows carry gradients.
+        num_grad_rows: only the first so many rows get gradients; the others are constants, and cost one GEMM instead
+            of two. None: all rows.
         impl: "auto", "triton", "cpp", "torch" or "reference".
 
     Returns:

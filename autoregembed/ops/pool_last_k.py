@@ -71,7 +71,7 @@ def pool_last_k(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """The last K rows of packed sequences: z out of the encoder's output.
+    """The last K rows of every packed sequence: takes z out of the encoder's output.
 
     out[i] = hidden[cu_seqlens[j + 1] − K : cu_seqlens[j + 1]], j = index[i] or i
 
@@ -79,8 +79,8 @@ def pool_last_k(
         hidden: (T, D), a pack of B sequences of at least K rows each.
         cu_seqlens: (B+1,) int32 or int64, from 0 to T.
         k: K, at least 1.
-        index: int32 or int64, the sequence that each output reads; any number of them. `Packed.unsort_index` restores
-            the caller's order. None: all sequences in the order of the pack.
+        index: int32 or int64, the sequence that each output reads; of any length. None: all sequences in the order of
+            the pack.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:

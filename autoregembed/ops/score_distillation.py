@@ -125,34 +125,35 @@ def score_distillation(
     marginal: str | Tensor = "batch",
     impl: str = "auto",
 ) -> Tensor:
-    """Cosine similarities learn what a frozen teacher says of every pair: log p(d_j | z_i), without any label.
+    """Cosines learn to agree with a frozen teacher's scores log p(d_j | z_i), without labels.
 
         T_i   = softmax_j(scores_ij / τ_g − marginal_j)        which passage z_i describes
         T'_j  = softmax_i(scores_ij / τ_g)                     which z describes passage j
         loss  = ½ mean_i CE(T_i, softmax_j cos_ij / τ) + ½ mean_j CE(T'_j, softmax_i cos_ij / τ)
 
-    All softmaxes run over the pairs that `mask` keeps, and the means over the rows and the columns that have one. Most
-    of log p(d_j | z_i) is how likely d_j is anyway: "batch" removes that as logsumexp_i scores_ij / τ_g.
+    All softmaxes run over the pairs that `mask` keeps, and the means over the rows and columns that have such a pair.
+    Most of log p(d_j | z_i) only says how likely d_j is anyway; marginal "batch" removes this by subtracting
+    logsumexp_i scores_ij / τ_g.
 
     Args:
-        query: (B, D), of any norm: the cosine is taken here, as in `info_nce`.
+        query: (B, D), of any norm; the op normalizes it, as in `info_nce`.
         passages: (P, D), same dtype and device.
         scores: (B, P) floats in nats, summed over tokens; constants, since the teacher is frozen.
         temperature: τ, positive; 0.05 by default. A floating-point tensor, () or (1,), gets its gradient.
         teacher_temperature: τ_g, positive, nats; 3 by default.
-        mask: (B, P) bool, False where a pair does not count; its score is never read. None: all count.
-        target: (B,) int64 or int32, the column of a row's known positive, −1 where none is known; for `mixture` < 1.
-        mixture: λ in [0, 1]. T becomes λ·T + (1 − λ)·onehot in rows with a positive, and T' in columns that are some
-            row's positive, where the one-hot is shared among these rows.
-        marginal: "batch"; "none"; or log p(d_j), (P,) floats in nats, divided by τ_g as the scores are.
+        mask: (B, P) bool, False where a pair does not count; its score is never read. None: all pairs count.
+        target: (B,) int64 or int32, the column of each row's known positive, or −1 if none is known; for `mixture` < 1.
+        mixture: λ in [0, 1]. In rows with a known positive, T becomes λ·T + (1 − λ)·onehot. T' changes in the same way
+            in columns that are the positive of some row; if of several rows, they share the one-hot.
+        marginal: "batch"; "none"; or log p(d_j), (P,) floats in nats, which are divided by τ_g like the scores.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
-        () float32 (float64 for float64 inputs); 0 attached to the graph where no pair counts.
+        () float32 (float64 for float64 inputs); 0, attached to the graph, if no pair counts.
 
     Raises:
-        TypeError, ValueError, IndexError: wrong dtype, device, shape, option or target, scores that require grad, or a
-            positive that the mask drops (the last two of target: NaN on the Triton backend).
+        TypeError, ValueError, IndexError: wrong dtype, device, shape or option; scores that require grad; a target that
+            is out of range or that the mask drops (on the Triton backend these two give NaN instead).
         ImplUnavailable: `impl` names a backend that cannot run here.
     """
     require_tensor("query", query, FLOATS, {"B": None, "D": None})
@@ -211,7 +212,7 @@ def score_distillation(
 
 
 class ScoreDistillationLoss(nn.Module):
-    """`score_distillation` with its options fixed; a temperature that is an `nn.Parameter` is one of the module's."""
+    """`score_distillation` with its options fixed; a temperature given as an `nn.Parameter` is trained with it."""
 
     def __init__(
         self,

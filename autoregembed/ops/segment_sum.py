@@ -62,11 +62,11 @@ _segment_sum.register_autograd(_backward, setup_context=_setup_context)
 
 
 def segment_sum(x: Tensor, cu_seqlens: Tensor, *, impl: str = "auto") -> Tensor:
-    """Sums over the sequences of a pack: token log-probabilities to scores.
+    """Sums over each sequence of a pack: turns token log-probabilities into scores.
 
     out[i] = Σ x[cu_seqlens[i] : cu_seqlens[i + 1]]
 
-    Every sum is added in a fixed order, and a sequence gives the same bits alone and in a pack.
+    Sums are added in a fixed order, so a sequence gives the same bits alone and in any pack.
 
     Args:
         x: (N,), float16, bfloat16, float32 or float64.

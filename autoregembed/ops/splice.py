@@ -94,18 +94,18 @@ def splice(
     embedding_scale: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
-    """The decoder's packed input: per pair K rows of z among the frozen embedding rows of bos and the target.
+    """The decoder's packed input: for each pair, the K rows of z between the frozen embeddings of bos and the target.
 
     At t = cu_seqlens[s] + offset + j: out[t] = z[z_index[s], j] for 0 ≤ j < K, else embedding_scale · embedding[ids[t]]
 
     Args:
         z: (B, K, D) compressed embeddings; the only argument that gets a gradient.
         embedding: (V, D), frozen.
-        ids: (T,) int64 or int32; those in the places of z are never read.
+        ids: (T,) int64 or int32 token ids; those at the positions of z are never read.
         cu_seqlens: (S+1,) int32 or int64, from 0 to T.
-        z_index: (S,) int64 or int32, the row of z that pair s reads; several may read the same. None: pair s reads s.
-        offset: rows of a pair before z (1 where bos comes first).
-        embedding_scale: Gemma's √D, as its embedding layer rounds it; 1 elsewhere.
+        z_index: (S,) int64 or int32, the row of z that pair s reads; pairs may share one. None: pair s reads row s.
+        offset: number of rows of a pair before z (1 if bos comes first).
+        embedding_scale: factor on the embedding rows: Gemma's √D, as its embedding layer rounds it, or 1.
         impl: "auto", "triton", "torch" or "reference".
 
     Returns:
