@@ -22,6 +22,7 @@ from autoregembed.reference_scores import SCORING_BUDGET, ref_logps_fingerprint
 from autoregembed.score_files import cached_path, load_scores, save_scores
 
 _SAVE_EVERY = 300.0  # seconds between two savings of a long computation
+LEAST_FOUND = 0.9  # of texts that find themselves: docs/howto/no-pairs.md has what was measured on either side
 
 
 def pair_scores(
@@ -63,6 +64,13 @@ def log_marginal(scores: Tensor, teacher_temperature: float) -> Tensor:
     For `score_distillation(marginal=…)`: over more texts than the batch has, such as those of recent batches.
     """
     return teacher_temperature * (scores / teacher_temperature).logsumexp(0)
+
+
+def own_found(scores: Tensor) -> float:
+    """The share of rows i whose own passage has the highest score_ij less the block's marginal: (n, ≥ B, B) scores."""
+    b = scores.shape[2]
+    own = scores[:, :b] - scores[:, :b].logsumexp(1, keepdim=True)
+    return float((own.argmax(2) == torch.arange(b)).float().mean())
 
 
 def nearest(z: Tensor, candidates: int) -> list[list[int]]:
@@ -148,6 +156,7 @@ def cached_teacher_scores(
     wanted = [i for i in read if scores[i].isnan().any()]
     if not wanted:
         console.print(f"teacher scores: {path}")
+        _print_found(scores[read], console)
         return scores
     targets, k = [t[0] for t in rows["target_ids"]], encoder.num_compress_tokens
     each = b if candidates is None else min(candidates + 1, b)  # z of its block that score a target
@@ -174,7 +183,14 @@ def cached_teacher_scores(
                 distributed.broadcast_from_rank0(lambda: save_scores(path, {"scores": scores}, fingerprint))
             display.update(min(first + step, len(wanted)))
     console.print(f"teacher scores: {len(wanted)} blocks in {time.perf_counter() - start:.0f} s, kept in {path}")
+    _print_found(scores[read], console)
     return scores
+
+
+def _print_found(scores: Tensor, console: Console) -> None:
+    found = own_found(scores)
+    note = "" if found >= LEAST_FOUND else ", too few to teach: train stage 1 for longer"
+    console.print(f"teacher scores: {found:.0%} of the texts find their own passage{note}", highlight=False)
 
 
 @torch.no_grad()
