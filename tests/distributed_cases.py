@@ -71,9 +71,9 @@ def finish(started: list, seconds: float = 120) -> list:
     return results
 
 
-def run(function, world: int, folder: Path, *arguments) -> list:
+def run(function, world: int, folder: Path, *arguments, seconds: float = 120) -> list:
     """What each of `world` processes returns from function(*arguments); fails where one fails or hangs."""
-    results = finish(start(function, world, folder, *arguments))
+    results = finish(start(function, world, folder, *arguments), seconds)
     bad = [f"process {rank} {state}: {text}" for rank, (state, text) in enumerate(results) if state != "done"]
     assert not bad, "\n".join(bad)
     return [value for _, value in results]
@@ -182,6 +182,11 @@ def one_run(case: dict) -> tuple[dict, list[str]]:
 
     sys.addaudithook(audit)
     return train.train(Config(**case), Console(quiet=True)), written
+
+
+def several_runs(cases: list[dict]) -> list[dict]:
+    """The summaries of training runs one after the other."""
+    return [one_run(case)[0] for case in cases]
 
 
 def sharded_decoder() -> None:
@@ -386,6 +391,7 @@ def one_step(cases: list[dict]) -> list[dict]:
         config = Config(**case)
         accelerator = runtime.make_accelerator(config, "fp32")
         assert accelerator.num_processes == distributed.world_size() == int(os.environ.get("WORLD_SIZE", "1"))
+        torch.manual_seed(0)  # of the adapters, whatever cases came before
         with loading.in_parts() if accelerator.is_fsdp2 else contextlib.nullcontext():
             encoder, decoder, tokenizer, _ = build.build_models(config)
         prompt = Prompt(tokenizer, encoder.num_compress_tokens, encoder.bos_token_id, config.instruction)

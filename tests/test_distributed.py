@@ -89,11 +89,8 @@ def called(sharded: bool, function, *arguments) -> tuple:
     return (cases.fsdp, function, *arguments) if sharded else (function, *arguments)
 
 
-@pytest.mark.parametrize(("world", "sharded"), [(2, False), (4, False), (2, True)], ids=["ddp-2", "ddp-4", "fsdp2-2"])
-def test_a_step_is_that_of_one_process_on_the_joined_batch(model_folder, files, alone, tmp_path, world, sharded):
-    configs = [config_of(model_folder, files, **options) for options in STEPS.values()]
-    function, *arguments = called(sharded, cases.one_step, configs)
-    found = cases.run(function, world, tmp_path, *arguments)
+def assert_same_steps(found: list[list[dict]], alone: dict[str, dict]) -> None:
+    """What each process found for each of `alone`."""
     for i, (name, wanted) in enumerate(alone.items()):
         steps = [process[i] for process in found]
         assert len({step["counts"]["loss"] for step in steps}) > 1 or "contrast" in name
@@ -111,6 +108,19 @@ def test_a_step_is_that_of_one_process_on_the_joined_batch(model_folder, files, 
             if wanted["reference"] is not None:
                 np.testing.assert_allclose(step["reference"][0], wanted["reference"][0], rtol=1e-6)
                 np.testing.assert_allclose(step["reference"][1], wanted["reference"][1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("world", "sharded"), [(2, False), (4, False), (2, True)], ids=["ddp-2", "ddp-4", "fsdp2-2"])
+def test_a_step_is_that_of_one_process_on_the_joined_batch(model_folder, files, alone, tmp_path, world, sharded):
+    configs = [config_of(model_folder, files, **options) for options in STEPS.values()]
+    function, *arguments = called(sharded, cases.one_step, configs)
+    assert_same_steps(cases.run(function, world, tmp_path, *arguments), alone)
+
+
+def test_so_is_a_step_on_shards_within_a_node_and_copies_between_nodes(model_folder, files, alone, tmp_path):
+    wanted = {name: alone[name] for name in ("compression", "a shared base in parts")}
+    configs = [config_of(model_folder, files, **STEPS[name]) for name in wanted]
+    assert_same_steps(cases.run(cases.hybrid, 4, tmp_path, cases.one_step, configs, seconds=300), wanted)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +163,32 @@ def test_a_run_of_two_processes_ends_where_one_does(model_folder, files, trained
     assert {"reference.safetensors", *(f"out/{name}" for name in files_of_a_run)} <= set(main)
     assert [name for name in other if not name.startswith("work")] == []
     assert_same_run(tmp_path / "out", trained_alone)
+
+
+def test_shards_take_the_decoders_rms_as_one_model_does(model_folder, files, tmp_path):
+    bases = {"all weights": {}, "own base": {"share_base": False}, "shared base": {"share_base": True}}
+    options = {"stage": 1, "init_output_rms": True, "max_steps": 1, "token_budget": 80}
+
+    def runs(folder: str, batch_size: int) -> list[dict]:
+        return [
+            config_of(
+                model_folder, files, **options, output_dir=str(tmp_path / folder / name), batch_size=batch_size,
+                lora_rank=2 * bool(base), **base,
+            )
+            for name, base in bases.items()
+        ]  # fmt: skip
+
+    cases.run(cases.several_runs, 1, tmp_path / "work", runs("alone", 4))
+    cases.run(cases.fsdp, 2, tmp_path / "sharded work", cases.several_runs, runs("sharded", 2))
+    start = load_file(Path(model_folder) / "model.safetensors")
+    for name in bases:
+        found, wanted = (
+            load_file(tmp_path / place / name / "model" / "model.safetensors") for place in ("sharded", "alone")
+        )
+        assert found.keys() == wanted.keys()
+        for key in wanted:
+            np.testing.assert_allclose(found[key], wanted[key], rtol=1e-4, atol=1e-5, err_msg=f"{name}: {key}")
+        assert np.abs(wanted["model.norm.weight"] - start["model.norm.weight"]).mean() > 0.1  # more than a step
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
