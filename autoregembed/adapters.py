@@ -151,24 +151,14 @@ def embedding_name(model: Any) -> str:
 
 
 def num_trained_tokens(
-    ids: list[int],
-    adapted: list[int],
-    adapter: str | Path | None,
-    wanted: int | None,
-    own_rows: bool,
-    compress_init: str | None,
-) -> int | None:
-    """K as the model (`ids`) or else its adapter (`adapted`) was trained with, or as `wanted`; None where nobody says.
+    ids: list[int], adapted: list[int], adapter: str | Path | None, wanted: int | None, own_rows: bool
+) -> int:
+    """K as the model (`ids`) or else its adapter (`adapted`) was trained with, or as `wanted`, or 5 where nobody says.
 
     Raises:
-        CheckpointError: an adapter without compress tokens for a model without any, another number than `wanted`, or
-            words to start from for tokens that are trained.
+        CheckpointError: an adapter without compress tokens for a model without any, or another number than `wanted`.
     """
     known = len(ids or adapted)
-    if known and compress_init is not None:
-        raise CheckpointError(
-            f"compress_init: got {compress_init!r} for {known} compress tokens that are trained, expected none"
-        )
     if adapter is not None and not known and not own_rows:
         raise CheckpointError(
             f"adapter: got {str(adapter)!r}, which has no compress tokens, for a model without any; expected the "
@@ -179,4 +169,4 @@ def num_trained_tokens(
             f"num_compress_tokens: got {wanted}, expected {known}, the number that the "
             f"{'model' if ids else 'adapter'} was trained with"
         )
-    return known or wanted
+    return known or (5 if wanted is None else wanted)

@@ -34,6 +34,7 @@ from autoregembed.models import (
     require_finite,
     require_loaded,
     require_unadapted_head,
+    require_untrained,
     scale_output,
     split_gguf,
     write_compress_rows,
@@ -216,10 +217,10 @@ class Encoder(nn.Module):
         recipe = dict(recipe or {})
         ids = list(recipe.get("compress_token_ids") or ())
         adapted = [] if adapter is None else adapter_token_ids(adapter)
-        known = num_trained_tokens(ids, adapted, adapter, num_compress_tokens, own_compress_rows, compress_init)
+        require_untrained(ids or adapted, compress_init)
+        known = num_trained_tokens(ids, adapted, adapter, num_compress_tokens, own_compress_rows)
         rows: bool | Tensor = own_compress_rows
         if not ids:
-            known = 5 if known is None else known
             if own_compress_rows:  # the model stays as it is
                 ids, rows = compress_embeddings(model, tokenizer, known, compress_init)
             else:
@@ -257,8 +258,7 @@ class Encoder(nn.Module):
             attention=attention,
             own_compress_rows=rows,
         )
-        encoder.recipe = recipe
-        encoder.original_base = own_compress_rows and not recipe.get("compress_token_ids")
+        encoder.recipe, encoder.original_base = recipe, own_compress_rows and not recipe.get("compress_token_ids")
         return encoder
 
     def save_pretrained(

@@ -105,29 +105,32 @@ def load_causal_lm(
     loader = AutoModelForCausalLM if recipe.get("lm_head", True) else AutoModel
     with wrap_load_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        whole = functools.partial(_read_whole, loader, source, dtype, {**options, **weights})
         if loading.comes_in_parts():
-            whole = functools.partial(
-                load_causal_lm, source, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-            model = loading.model_in_parts(loader, source, dtype, lambda: whole()[0], **options)
-            return model, tokenizer, recipe
-        if loading.absent():
-            return text_model(loading.empty_model(loader, source, dtype, **options)), tokenizer, recipe
-        model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options, **weights)
-    missing = sorted(info["missing_keys"])
-    if missing and not gguf_file:
-        raise CheckpointError(
-            f"model: got {source!r}, which cannot be loaded: it has no {missing[0]} ({len(missing)} weights missing)"
-        )
-    if gguf_file:
+            model = loading.model_in_parts(loader, source, dtype, whole, **options)
+        elif loading.absent():
+            model = loading.empty_model(loader, source, dtype, **options)
+        else:
+            model = whole()
+    return text_model(model), tokenizer, recipe
+
+
+def _read_whole(loader: Any, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """The model of `source` with its weights, of all modalities that it has."""
+    model, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    if "gguf_file" in options:
         # Transformers marks such a model as quantised and refuses to save it.
         plain = type(model)._from_config(model.config, dtype=dtype)
         if hasattr(plain.config, "quantization_config"):
             del plain.config.quantization_config
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
-        model = plain
-    return text_model(model), tokenizer, recipe
+        return plain
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"model: got {source!r}, which cannot be loaded: it has no {missing[0]} ({len(missing)} weights missing)"
+        )
+    return model
 
 
 _RECIPE_TYPES: dict[str, Any] = {
@@ -223,6 +226,14 @@ def compress_embeddings(model: Any, tokenizer: Any, k: int, words: str | None = 
     rows, spread = loading.once(statistics)
     noise = torch.randn(k, len(spread), generator=torch.Generator().manual_seed(0)).to(spread.device)
     return list(range(used, used + k)), (rows + 0.1 * spread * noise).to(embedding.weight.dtype)
+
+
+def require_untrained(ids: list[int], words: str | None) -> None:
+    """Raises CheckpointError for words that compress tokens with trained embeddings, `ids`, are to start from."""
+    if ids and words is not None:
+        raise CheckpointError(
+            f"compress_init: got {words!r} for {len(ids)} compress tokens that are trained, expected none"
+        )
 
 
 def add_compress_tokens(model: Any, tokenizer: Any, k: int, words: str | None = None) -> list[int]:

@@ -24,13 +24,14 @@ from autoregembed.models import base_model
 from autoregembed.objective import encoder_lengths
 from autoregembed.packing import make_microbatches
 from autoregembed.quantized import planned
+from autoregembed.reference_scores import SCORING_BUDGET
 from autoregembed.runtime import HALF_DTYPES, choose_precision
 from autoregembed.train_flags import plan_parser
 
 GB = 1e9
 FEW_LAYERS = (4, 8)  # of larger models where an estimate is enough
 STEPS = 200  # whose batches are compared
-SCORING_BUDGET = 8192  # of reference scores
+RANK = 16  # of the LoRA run that is proposed
 RESULT_COPIES = 2  # of the encoder: the merged copy, and the export as it is read again; first, a plain base read anew
 
 
@@ -282,7 +283,7 @@ def ways(config: Config, fsdp: bool = False) -> dict[str, str]:
     if config.needs_decoder and not config.decoder_gradient_checkpointing:
         found["decoder_gradient_checkpointing: true"] = "the decoder's layers run twice, same update"
     if not config.lora_rank:
-        found["lora_rank: 16"] = "train adapters instead of all weights: hardly any gradients or optimizer state"
+        found[f"lora_rank: {RANK}"] = "train adapters instead of all weights: hardly any gradients or optimizer state"
     elif config.share_base is False:
         found["share_base: auto"] = "encoder and decoder share the frozen weights"
     if not fsdp:
@@ -326,7 +327,7 @@ def changes(config: Config, machine: Machine, tokens: int) -> Iterator[tuple[str
         both = replace(both, decoder_gradient_checkpointing=True)
     yield "all of these", both, machine
     if not config.lora_rank:
-        yield "all and lora_rank: 16", replace(both, lora_rank=16, freeze=[]), machine
+        yield f"all and lora_rank: {RANK}", replace(both, lora_rank=RANK, freeze=[]), machine
     if machine.device == "cuda" and not machine.fsdp:
         processes = max(8, machine.processes)
         yield f"all and FSDP2, {processes} processes", both, replace(machine, processes=processes, fsdp=True)

@@ -20,6 +20,8 @@ from autoregembed.prompt import tokenizer_fingerprint
 from autoregembed.score_files import cached_path, load_scores, save_scores
 from autoregembed.sharding import shared_fingerprint
 
+SCORING_BUDGET = 8192  # tokens of a pass that makes scores, of reference or teacher
+
 
 class RefLogps(NamedTuple):
     """Reference log-probabilities in nats, fp32; NaN where there is none."""
@@ -30,7 +32,11 @@ class RefLogps(NamedTuple):
 
 @torch.no_grad()
 def compute_ref_logps(
-    encoder: nn.Module, decoder: Decoder, rows: Dataset, token_budget: int = 8192, selected: list[int] | None = None
+    encoder: nn.Module,
+    decoder: Decoder,
+    rows: Dataset,
+    token_budget: int = SCORING_BUDGET,
+    selected: list[int] | None = None,
 ) -> RefLogps:
     """Scores under the present model; NaN where a row has fewer negatives or is not `selected` (None: all are).
 

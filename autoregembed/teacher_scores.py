@@ -18,11 +18,11 @@ from autoregembed.decoder import Decoder
 from autoregembed.files import require_writable_folder
 from autoregembed.packing import Ids
 from autoregembed.progress import Display
-from autoregembed.reference_scores import ref_logps_fingerprint
+from autoregembed.reference_scores import SCORING_BUDGET, ref_logps_fingerprint
 from autoregembed.score_files import cached_path, load_scores, save_scores
 
 _SAVE_EVERY = 300.0  # seconds between two savings of a long computation
-_TOKEN_BUDGET = 8192  # of a pass
+LEAST_FOUND = 0.9  # of texts that find themselves: docs/howto/no-pairs.md has what was measured on either side
 
 
 def pair_scores(
@@ -66,6 +66,13 @@ def log_marginal(scores: Tensor, teacher_temperature: float) -> Tensor:
     return teacher_temperature * (scores / teacher_temperature).logsumexp(0)
 
 
+def own_found(scores: Tensor) -> float:
+    """The share of rows i whose own passage has the highest score_ij less the block's marginal: (n, ≥ B, B) scores."""
+    b = scores.shape[2]
+    own = scores[:, :b] - scores[:, :b].logsumexp(1, keepdim=True)
+    return float((own.argmax(2) == torch.arange(b)).float().mean())
+
+
 def nearest(z: Tensor, candidates: int) -> list[list[int]]:
     """For each of the texts behind z (B, K, D), itself and the `candidates` nearest others by cosine."""
     e = F.normalize(z.float().mean(1), dim=-1)
@@ -75,7 +82,7 @@ def nearest(z: Tensor, candidates: int) -> list[list[int]]:
 
 @torch.no_grad()
 def compute_teacher_scores(
-    encoder: nn.Module, decoder: Decoder, rows: Dataset, blocks: list[list[int]], token_budget: int = _TOKEN_BUDGET,
+    encoder: nn.Module, decoder: Decoder, rows: Dataset, blocks: list[list[int]], token_budget: int = SCORING_BUDGET,
     candidates: int | None = None, others: list[list[int]] | None = None,
 ) -> Tensor:  # fmt: skip
     """(len(blocks), B + R, B) float32: scores of the first target of every row under the query of every row of its
@@ -149,6 +156,7 @@ def cached_teacher_scores(
     wanted = [i for i in read if scores[i].isnan().any()]
     if not wanted:
         console.print(f"teacher scores: {path}")
+        _print_found(scores[read], console)
         return scores
     targets, k = [t[0] for t in rows["target_ids"]], encoder.num_compress_tokens
     each = b if candidates is None else min(candidates + 1, b)  # z of its block that score a target
@@ -167,7 +175,7 @@ def cached_teacher_scores(
             part = wanted[first : first + step]
             others = [[order[((i + 1) * b + s) % len(order)] for s in range(r)] for i in part]
             chosen = [all_blocks[i] for i in part]
-            scores[part] = compute_teacher_scores(encoder, decoder, rows, chosen, _TOKEN_BUDGET, candidates, others)
+            scores[part] = compute_teacher_scores(encoder, decoder, rows, chosen, SCORING_BUDGET, candidates, others)
             now = time.perf_counter()
             last = first + step >= len(wanted)
             if distributed.broadcast_from_rank0(lambda: last or now - saved > _SAVE_EVERY):  # noqa: B023
@@ -175,7 +183,14 @@ def cached_teacher_scores(
                 distributed.broadcast_from_rank0(lambda: save_scores(path, {"scores": scores}, fingerprint))
             display.update(min(first + step, len(wanted)))
     console.print(f"teacher scores: {len(wanted)} blocks in {time.perf_counter() - start:.0f} s, stored in {path}")
+    _print_found(scores[read], console)
     return scores
+
+
+def _print_found(scores: Tensor, console: Console) -> None:
+    found = own_found(scores)
+    note = "" if found >= LEAST_FOUND else ", too few to teach: train stage 1 for longer"
+    console.print(f"teacher scores: {found:.0%} of the texts find their own passage{note}", highlight=False)
 
 
 @torch.no_grad()

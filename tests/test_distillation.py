@@ -20,7 +20,7 @@ from autoregembed.evaluate import LABEL_FREE
 from autoregembed.files import CheckpointError
 from autoregembed.objective import Objective, texts_of
 from autoregembed.prompt import Prompt
-from autoregembed.teacher_scores import compute_teacher_scores, log_marginal, pair_scores
+from autoregembed.teacher_scores import compute_teacher_scores, log_marginal, own_found, pair_scores
 from autoregembed.train import train
 
 ONLY = {"alignment_weight": 0.0, "distillation_weight": 1.0}
@@ -241,11 +241,26 @@ def test_the_loss_reads_chosen_pairs_and_a_wider_marginal(pairs):
     assert abs(narrow - wanted) > 1e-3
 
 
+def test_a_teacher_is_told_by_the_texts_that_find_themselves():
+    """How likely a text is anyway does not count, nor who scores it besides the block."""
+    own = torch.tensor([[[0.0, -1, -1], [-1, 0, -1], [-1, 0.5, 0]]])
+    likely = own + torch.tensor([0.0, -30, -7])
+    for scores in (own, likely, torch.cat([likely, likely.new_full((1, 2, 3), 99.0)], 1)):
+        assert own_found(scores) == 1.0
+    wrong = likely.clone()
+    wrong[0, 2, 1] += 0.3
+    assert own_found(torch.cat([wrong, likely])) == pytest.approx(5 / 6)
+    assert own_found(likely.masked_fill(own < 0, -torch.inf)) == 1.0
+
+
 def test_candidates_and_other_texts_are_options_of_a_run(model_folder, text_file, tmp_path):
     out = io.StringIO()
     options = {**ONLY, "batch_size": 5, "distillation_candidates": 2, "distillation_marginal_texts": 4}
     train(stage2(model_folder, text_file, tmp_path / "run", **options), Console(file=out, width=200))
-    assert "teacher scores: 3 blocks of 5 × 7 pairs" in out.getvalue()
+    shown = out.getvalue()
+    assert "teacher scores: 3 blocks of 5 × 7 pairs" in shown
+    said = next(line for line in shown.splitlines() if "of the texts find their own passage" in line)
+    assert said.endswith("train stage 1 for longer"), "an untrained model teaches nothing"
     log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["distill"]) and row["distill"] > 0 for row in log)
     options |= {"distillation_marginal_texts": 16}

@@ -9,10 +9,11 @@ import time
 import distributed_cases as cases
 import pytest
 import torch
+from architectures import composite
 from conftest import stage1
 from safetensors.torch import load_file
 
-from autoregembed import loading, models
+from autoregembed import loading, models, weight_files
 from autoregembed.bench import start
 from autoregembed.build import build_models
 from autoregembed.files import write_safetensors
@@ -26,21 +27,27 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    """Tied and untied weights, names that Transformers changes, an embedding with a buffer, experts in one tensor."""
+    """Tied and untied weights, names that Transformers changes, an embedding with a buffer, experts in one tensor.
+
+    And a model that also reads images.
+    """
     tokenizer, found = tiny_tokenizer(["the cat sat on a mat"]), {}
     for name, options in {
         "llama": {"tie_word_embeddings": False}, "tied": {"tie_word_embeddings": True}, "gpt_neox": {}, "gemma2": {},
-        "mixtral": {"num_local_experts": 4},
+        "mixtral": {"num_local_experts": 4}, "images": None,
     }.items():  # fmt: skip
         folder = tmp_path_factory.mktemp(name)
-        model = tiny_model("llama" if name == "tied" else name, vocab_size=len(tokenizer), **options)
+        if options is None:
+            model = composite("gemma3").float()
+        else:
+            model = tiny_model("llama" if name == "tied" else name, vocab_size=len(tokenizer), **options)
         models.save_model(folder, model, tokenizer, {})
         (folder / models.RECIPE).unlink()
         found[name] = str(folder)
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "tied", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt_neox", "gemma2", "images"])
 def test_a_model_without_weights_has_buffers_and_compress_rows(folders, name):
     whole, tokenizer, _ = models.load_causal_lm(folders[name])
     with loading.in_parts():
@@ -48,12 +55,29 @@ def test_a_model_without_weights_has_buffers_and_compress_rows(folders, name):
         assert all(p.is_meta for p in part.parameters())
         rows = models.compress_embeddings(part, tokenizer, 3)
     wanted, found = dict(whole.named_buffers()), dict(part.named_buffers())
+    assert type(part) is type(whole)
+    assert [n for n, _ in part.named_parameters()] == [n for n, _ in whole.named_parameters()]
     assert wanted.keys() == found.keys()
     assert any("inv_freq" in key for key in wanted)
     assert all(torch.equal(found[key], wanted[key]) and found[key].dtype == wanted[key].dtype for key in wanted)
     expected = models.compress_embeddings(whole, tokenizer, 3)
     assert rows[0] == expected[0]
     assert torch.equal(rows[1], expected[1])
+
+
+def test_the_text_model_of_a_model_that_is_read_whole_has_its_weights(folders, monkeypatch, capsys):
+    whole, _, _ = models.load_causal_lm(folders["images"])
+    monkeypatch.setattr(weight_files, "_match", lambda *_: ("of this test", {}))
+    with loading.in_parts():
+        part, _, _ = models.load_causal_lm(folders["images"])
+    assert "are read whole by process 0, since of this test" in capsys.readouterr().out
+    found = {}
+    for place, module in part.named_modules():
+        weights, keys = loading.stored(module) or (None, {})
+        found |= {f"{place}.{name}": weights.tensors[key] for name, key in keys.items()}
+    wanted = {name: p.detach() for name, p in whole.named_parameters(remove_duplicate=False)}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_adapters_are_drawn_as_on_a_whole_model(model_folder, compression_file):
@@ -100,7 +124,7 @@ def test_safetensors_are_written_piece_by_piece(tmp_path):
 def test_each_process_has_the_rows_of_its_shards(folders, compression_file, tmp_path):
     made = [
         stage1(folders[name], compression_file, tmp_path / name, lora_rank=rank) for name, rank in
-        [("llama", 0), ("tied", 2), ("gpt_neox", 0), ("gemma2", 0), ("mixtral", 0)]
+        [("llama", 0), ("tied", 2), ("gpt_neox", 0), ("gemma2", 0), ("mixtral", 0), ("images", 0)]
     ]  # fmt: skip
     cases.run(cases.fsdp, 2, tmp_path, cases.filled, made)
 

@@ -108,6 +108,31 @@ def stages(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("start", ["lm", "adapted"])
+def test_the_norm_of_an_own_base_is_scaled_and_the_decoders_is_not(stages, start, tmp_path, quiet):
+    options = {"lora_rank": 2, "share_base": False, "init_output_rms": True, "max_steps": 1, "learning_rate": 1e-12}
+    config = stage1(str(stages / start), str(stages / "rows.jsonl"), tmp_path / "run", **options)
+    encoder, decoder, _, _ = build_models(config)
+    before, rms = weights(decoder), decoder.input_rms_per_dimension()
+    ids = encoder.tokenize([sentence(i, 6) for i in range(8)])  # those of the data
+    encoder.init_output_rms(rms, ids)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(ids).square().mean((0, 1)).sqrt(), rms, rtol=1e-4, atol=1e-6)
+    assert weights(decoder) == before
+    summary = train(config, quiet)
+    exported = Encoder.from_pretrained(summary["export"])
+    assert_same(exported, encoder)
+    assert_same(
+        Encoder.from_pretrained(stages / start, instruction="Again:", adapter=tmp_path / "run/adapter"), exported
+    )
+    second = stage1(summary["model"], str(stages / "rows.jsonl"), tmp_path / "next", lora_rank=2, init_output_rms=True)
+    again, decoder, _, recipe = build_models(second)
+    assert (decoder.shared is None) is (start == "adapted")  # whose adapter of before is in the base now
+    assert recipe["output_rms_initialized"]
+    assert weights(decoder) == before
+    assert_same(again, exported)
+
+
 def test_a_base_in_16_bits_leaves_adapters_and_ropes_in_32(stages):
     for options in ({"precision": "bf16"}, {"precision": "fp32", "base_dtype": "bf16"}):
         config = stage1(str(stages / "lm"), "unused", "unused", lora_rank=2, **options)

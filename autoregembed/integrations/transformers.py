@@ -34,7 +34,7 @@ from autoregembed.models import read_recipe
 from autoregembed.objective import num_loss_terms, stage1_loss, stage2_loss, texts_of
 from autoregembed.ops.pool_last_k import pool_last_k
 from autoregembed.packing import pack
-from autoregembed.reference_scores import compute_ref_logps
+from autoregembed.reference_scores import SCORING_BUDGET, compute_ref_logps
 from autoregembed.sampling import permutation
 from autoregembed.teacher_scores import block_scores, scores_of_rows
 
@@ -118,7 +118,9 @@ def _on(count: Tensor | int, device: torch.device) -> Tensor | int:
 # Both stages
 
 
-def precompute_ref_logps(rows: Dataset, encoder: Encoder, decoder: Decoder, token_budget: int = 8192) -> Dataset:
+def precompute_ref_logps(
+    rows: Dataset, encoder: Encoder, decoder: Decoder, token_budget: int = SCORING_BUDGET
+) -> Dataset:
     """Adds `ref_logps` to rows of `data.alignment_rows`: scores of positive and negatives under the present model."""
     training = encoder.training
     positive, negatives = compute_ref_logps(encoder.eval(), decoder, rows, token_budget)

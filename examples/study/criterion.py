@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 
@@ -43,7 +44,7 @@ def table(runs: list[Run]) -> str:
         sign = 1 if METRICS[name].higher else -1
         rated = [[values["spearman"] for values in run] for run in runs]
         found = [[sign * values[name] for values in run] for run in runs]
-        over_all = spearman(sum(found, []), sum(rated, []))
+        over_all = spearman([*chain(*found)], [*chain(*rated)])
         within = mean(spearman(a, b) for a, b in zip(found, rated, strict=True))
         lines.append(f"| {name} | {over_all:.2f} | {within:.2f} | {kept(lambda v, n=name, s=sign: s * v[n])} |")
     last = mean(run[-1]["spearman"] for run in runs)
