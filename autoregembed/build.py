@@ -145,7 +145,7 @@ def _decoder(config: Config, original: dict[str, Any], model: Any, tokenizer: An
     if config.decoder is None and Path(source).is_absolute() and not Path(source).exists():
         raise ConfigError(
             f"decoder: got None, and {source!r}, the model that {config.model!r} was trained from, no longer exists; "
-            "expected its present place"
+            "expected the path where it is now"
         )
     if read_recipe(source):
         raise ConfigError(f"decoder: got {source!r}, a trained encoder; expected the original model")

@@ -298,7 +298,7 @@ def _train(arguments: list[str]) -> int:
         if known:
             console.print(f"{metric:<9} " + "  ".join(known), highlight=False)
         if summary["model_step"] != summary["steps"]:
-            console.print(f"the best  step {summary['model_step']}, whose model is kept", highlight=False)
+            console.print(f"{'best':<9} step {summary['model_step']}, whose weights are kept", highlight=False)
         for name in ("model", "export"):
             console.print(f"{name:<9} {summary[name]}", highlight=False, markup=False, soft_wrap=True)
     if distributed.is_available() and distributed.is_initialized():

@@ -69,8 +69,7 @@ def require_repeatable(lm: Encoder | Decoder) -> None:
         )
     if (limit := rope_limit(lm.model)) is not None:
         raise ConfigError(
-            f"cuda_graphs: got True for a model whose texts of more than {limit} tokens have another rope, expected "
-            "False"
+            f"cuda_graphs: got True for a model with another rope for texts of more than {limit} tokens, expected False"
         )
 
 

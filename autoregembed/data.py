@@ -104,9 +104,9 @@ def _require_known(row: Row, known: tuple[str, ...], place: str) -> None:
         unknown.append("prompt")
     if unknown:
         raise ValueError(
-            f"data: got the columns {unknown} in {place}, which nothing would read, expected {', '.join(known)}; map "
-            f"them by the option columns ({known[0]}={unknown[0]}), or leave them out: with that option "
-            f"({known[0]}={known[0]}) unknown columns are not read"
+            f"data: got the unknown columns {unknown} in {place}, expected {', '.join(known)}; map them with the "
+            f"option columns ({known[0]}={unknown[0]}), or ignore them: with that option ({known[0]}={known[0]}), "
+            "unknown columns are not read"
         )
 
 
@@ -260,7 +260,7 @@ def _map(
     try:
         return source.map(run, **options, num_proc=num_proc, new_fingerprint=fingerprint, desc="tokenize")
     except UnicodeDecodeError as error:  # of an Arrow data set
-        raise ValueError(f"data: got a text that is no UTF-8, expected UTF-8 texts: {error}") from error
+        raise ValueError(f"data: got a text that is not UTF-8, expected UTF-8 texts: {error}") from error
 
 
 def compression_rows(

@@ -283,14 +283,14 @@ def ways(config: Config, fsdp: bool = False) -> dict[str, str]:
     if config.needs_decoder and not config.decoder_gradient_checkpointing:
         found["decoder_gradient_checkpointing: true"] = "the decoder's layers run twice, same update"
     if not config.lora_rank:
-        found[f"lora_rank: {RANK}"] = "adapters in place of all weights: hardly any gradients and optimizer"
+        found[f"lora_rank: {RANK}"] = "train adapters instead of all weights: hardly any gradients or optimizer state"
     elif config.share_base is False:
-        found["share_base: auto"] = "the encoder's frozen weights are the decoder's"
+        found["share_base: auto"] = "encoder and decoder share the frozen weights"
     if not fsdp:
-        found["FSDP2"] = "weights, gradients and optimizer shared out over the processes: docs/howto/distributed.md"
+        found["FSDP2"] = "weights, gradients and optimizer state sharded over the processes: docs/howto/distributed.md"
     if config.stage == 2 and config.hard_negatives:
         found["hard_negatives: false"] = "negatives are not encoded"
-    found["max_length, batch_size"] = "less to read a step"
+    found["max_length, batch_size"] = "fewer tokens in a step"
     return found
 
 
@@ -310,7 +310,8 @@ def naming_ways_out(config: Config) -> Iterator[None]:
         known = "; ".join(f"{name} ({effect})" for name, effect in ways(config, fsdp).items())
         reason = str(error).strip().split("\n")[0]
         raise MemoryError(
-            f"memory: got too little ({reason}), expected what `autoregembed plan` tells; what needs less: {known}"
+            f"memory: got too little ({reason}), expected as much as `autoregembed plan` computes; these need less: "
+            f"{known}"
         ) from error
 
 
@@ -369,7 +370,7 @@ def report(configs: list[Config], machine: Machine, console: Console) -> bool:
         fits &= _print(found, machine, console)
         short = machine.memory is None or found.peak > machine.memory
         if short:
-            console.print("\nwhat makes it smaller" + " " * 20 + "about, GB", highlight=False)
+            console.print("\nneeds less memory with" + " " * 19 + "about, GB", highlight=False)
             for name, changed, place in changes(config, machine, found.tokens):
                 console.print(f"  {name:<44}{plan(changed, place, exact=False).peak / GB:>6.2f}", highlight=False)
             console.print("  or a smaller max_length or batch_size", highlight=False)
@@ -380,8 +381,8 @@ def _print(found: Plan, machine: Machine, console: Console) -> bool:
     sharing = f", FSDP2 of {machine.processes} processes" if machine.fsdp else ""
     ddp = f", DDP of {machine.processes} processes" if machine.processes > 1 and not machine.fsdp else ""
     console.print(
-        f"\nstage {found.stage}: {found.model}, {found.rows} rows and {found.tokens} tokens a step, {found.precision}, "
-        f"{machine.device}{sharing}{ddp}; computed for one process, nothing is loaded\n",
+        f"\nstage {found.stage}: {found.model}, {found.rows} rows and {found.tokens} tokens per step, "
+        f"{found.precision}, {machine.device}{sharing}{ddp}; computed for one process, no weights loaded\n",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -406,13 +407,13 @@ def _print(found: Plan, machine: Machine, console: Console) -> bool:
             f"{available / GB:.1f} GB", highlight=False,
         )  # fmt: skip
     if machine.memory is None:
-        console.print(f"\n{machine.device}: needs {found.peak / GB:.1f} GB; --memory says what it has", highlight=False)
+        console.print(f"\n{machine.device}: needs {found.peak / GB:.1f} GB; --memory sets its size", highlight=False)
         return fits
     fits &= found.peak <= machine.memory
     if machine.device == "cpu":
         console.print(
-            "\nglibc keeps freed blocks besides, which made the resident memory a third larger in one run; "
-            "MALLOC_MMAP_THRESHOLD_=65536 in the environment returns them, for slower steps",
+            "\nglibc also keeps freed blocks: in one run the resident memory was a third larger. With "
+            "MALLOC_MMAP_THRESHOLD_=65536 in the environment it returns them, and steps are slower",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     verdict = "fits" if found.peak <= machine.memory else "does not fit"

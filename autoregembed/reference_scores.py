@@ -105,7 +105,7 @@ def cached_ref_logps(
             torch.where(new[:, None], scores.negatives, known.negatives),
         )
     distributed.broadcast_from_rank0(lambda: save_ref_logps(path, *scores, fingerprint))
-    console.print(f"reference scores: {len(wanted)} rows in {time.perf_counter() - start:.0f} s, kept in {path}")
+    console.print(f"reference scores: {len(wanted)} rows in {time.perf_counter() - start:.0f} s, stored in {path}")
     return scores
 
 

@@ -70,7 +70,7 @@ def make_accelerator(config: Config, precision: str) -> Accelerator:
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     elif parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise ConfigError(
-            f"use_fsdp: got true on {accelerator.device.type}, expected false: accelerate has FSDP on accelerators only"
+            f"use_fsdp: got true on {accelerator.device.type}, expected false: accelerate supports FSDP on GPUs only"
         )
     elif kind != DistributedType.NO and "MULTI" not in kind:
         raise ConfigError(f"distributed_type: got {kind.value}, expected DDP or FSDP2")

@@ -182,7 +182,7 @@ def cached_teacher_scores(
                 saved = now
                 distributed.broadcast_from_rank0(lambda: save_scores(path, {"scores": scores}, fingerprint))
             display.update(min(first + step, len(wanted)))
-    console.print(f"teacher scores: {len(wanted)} blocks in {time.perf_counter() - start:.0f} s, kept in {path}")
+    console.print(f"teacher scores: {len(wanted)} blocks in {time.perf_counter() - start:.0f} s, stored in {path}")
     _print_found(scores[read], console)
     return scores
 

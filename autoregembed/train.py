@@ -212,7 +212,9 @@ class Run:
             raise ValueError(f"data: got {rows} rows for {self.world} processes, expected at least one for each")
         self.config = replace(config, batch_size=rows // self.world)
         size = self.config.batch_size
-        self.console.print(f"batch_size: cut from {config.batch_size} to {size} a process, for data of {rows} rows")
+        self.console.print(
+            f"batch_size: reduced from {config.batch_size} to {size} per process, for {rows} rows of data"
+        )
 
     def place_models(self) -> None:
         config, attention = self.config, self.config.attention

@@ -149,11 +149,11 @@ def tables(rows: int, negatives: int, budgets: dict[str, int], worlds: list[int]
     for name, m in MODELS.items():
         tokens, microbatches = budgets[name], 4
         lines += [
-            f"**{name}**: {m.total / 1e9:.2f}e9 parameters, {tokens} tokens a pass, {microbatches} passes a step, "
-            f"{rows} rows a GPU",
+            f"**{name}**: {m.total / 1e9:.2f}e9 parameters, {tokens} tokens per pass, {microbatches} passes per step, "
+            f"{rows} rows per GPU",
             "",
-            "| GPUs | encoder | decoder | gathered | activations | all, GB | sent a step, GB | InfoNCE of it, GB | "
-            "FLOP per byte sent |",
+            "| GPUs | encoder | decoder | gathered | activations | all, GB | sent per step, GB | "
+            "of it by InfoNCE, GB | FLOP per byte sent |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for world in worlds:
@@ -179,8 +179,8 @@ def paper(world_size: int = 8, budget: int = 4096) -> str:
     """Markdown: memory and least hours of both stages; whichever of arithmetic and communication takes longer."""
     m = LLAMA_2_7B
     lines = [
-        "| stage | rows | rows a step | tokens a row, encoder and decoder | memory a GPU, GB | hours, arithmetic | "
-        "hours, communication |",
+        "| stage | rows | rows per step | tokens per row, encoder and decoder | memory per GPU, GB | "
+        "hours, arithmetic | hours, communication |",
         "|---|---|---|---|---|---|---|",
     ]
     for stage, (rows, batch, encoder, decoder) in PAPER.items():

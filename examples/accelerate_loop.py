@@ -1,6 +1,6 @@
-"""Stage 2, alignment with the stage-1 model's scores as reference, under accelerate: one process or several.
+"""Stage 2 with accelerate, in one process or several: alignment, with the stage-1 model's scores as reference.
 
-accelerate launch examples/accelerate_loop.py [MODEL]    # MODEL: a causal LM, normally what stage 1 left
+accelerate launch examples/accelerate_loop.py [MODEL]    # MODEL: a causal LM, normally from stage 1
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""What the examples share: a few texts, and a tiny random model where none is named."""
+"""Shared by the examples: a few texts, and a tiny random model for runs without MODEL."""
 
 import tempfile
 
 from autoregembed.testing import tiny_model, tiny_tokenizer
 
-# (query, a text that belongs to it, one that does not)
+# (query, positive, negative)
 TRIPLETS = [
     ("A man plays a guitar.", "Somebody makes music.", "The stage is empty."),
     ("Two dogs run over a meadow.", "Animals are outdoors.", "A cat sleeps on a chair."),

@@ -1,7 +1,7 @@
-"""DPO's chosen_logps and rejected_logps from hidden states: no (batch, length, V) logits, prompts never scored.
+"""DPO's chosen_logps and rejected_logps from hidden states: no (batch, length, V) logits, and no scores for prompts.
 
-The batch is what TRL's DataCollatorForPreference makes (chosen completions, then rejected ones), the numbers are its
-trainer's. A frozen head (adapters on the body alone) costs two GEMMs for forward and backward, a trainable one four.
+The batch has the form of TRL's DataCollatorForPreference (chosen completions, then rejected), and the results equal
+those of its trainer. Forward and backward cost two GEMMs with a frozen head (adapters on the body), four otherwise.
 
 python examples/dpo_logps.py [MODEL]
 """

@@ -1,4 +1,4 @@
-"""Stage 2, alignment and InfoNCE on one forward pass, under Lightning Fabric.
+"""Stage 2 with Lightning Fabric: alignment and InfoNCE on one forward pass.
 
 python examples/fabric_loop.py [MODEL]    # or: fabric run examples/fabric_loop.py --devices=2
 """

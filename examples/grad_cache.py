@@ -1,7 +1,7 @@
-"""A batch beyond memory, with in-batch generative negatives: which passage does z_query tell of, by log p(passage | z)?
+"""A batch larger than memory, with negatives by likelihood: which passage does log p(passage | z_query) favour?
 
-`token_budget` bounds the activations of encoder and decoder apart; the gradient is that of one pass over everything.
-Every chosen negative is one decoder pass over that passage: HARDEST of them for each query, picked by cosine.
+`token_budget` bounds the activations of encoder and of decoder; the gradient is that of one pass over the whole batch.
+Every negative costs a decoder pass over its passage, so each query gets only HARDEST of them, chosen by cosine.
 
 python examples/grad_cache.py [MODEL]
 """
@@ -15,7 +15,7 @@ from autoregembed import Decoder, Encoder, generative_info_nce, info_nce
 from autoregembed.encoder import text_embedding
 
 HARDEST = 3
-ENCODER_TOKENS, DECODER_TOKENS = 128, 64  # of one pass; on a GPU tens of thousands
+ENCODER_TOKENS, DECODER_TOKENS = 128, 64  # per pass; on a GPU, use tens of thousands
 
 
 def main(name: str | None = None, steps: int = 12, learning_rate: float = 2e-3, device: str = "cpu") -> list[float]:

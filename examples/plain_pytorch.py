@@ -1,4 +1,4 @@
-"""Stage 1, information compression, in plain PyTorch: z learns to let the frozen decoder write the text again.
+"""Stage 1, information compression, in plain PyTorch: trains z until the frozen decoder can write the text from it.
 
 python examples/plain_pytorch.py [MODEL]
 """

@@ -1,4 +1,4 @@
-"""Score distillation in plain PyTorch: what a frozen stage-1 model finds likely teaches the cosines, without a label.
+"""Score distillation in plain PyTorch: cosines learn from the likelihoods of a frozen stage-1 model, without labels.
 
 python examples/score_distillation.py [STAGE-1 MODEL]
 """
@@ -14,7 +14,7 @@ from autoregembed import Decoder, Encoder, data, score_distillation
 from autoregembed.encoder import text_embedding
 from autoregembed.teacher_scores import block_scores
 
-BLOCK = 6  # texts that are scored with each other, and then are a batch
+BLOCK = 6  # texts that are scored together and form a batch
 
 
 def main(name: str | None = None, steps: int = 24, learning_rate: float = 1e-3, device: str = "cpu") -> list[float]:
@@ -23,9 +23,9 @@ def main(name: str | None = None, steps: int = 24, learning_rate: float = 1e-3, 
     encoder, decoder = Encoder.from_pretrained(name, device=device), Decoder.from_pretrained(name, device=device)
     texts = Dataset.from_list([{"text": text} for row in TRIPLETS for text in row])
     rows = data.text_rows(texts, encoder.prompt)
-    # (4 blocks, 6, 6) nats: log p(text j | z of text i) by the encoder as it is, kept in the cache of `datasets`.
+    # (4 blocks, 6, 6) nats: log p(text j | z of text i) by the encoder at the start, cached by `datasets`.
     blocks, scores = block_scores(encoder.eval(), decoder, encoder.tokenizer, rows, BLOCK, console=Console())
-    unpaired = ~torch.eye(BLOCK, dtype=torch.bool, device=device)  # a text tells nothing of itself
+    unpaired = ~torch.eye(BLOCK, dtype=torch.bool, device=device)  # a text is not scored under its own z
     optimizer = torch.optim.AdamW(encoder.train().parameters(), lr=learning_rate)
     losses = []
     for step in range(steps):

@@ -323,10 +323,10 @@ BAD = {
     "negatives are a list": (TypeError, "query_negatives: got list", {"query_negatives": [[1.0]]}),
     "another M": (ValueError, r"reference_negatives: got shape \(3, 3\)", {"reference_negatives": torch.ones(3, 3)}),
     "reference is a list": (TypeError, "reference_negatives: got list", {"reference_negatives": [1.0]}),
-    "elsewhere": (ValueError, "query_negatives: got on meta", {"query_negatives": torch.ones(3, 2, device="meta")}),
+    "elsewhere": (ValueError, "query_negatives: got device meta", {"query_negatives": torch.ones(3, 2, device="meta")}),
     "reference elsewhere": (
         ValueError,
-        "reference_positive: got on meta",
+        "reference_positive: got device meta",
         {"reference_positive": torch.ones(3, device="meta")},
     ),
     "no reference_positive": (ValueError, "reference_positive: got None", {"reference_positive": None}),
@@ -340,7 +340,7 @@ BAD = {
     ),
     "mask elsewhere": (
         ValueError,
-        "negative_mask: got on meta",
+        "negative_mask: got device meta",
         {"negative_mask": torch.ones(3, 2, dtype=torch.bool, device="meta")},
     ),
     "beta 0": (ValueError, "beta: got 0", {"beta": 0}),

@@ -253,7 +253,7 @@ def test_triton_gives_nan_for_targets_that_others_refuse():
 
 BAD = {
     "scores that require grad": (
-        ValueError, "scores: got ones that require grad", {"scores": torch.zeros(3, 5, requires_grad=True)},
+        ValueError, "scores: got scores that require grad", {"scores": torch.zeros(3, 5, requires_grad=True)},
     ),
     "scores of another shape": (
         ValueError, r"scores: got shape \(3, 4\), expected \(B, P\) = \(3, 5\)", {"scores": torch.zeros(3, 4)},

@@ -102,7 +102,7 @@ def test_bad_bounds_are_refused(impl, cu):
         ({"cu_seqlens": torch.tensor([0.0, 3.0])}, TypeError, "cu_seqlens: got dtype torch.float32"),
         ({"cu_seqlens": torch.tensor([[0, 3]])}, ValueError, r"cu_seqlens: got shape \(1, 2\), expected \(S\+1,\)"),
         ({"cu_seqlens": torch.zeros(0).long()}, ValueError, r"cu_seqlens: got shape \(0,\)"),
-        ({"cu_seqlens": torch.zeros(2, device="meta").long()}, ValueError, "cu_seqlens: got on meta"),
+        ({"cu_seqlens": torch.zeros(2, device="meta").long()}, ValueError, "cu_seqlens: got device meta"),
         ({"impl": "cuda"}, ValueError, "impl: got 'cuda', expected 'auto', "),
         ({"impl": "cpp"}, ops.ImplUnavailable, "impl='cpp' cannot run on cpu: this op has no such kernel"),
     ],

@@ -300,7 +300,7 @@ def test_columns_can_be_mapped(tmp_path):
 )  # fmt: skip
 def test_what_looks_like_data_is_not_ignored(extra, tmp_path):
     good = {"query": "the", "pos": "cat"}
-    with pytest.raises(ValueError, match=r"^data: got the columns .* in row 1 \(line 2 of 'a.jsonl'\), which noth"):
+    with pytest.raises(ValueError, match=r"^data: got the unknown columns .* in row 1 \(line 2 of 'a.jsonl'\), expe"):
         align([good, {**good, **extra}], tmp_path)
     assert len(align([good, {**good, **extra}], tmp_path, columns={"query": "query"})) == 2
 
@@ -310,7 +310,7 @@ def test_what_is_harmless_is_ignored(tmp_path):
     more = {"type": "normal", "date": "2024-03-01", "flag": "True", "pos_id": ["p1"], "metadata": {"author": "me"}}
     assert len(align([{"query": "the", "pos": "cat", **known, **more, "context": "of stage 1"}], tmp_path)) == 1
     rows = data.load_rows(write_jsonl(tmp_path / "b.jsonl", [{"context": "a", "output": "b", "prompt": "Find: "}]))
-    with pytest.raises(ValueError, match=r"^data: got the columns \['prompt'\]"):
+    with pytest.raises(ValueError, match=r"^data: got the unknown columns \['prompt'\]"):
         data.compression_rows(rows, PROMPT)
 
 

@@ -37,7 +37,7 @@ def require_tensor(
     if x.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {x.dtype}, expected {', '.join(map(str, dtypes))}")
     if like is not None and x.device != like[1].device:
-        raise ValueError(f"{name}: got on {x.device}, expected the device of {like[0]}, {like[1].device}")
+        raise ValueError(f"{name}: got device {x.device}, expected the device of {like[0]}, {like[1].device}")
     # A plain loop over the axes: torch.compile traces through it with symbolic sizes.
     good = x.ndim == len(axes)
     if good:
@@ -106,7 +106,7 @@ def require_temperature(x: Any, dtype: torch.dtype, like: Like) -> Tensor:
     if x.ndim > 1 or x.numel() != 1:
         raise ValueError(f"temperature: got shape {tuple(x.shape)}, expected a number or a tensor of shape () or (1,)")
     if x.device != device:
-        raise ValueError(f"temperature: got on {x.device}, expected the device of {like[0]}, {device}")
+        raise ValueError(f"temperature: got device {x.device}, expected the device of {like[0]}, {device}")
     good = (x > 0) & (x < math.inf)
     if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(good):
         raise ValueError(f"temperature: got {x.item()}, expected a positive finite number")

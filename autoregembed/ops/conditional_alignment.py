@@ -242,7 +242,7 @@ def conditional_alignment(
     like = ("hidden", hidden)
     require_cu_seqlens(cu_seqlens, "S", like)
     if not isinstance(pairs, tuple) or len(pairs) != 3:
-        raise TypeError(f"pairs: got {type(pairs).__name__}, expected AlignmentPairs, three tensors of places")
+        raise TypeError(f"pairs: got {type(pairs).__name__}, expected AlignmentPairs, three tensors of indices")
     require_tensor("pairs.query_positive", pairs[0], INTEGERS, {"B": None}, like)
     b = pairs[0].shape[0]
     require_tensor("pairs.positive_positive", pairs[1], INTEGERS, {"B": b}, like)

@@ -105,7 +105,7 @@ def _ordered(directions: tuple[str, ...], partition_mode: str) -> list[str]:
     for direction in directions:
         require_option("directions", direction, DIRECTIONS)
     if DIRECTIONS[0] not in directions:
-        raise ValueError(f"directions: got {tuple(directions)}, expected 'query_to_doc', which has the positive, too")
+        raise ValueError(f"directions: got {tuple(directions)}, expected 'query_to_doc' among them, for the positive")
     require_option("partition_mode", partition_mode, PARTITION_MODES)
     if partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
         raise ValueError(

@@ -163,7 +163,7 @@ def score_distillation(
     p = passages.shape[0]
     require_tensor("scores", scores, FLOATS, {"B": b, "P": p}, like)
     if scores.requires_grad:
-        raise ValueError("scores: got ones that require grad, expected constants of a frozen teacher; detach them")
+        raise ValueError("scores: got scores that require grad, expected constants of a frozen teacher; detach them")
     work = torch.promote_types(query.dtype, torch.float32)
     temperature = require_temperature(temperature, work, like)
     teacher_temperature = require_positive("teacher_temperature", teacher_temperature)
