@@ -24,7 +24,7 @@ from autoregembed.models import base_model
 from autoregembed.objective import encoder_lengths
 from autoregembed.packing import make_microbatches
 from autoregembed.quantized import planned
-from autoregembed.reference_scores import SCORING_BUDGET
+from autoregembed.reference_scores import SCORING_BUDGET, scoring_passes
 from autoregembed.runtime import HALF_DTYPES, choose_precision
 from autoregembed.train_flags import plan_parser
 
@@ -175,7 +175,7 @@ def _rows(config: Config, models: dry_run.Models, processes: int) -> Iterator[li
         yield batch
 
 
-def heaviest(config: Config, models: dry_run.Models, processes: int) -> tuple[list[dict], int]:
+def heaviest(config: Config, models: dry_run.Models, batches: list[list[dict]]) -> tuple[list[dict], int]:
     """The batch with most tokens, and how many."""
     around = models.encoder.num_compress_tokens + (0 if models.decoder is None else len(models.decoder.prefix))
 
@@ -188,7 +188,18 @@ def heaviest(config: Config, models: dry_run.Models, processes: int) -> tuple[li
         pairs = [t for r in rows for t in (r["target_ids"][0], *r["target_ids"])]
         return read + sum(len(t) + around for t in pairs)
 
-    return max(((rows, tokens(rows)) for rows in _rows(config, models, processes)), key=lambda found: found[1])
+    return max(((rows, tokens(rows)) for rows in batches), key=lambda found: found[1])
+
+
+def scored(config: Config, models: dry_run.Models, batches: list[list[dict]], batch: list[dict]) -> list[dict]:
+    """Rows of a pass without gradients: the longest ones that need reference scores, else those of `batch`."""
+    if config.needs_ref_logps:
+        rows = list({row["row"]: row for rows in batches for row in rows}.values())
+        part = scoring_passes(rows, SCORING_BUDGET)[0]
+    else:
+        rows = batch
+        part = make_microbatches(encoder_lengths(rows, models.encoder, False), SCORING_BUDGET)[0]
+    return [rows[i] for i in part]
 
 
 def _extrapolated(found: list[tuple[int, dry_run.Peaks]], layers: int) -> list[Counter[str]]:
@@ -218,17 +229,17 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     on_gpu = machine.device == "cuda" and half is not None and not machine.fsdp and config.attention != "sdpa"
     attention = VARLEN if on_gpu else SDPA
     counts = [w.layers] if exact or w.layers <= FEW_LAYERS[-1] else list(FEW_LAYERS)
-    steps, scored, tokens = [], [], 0
+    steps, scores, tokens = [], [], 0
     batch: list[dict] = []
+    few: list[dict] = []
     for layers in counts:
         models = dry_run.fake_models(config, half=half, device=machine.device, attention=attention, layers=layers)
         if not batch:
-            batch, tokens = heaviest(config, models, machine.processes)
+            batches = list(_rows(config, models, machine.processes))
+            batch, tokens = heaviest(config, models, batches)
+            few = scored(config, models, batches, batch)
         steps.append((layers, dry_run.step(config, models, batch)))
-        lengths = encoder_lengths(batch, models.encoder, False)
-        part = make_microbatches(lengths, SCORING_BUDGET)[0]
-        few = [batch[i] for i in part]
-        scored.append((layers, dry_run.scoring(models, few, config.needs_ref_logps)))
+        scores.append((layers, dry_run.scoring(models, few, config.needs_ref_logps)))
     sharing = machine.processes if machine.fsdp else 1
     fixed: dict[str, float] = {
         "encoder, weights": w.encoder / sharing,
@@ -245,7 +256,7 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
         fixed["decoder, weights"] = 0.0  # its scores are there before the first step
     moments = [fixed | _shared(parts, sharing) for parts in _extrapolated(steps, w.layers)]
     step = max(moments, key=lambda parts: sum(parts.values()))
-    before = max(p.total() for p in _extrapolated(scored, w.layers)) + (w.encoder + w.decoder) / sharing
+    before = max(p.total() for p in _extrapolated(scores, w.layers)) + (w.encoder + w.decoder) / sharing
     found = Plan(config.model, config.stage, precision, len(batch), tokens, step)
     found.device = {"scores before it": before, "a step": sum(step.values())}
     libraries = float(psutil.Process().memory_info().rss)

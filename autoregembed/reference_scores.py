@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,12 @@ class RefLogps(NamedTuple):
     negatives: Tensor  # r_c (R, M)
 
 
+def scoring_passes(rows: Iterable[dict], token_budget: int) -> list[list[int]]:
+    """The places of rows of `data.alignment_rows` in each pass that scores them, those of the longest first."""
+    sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows]
+    return make_microbatches(sizes, token_budget)
+
+
 @torch.no_grad()
 def compute_ref_logps(
     encoder: nn.Module,
@@ -45,8 +52,8 @@ def compute_ref_logps(
     negatives = [len(t) - 1 for t in rows["target_ids"]]
     scores = torch.zeros(len(rows), 1 + max(negatives))
     selected = list(range(len(rows))) if selected is None else selected
-    sizes = [len(r["query_ids"]) + sum(map(len, r["target_ids"])) + len(r["suffix_ids"]) for r in rows.select(selected)]
-    microbatches = [[selected[i] for i in microbatch] for microbatch in make_microbatches(sizes, token_budget)]
+    passes = scoring_passes(rows.select(selected), token_budget)
+    microbatches = [[selected[i] for i in microbatch] for microbatch in passes]
     for microbatch, counts in distributed.shard_microbatches(microbatches):
         batch = rows.select(microbatch).to_list()
         z = encoder([r["query_ids"] for r in batch], [r["suffix_ids"] for r in batch])

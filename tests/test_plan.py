@@ -47,6 +47,16 @@ def test_a_quantised_base_is_planned_in_its_bits(kind, share, model_folder, comp
     assert few.step["a layer of the base, widened"] == max(layers)
 
 
+def test_reference_scores_are_planned_in_their_own_passes(model_folder, alignment_file):
+    few, many, none = (
+        planned(model_folder, alignment_file, stage=2, **options)
+        for options in ({"batch_size": 2}, {"batch_size": 8}, {"batch_size": 8, "ref_margin": "none"})
+    )
+    sizes = [found.device["scores before it"] - found.step["libraries"] for found in (few, many, none)]
+    assert sizes[0] == pytest.approx(sizes[1])
+    assert sizes[1] > 1.5 * sizes[2]
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_layers_tell_of_many(checkpointing, tmp_path, compression_file):
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
