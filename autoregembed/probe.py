@@ -294,7 +294,8 @@ def _difference(found: Tensor, wanted: Tensor) -> float:
 
     Rounding moves single tokens far where a mixture of experts is near a tie. A window moves the tokens beyond it.
     """
-    error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    norm = wanted.norm(dim=-1).clamp_min(torch.finfo(wanted.dtype).tiny)  # the states of a padding token may be zeros
+    error = (found - wanted).norm(dim=-1) / norm
     return max(float(error.median()), float(error[-8:].median()))
 
 

@@ -32,7 +32,7 @@ def printed(config) -> str:
 
 def test_a_batch_is_cut_to_the_rows_of_the_data(model_folder, tmp_path):
     config = stage2(model_folder, pairs(tmp_path / "a.jsonl", 3), tmp_path / "out", **FAST, batch_size=8)
-    assert "batch_size: cut from 8 to 3 per process, for 3 rows of data" in printed(config)
+    assert "batch_size: reduced from 8 to 3 per process, for 3 rows of data" in printed(config)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["batch_size"] == 3
     assert "batch_size: cut" not in printed(
         stage2(model_folder, config.train_data, tmp_path / "two", **FAST | {"batch_size": 3})
