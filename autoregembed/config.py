@@ -171,7 +171,8 @@ class Config(Stage2Options):
         eval_split: the split of `eval_data`.
         eval_metric: the metric that is shown and that `save_best` maximises or minimises. spearman needs pairs with
             ratings; view_separation, mean_cosine, view_accuracy, effective_rank and uniformity need only texts. The
-            run records all metrics that the data allow. Default: spearman for rated pairs, otherwise view_separation.
+            run records all of them for texts; for rated pairs spearman, and the others where this names one of them.
+            Default: spearman for rated pairs, otherwise view_separation.
         eval_steps: evaluate every this many steps; 0: only before and after training.
         max_steps: number of optimizer steps. Default: from `num_train_epochs`.
         num_train_epochs: passes over the data when `max_steps` is not given.

@@ -30,7 +30,7 @@ class HeldOut:
 
     def __init__(self, config: Config, console: Console):
         self.pairs: Dataset | None = None
-        self.texts: list[str] = []  # of rated pairs, too: what needs no rating is measured on them as well
+        self.texts: list[str] = []
         self.metric: str | None = None  # without eval_data
         source, split = config.eval_data, config.eval_split
         if source is None:
@@ -40,7 +40,8 @@ class HeldOut:
         known = LABEL_FREE
         if "sentence1" in first or not {column, "text"} & set(first):
             self.pairs, known = load_sts(source, split), tuple(METRICS)
-            self.texts = list(dict.fromkeys([*self.pairs["sentence1"], *self.pairs["sentence2"]]))
+            if config.eval_metric in LABEL_FREE:  # three times the texts to embed
+                self.texts = list(dict.fromkeys([*self.pairs["sentence1"], *self.pairs["sentence2"]]))
         else:
             self.texts = load_texts(source, split, column)
         self.metric = config.eval_metric or known[0]

@@ -244,7 +244,7 @@ class Run:
         state.evaluations[str(step)] = found
         values = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
         if step and values:
-            self.console.print(f"{step:>6}/{self.max_steps}  {values}", highlight=False)
+            self.console.print(f"{step:>6}/{self.max_steps}  {values}", highlight=False, soft_wrap=True)
         if step and self.config.save_best and self.held_out.is_better(found, best):
             state.best_step = step
             self.write_model(step)
