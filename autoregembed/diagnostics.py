@@ -14,7 +14,7 @@ from autoregembed.decoder import Decoder
 from autoregembed.embedding_losses import contrastive_loss
 from autoregembed.encoder import Encoder, text_embedding
 from autoregembed.ops import alignment_loss
-from autoregembed.teacher_scores import pair_scores
+from autoregembed.teacher_scores import pair_scores, retrieval_accuracy
 
 MEANING = {
     "rows": "queries that find their passage by log p(d | z)",
@@ -123,7 +123,7 @@ def _block(
         "rows": _found(scores, 1),
         "rows_per_token": _found(scores / length, 1),
         "rows_minus_mean_z": _found(scores - unconditional, 1),
-        "rows_minus_marginal": _found(scores - scores.logsumexp(0), 1),
+        "rows_minus_marginal": retrieval_accuracy(scores[None]),
         "columns": _found(scores, 0),
         "variance_of_passage": float(by_passage),
         "a_below_b": float((diagonal < own).float().mean()),

@@ -66,11 +66,11 @@ def log_marginal(scores: Tensor, teacher_temperature: float) -> Tensor:
     return teacher_temperature * (scores / teacher_temperature).logsumexp(0)
 
 
-def own_found(scores: Tensor) -> float:
+def retrieval_accuracy(scores: Tensor) -> float:
     """The share of rows i whose own passage has the highest score_ij less the block's marginal: (n, ≥ B, B) scores."""
     b = scores.shape[2]
     own = scores[:, :b] - scores[:, :b].logsumexp(1, keepdim=True)
-    return float((own.argmax(2) == torch.arange(b)).float().mean())
+    return float((own.argmax(2) == torch.arange(b, device=scores.device)).float().mean())
 
 
 def nearest(z: Tensor, candidates: int) -> list[list[int]]:
@@ -188,7 +188,7 @@ def cached_teacher_scores(
 
 
 def _print_found(scores: Tensor, console: Console) -> None:
-    found = own_found(scores)
+    found = retrieval_accuracy(scores)
     note = "" if found >= LEAST_FOUND else ", too few to teach: train stage 1 for longer"
     console.print(f"teacher scores: {found:.0%} of the texts find their own passage{note}", highlight=False)
 

@@ -20,7 +20,7 @@ from autoregembed.evaluate import LABEL_FREE
 from autoregembed.files import CheckpointError
 from autoregembed.objective import Objective, texts_of
 from autoregembed.prompt import Prompt
-from autoregembed.teacher_scores import compute_teacher_scores, log_marginal, own_found, pair_scores
+from autoregembed.teacher_scores import compute_teacher_scores, log_marginal, pair_scores, retrieval_accuracy
 from autoregembed.train import train
 
 ONLY = {"alignment_weight": 0.0, "distillation_weight": 1.0}
@@ -246,11 +246,11 @@ def test_a_teacher_is_told_by_the_texts_that_find_themselves():
     own = torch.tensor([[[0.0, -1, -1], [-1, 0, -1], [-1, 0.5, 0]]])
     likely = own + torch.tensor([0.0, -30, -7])
     for scores in (own, likely, torch.cat([likely, likely.new_full((1, 2, 3), 99.0)], 1)):
-        assert own_found(scores) == 1.0
+        assert retrieval_accuracy(scores) == 1.0
     wrong = likely.clone()
     wrong[0, 2, 1] += 0.3
-    assert own_found(torch.cat([wrong, likely])) == pytest.approx(5 / 6)
-    assert own_found(likely.masked_fill(own < 0, -torch.inf)) == 1.0
+    assert retrieval_accuracy(torch.cat([wrong, likely])) == pytest.approx(5 / 6)
+    assert retrieval_accuracy(likely.masked_fill(own < 0, -torch.inf)) == 1.0
 
 
 def test_candidates_and_other_texts_are_options_of_a_run(model_folder, text_file, tmp_path):

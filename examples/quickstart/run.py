@@ -139,10 +139,8 @@ def main() -> None:
     lm, tokenizer, _ = load_causal_lm(model, gguf_file=read_config([str(HERE / "stage1.yaml")]).gguf_file)
     plain = sts(lambda texts: token_mean(lm, tokenizer, texts), pairs)["spearman"]
 
-    untrained, *scores = [
-        s["evaluations"][str(step)]["spearman"]
-        for s, step in [(summaries[0], 0), *((s, s["model_step"]) for s in summaries)]
-    ]
+    untrained = summaries[0]["evaluations"]["0"]["spearman"]
+    scores = [s["evaluations"][str(s["model_step"])]["spearman"] for s in summaries]
     seconds = [s["train_seconds"] for s in summaries]
     summary = {
         "spearman_untrained": untrained,
