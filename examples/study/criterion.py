@@ -3,7 +3,7 @@
     python examples/study/criterion.py runs/study/runs/* runs/quickstart/stage1
 
 Runs of stage 1 on rated pairs, with `eval_steps` and `eval_metric: view_separation`, have both in summary.json.
-`within`: the correlation of the steps of one run, mean over runs: what `save_best` needs. `kept`: the rating's metric at
+`within`: the correlation of one run's steps, mean over runs: what `save_best` needs. `kept`: the rating's metric at
 the step that each would keep, mean over runs, beside that of the last step and of the best.
 """
 
