@@ -6,11 +6,30 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoregembed.kernels.triton import primitives, tiles
 
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+
+
+class _Lists(TorchFunctionMode):
+    """Python's own sequences that become tensors on the device, or index one: no dispatch mode sees that copy."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray):
+            if out.device.type == "meta" and out.ndim and not isinstance(args[0], torch.Tensor):
+                self.found.append(f"{func.__name__} of {tuple(out.shape)} from the host")
+        elif func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device.type == "meta":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.found += [f"{func.__name__} by a list of {len(x)}" for x in index if isinstance(x, (list, range))]
+        return out
 
 
 class BlockingCopies(TorchDispatchMode):
@@ -19,6 +38,15 @@ class BlockingCopies(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.found = []
+        self._lists = _Lists(self.found)
+
+    def __enter__(self):
+        self._lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -28,7 +56,7 @@ class BlockingCopies(TorchDispatchMode):
             waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             if source.device.type == "cpu" and out.device.type == "meta" and source.ndim and waits:
                 self.found.append(f"{func} of {tuple(source.shape)}")
-        if func in INDEXING and source.device.type == "meta":  # x[list]: the index is copied inside
+        if func in INDEXING and source.device.type == "meta":  # the index is copied inside
             index = [x for x in args[1] if x is not None and x.device.type == "cpu" and x.ndim]
             self.found += [f"{func} by {tuple(x.shape)} on the host" for x in index]
         return out

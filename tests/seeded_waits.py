@@ -24,6 +24,7 @@ WAITS = [
     ("autoregembed/decoder.py", "        work = torch.promote_types(z.dtype", "bool(z.isnan().any())"),
     ("autoregembed/passes.py", "            index = index_on(z.device, microbatch)", "z.sum().item()"),
     ("autoregembed/passes.py", "            index = index_on(z.device, places)", "z[places]"),
+    ("autoregembed/passes.py", "            rows = z[index].detach", "torch.tensor([0, 1], device=z.device)"),
     ("autoregembed/prefixes.py", "    return SharedPrefixes(", "torch.arange(len(sizes)).to(device)"),
     ("autoregembed/prefixes.py", "        own = grad.index_select", "grad.sum().item()"),
     ("autoregembed/attention.py", "    window = kwargs.get", "cu_seqlens.tolist()"),
