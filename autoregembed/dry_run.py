@@ -30,6 +30,8 @@ from autoregembed.encoder import Encoder
 from autoregembed.kernels.torch.linear_logprob import CHUNK_BYTES, block_shape
 from autoregembed.loading import without_values
 from autoregembed.objective import Objective
+from autoregembed.reference_scores import SCORING_BUDGET
+from autoregembed.teacher_scores import pair_scores
 
 _HEADS = ("linear_logprob", "conditional_alignment", "conditional_compression")
 
@@ -223,13 +225,17 @@ def _label(allocations: Allocations, encoder: Encoder) -> list[Any]:
     return [encoder.register_forward_pre_hook(entering(ENCODER)), encoder.register_forward_hook(entering(DECODER))]
 
 
-def scoring(models: Models, rows: list[dict], with_decoder: bool) -> Peaks:
-    """Peaks of one pass without gradients, as evaluation and reference scores make them."""
+def scoring(config: Config, models: Models, rows: list[dict]) -> Peaks:
+    """Peaks without gradients: of a block of teacher scores, or one pass of reference scores or of an evaluation."""
     allocations = Allocations(models.device, models.tensors())
     with torch.no_grad(), models.inside(), allocations:
         z = models.encoder([r["query_ids"] if "query_ids" in r else r["text_ids"] for r in rows],
                            [r["suffix_ids"] for r in rows])  # fmt: skip
-        if with_decoder and models.decoder is not None:
+        if models.decoder is None:
+            pass
+        elif config.needs_teacher_scores:
+            pair_scores(models.decoder, z, [r["target_ids"][0] for r in rows], SCORING_BUDGET)
+        elif config.needs_ref_logps:
             owner = [i for i, r in enumerate(rows) for _ in r["target_ids"]]
             models.decoder.logprob(z, [t for r in rows for t in r["target_ids"]], owner)
     allocations.booked.clear()

@@ -169,8 +169,9 @@ def _rows(config: Config, models: dry_run.Models, processes: int) -> Iterator[li
         steps, size = config.max_steps or 1, config.batch_size
     else:
         size = min(config.batch_size, max(1, len(rows) // processes))
-        steps = config.max_steps or max(1, round(config.num_train_epochs * len(rows) / size / processes))
-    found = sampling.batches(rows, size, seed=config.seed, world=processes)
+        steps = config.max_steps or sampling.num_steps(len(rows), size * processes, config.num_train_epochs)
+    in_blocks = config.needs_teacher_scores
+    found = sampling.batches(rows, size, seed=config.seed, world=processes, in_blocks=in_blocks)
     for _, batch in zip(range(min(steps, STEPS)), found, strict=False):
         yield batch
 
@@ -192,7 +193,9 @@ def heaviest(config: Config, models: dry_run.Models, batches: list[list[dict]]) 
 
 
 def scored(config: Config, models: dry_run.Models, batches: list[list[dict]], batch: list[dict]) -> list[dict]:
-    """Rows of a pass without gradients: the longest ones that need reference scores, else those of `batch`."""
+    """Rows of a pass without gradients: `batch`, if a teacher scores it, or the longest that need reference scores."""
+    if config.needs_teacher_scores:  # a block at once, and none of its passes exceeds one of reference scores
+        return batch
     if config.needs_ref_logps:
         rows = list({row["row"]: row for rows in batches for row in rows}.values())
         part = scoring_passes(rows, SCORING_BUDGET)[0]
@@ -239,11 +242,13 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
             batch, tokens = heaviest(config, models, batches)
             few = scored(config, models, batches, batch)
         steps.append((layers, dry_run.step(config, models, batch)))
-        scores.append((layers, dry_run.scoring(models, few, config.needs_ref_logps)))
+        scores.append((layers, dry_run.scoring(config, models, few)))
     sharing = machine.processes if machine.fsdp else 1
+    # Without an alignment all that the decoder has to say is there before the first step.
+    decoder_stays = 0.0 if config.stage == 2 and not config.alignment_weight else w.decoder
     fixed: dict[str, float] = {
         "encoder, weights": w.encoder / sharing,
-        "decoder, weights": w.decoder / sharing,
+        "decoder, weights": decoder_stays / sharing,
         "optimizer": 2 * w.trained / sharing,
     }
     if w.widened:
@@ -252,8 +257,6 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
         fixed["gathered layers and tables"] = w.gathered
     elif machine.processes > 1:
         fixed["buckets of DDP"] = w.trained
-    if config.stage == 2 and not config.alignment_weight and config.needs_decoder:
-        fixed["decoder, weights"] = 0.0  # its scores are there before the first step
     moments = [fixed | _shared(parts, sharing) for parts in _extrapolated(steps, w.layers)]
     step = max(moments, key=lambda parts: sum(parts.values()))
     before = max(p.total() for p in _extrapolated(scores, w.layers)) + (w.encoder + w.decoder) / sharing
@@ -262,7 +265,7 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
     libraries = float(psutil.Process().memory_info().rss)
     if machine.device == "cpu":
         step["libraries"] = libraries
-        stay = w.encoder + w.decoder + 2 * w.trained
+        stay = w.encoder + decoder_stays + 2 * w.trained
         found.device = {
             "loading": libraries + w.loaded,
             **{name: size + libraries for name, size in found.device.items()},

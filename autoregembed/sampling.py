@@ -43,6 +43,11 @@ def batches(
         yield [{**row, "row": i} for row, i in zip(rows.select(indices).to_list(), indices, strict=True)]
 
 
+def num_steps(n: int, rows_per_step: int, epochs: float) -> int:
+    """Optimiser steps of so many epochs of n rows, at least one."""
+    return max(1, round(epochs * n / rows_per_step))
+
+
 def blocks(n: int, size: int, seed: int) -> list[list[int]]:
     """n rows cut into blocks of `size` rows; n % size rows are in none."""
     order = permutation(n, seed, 0)

@@ -170,7 +170,6 @@ class Run:
             self.encoder, self.decoder, self.tokenizer, self.recipe = build_models(config)
         if reason := not_shared_because(config):
             self.console.print(f"share_base: off, {reason}", highlight=False, markup=False)
-        self.models: list[Encoder | Decoder] = [m for m in (self.encoder, self.decoder) if m is not None]
         hull = hull_of(self.encoder) if self.sharded else None
         self.results = Results(config, self.encoder, self.tokenizer, self.sharded, hull)
         distributed.broadcast_from_rank0(self.require_space)
@@ -200,8 +199,10 @@ class Run:
             self.console.print(note)
         if not config.streaming:
             self.fit_batch_size()
-        rows_per_step = self.config.batch_size * self.world
-        self.max_steps = config.max_steps or max(1, round(config.num_train_epochs * len(self.rows) / rows_per_step))
+            config = self.config
+        self.max_steps = config.max_steps or sampling.num_steps(
+            len(self.rows), config.batch_size * self.world, config.num_train_epochs
+        )
 
     def fit_batch_size(self) -> None:
         """A step larger than the data would read rows twice."""
@@ -226,11 +227,12 @@ class Run:
             optimizer = placeholder_optimizer(self.encoder, config)
             self.wrapped, self.optimizer = shard_models(self.accelerator, self.encoder, self.decoder, optimizer)
             fill_optimizer(self.optimizer.optimizer, self.encoder, config)
-        self.weights = shared_fingerprint(*self.models)
+        models: list[Encoder | Decoder] = [m for m in (self.encoder, self.decoder) if m is not None]
+        self.weights = shared_fingerprint(*models)
         if self.sharded:
             return
         with self.accelerator.autocast():
-            for model in self.models:
+            for model in models:
                 model.use_attention(attention)
 
     def evaluate(self, step: int) -> None:

@@ -85,7 +85,7 @@ BUGS = [
     ("gradient is zero", HEAD, "(g[:, None] * u)", "(0.0 * g[:, None] * u)", HEAD, SHAPES),
     ("segment sums lose the tail", SUM, "for start in range(0, count, BLOCK):",
      "for start in range(0, count - BLOCK + 1, BLOCK):", SUM, "sums_and and triton"),
-    ("bad bounds unnoticed", SUM, "tl.where(good, tl.sum(sums), float(\"nan\"))", "tl.sum(sums)", SUM,
+    ("bad bounds unnoticed", SUM, "tl.where(good, total, float(\"nan\"))", "total", SUM,
      "bad_bounds_are_nan"),
     ("binary search off by one", "primitives", "right = tl.load(cu_ptr + middle) <= row",
      "right = tl.load(cu_ptr + middle) < row", SUM, "sums_and and triton"),

@@ -1,8 +1,10 @@
 """Score distillation in the loop: the scores of the model before the stage teach the cosines."""
 
+import gc
 import io
 import json
 import math
+import weakref
 from pathlib import Path
 
 import datasets
@@ -21,7 +23,7 @@ from autoregembed.files import CheckpointError
 from autoregembed.objective import Objective, texts_of
 from autoregembed.prompt import Prompt
 from autoregembed.teacher_scores import compute_teacher_scores, log_marginal, pair_scores, retrieval_accuracy
-from autoregembed.train import train
+from autoregembed.train import Run, train
 
 ONLY = {"alignment_weight": 0.0, "distillation_weight": 1.0}
 
@@ -315,6 +317,20 @@ def test_scores_are_made_once_and_a_longer_run_adds_the_blocks_it_lacks(
     with pytest.raises(CheckpointError, match="teacher_scores: got a damaged file"):
         train(stage2(model_folder, alignment_file, out, max_steps=1, **ONLY), quiet)
     file.unlink()
+
+
+def test_the_decoder_is_released_once_its_scores_are_there(model_folder, text_file, tmp_path, quiet, monkeypatch):
+    prepare, released = Run.prepare, []
+
+    def watched(self):
+        decoder = weakref.ref(self.decoder.model)
+        prepare(self)
+        gc.collect()
+        released.append(decoder() is None)
+
+    monkeypatch.setattr(Run, "prepare", watched)
+    train(stage2(model_folder, text_file, tmp_path / "run", **ONLY), quiet)
+    assert released == [True]
 
 
 def test_distillation_adds_to_the_other_losses(model_folder, alignment_file, tmp_path, quiet):

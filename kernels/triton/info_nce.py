@@ -141,7 +141,7 @@ def _store_excess(
     z: Tensor, target: Tensor, norms: tuple[Tensor, Tensor], ids: Tensor | None, temperature: Tensor, out: Tensor
 ) -> None:
     (rows, p), device = z.shape, z.device
-    t = tiles.tile("epilogue", device, z.dtype)
+    t = tiles.tile("epilogue_cosine", device, z.dtype)
     launch(
         _excess, min(rows, t.programs * multiprocessors(device)), device,
         z, target, *norms, ids, temperature, out, rows, p, z.stride(0), BLOCK=t.cols, **t.options,

@@ -87,7 +87,7 @@ TABLE: dict[tuple[str, str, int, int], Tile] = {
     ("epilogue_softcap", "any", 32, 0): Tile(1, 4096, warps=16, registers=128),
     ("epilogue_softcap", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
     ("epilogue_cosine", "any", 16, 0): Tile(1, 4096, warps=8, programs=2, registers=128),
-    ("epilogue_cosine", "any", 32, 0): Tile(1, 4096, warps=8, programs=2, registers=128),
+    ("epilogue_cosine", "any", 32, 0): Tile(1, 2048, warps=8, programs=2, registers=128),
     ("epilogue_cosine", "any", 64, 0): Tile(1, 2048, warps=16, registers=128),
     ("segment_sum", "any", 0, 0): Tile(1, 1024),
     ("row_gradients", "any", 0, 0): Tile(128, 16),  # rows, and parts at a time
