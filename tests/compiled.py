@@ -50,7 +50,8 @@ def check(part):
         assert {"_score", "_emit", "_emit_cosine"} <= {r["kernel"] for r in rows if r["bulk_copy"]}
     if part == "sm_90":
         counted = {(row["kernel"], row["case"]): row["sass"] for row in rows if "sass" in row}
-        assert all(0.9 < sass["exponentials"] < 1.1 for sass in counted.values()), counted
+        # One a logit, and one a thread and block that rescales the running sum.
+        assert all(0.9 < sass["exponentials"] < 1.15 for sass in counted.values()), counted
         most = {"_emit": 8, "_score": 8, "_epilogue": 15}  # SASS instructions a logit
         plain = [(kernel, sass["all"]) for (kernel, case), sass in counted.items() if "info_nce" not in case]
         assert {kernel for kernel, _ in plain} == set(most)
