@@ -174,6 +174,11 @@ class Run:
         self.results = Results(config, self.encoder, self.tokenizer, self.sharded, hull)
         distributed.broadcast_from_rank0(self.require_space)
 
+    @property
+    def models(self) -> list[Encoder | Decoder]:
+        """Those in memory: a decoder goes once its scores are made, if there is no alignment."""
+        return [m for m in (self.encoder, self.decoder) if m is not None]
+
     def require_space(self) -> None:
         """Before the training: what is certain to be written must fit onto the disk."""
         least = 4 if self.config.lora_rank else 1  # merged in fp32
@@ -227,12 +232,11 @@ class Run:
             optimizer = placeholder_optimizer(self.encoder, config)
             self.wrapped, self.optimizer = shard_models(self.accelerator, self.encoder, self.decoder, optimizer)
             fill_optimizer(self.optimizer.optimizer, self.encoder, config)
-        models: list[Encoder | Decoder] = [m for m in (self.encoder, self.decoder) if m is not None]
-        self.weights = shared_fingerprint(*models)
+        self.weights = shared_fingerprint(*self.models)
         if self.sharded:
             return
         with self.accelerator.autocast():
-            for model in models:
+            for model in self.models:
                 model.use_attention(attention)
 
     def evaluate(self, step: int) -> None:
