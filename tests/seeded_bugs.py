@@ -66,6 +66,7 @@ BUGS = [
      "mask=(row < 0)[:, None] & (col < V)[None, :]", HEAD, "improbable"),
     ("row beyond the range: its sum kept", HEAD, "total = tl.where(beyond, again, total)", "total = total", HEAD,
      "improbable"),
+    ("epilogue: log of a sum near 1", HEAD, "-log1p(rest)", "-tl.log(1.0 + rest)", HEAD, "certain_target and cublas"),
     ("log of a sum near 1", HEAD, "-log1p(total / e_y)", "-tl.log(1.0 + total / e_y)", HEAD, "certain_target"),
     ("1 − p by a difference", HEAD, "at_target = g * (total / s)", "at_target = g * (1.0 - e_y / s)", HEAD,
      "certain_target and shifted"),

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from triton_cases import DEVICE, few, leaf, poisoned  # noqa: F401
 
@@ -93,6 +93,8 @@ OPTIONS = st.fixed_dictionaries(
     }
 )
 
+SHARED = {"masked": False, "mixture": 0.5, "marginal": "batch", "temperature": 1.0, "teacher_temperature": 0.7}
+
 
 def options_of(drawn, mask, target, prior):
     masked, marginal = drawn["masked"], drawn["marginal"]
@@ -108,6 +110,7 @@ def options_of(drawn, mask, target, prior):
 @pytest.mark.parametrize("impl", IMPLS)
 @few(8)
 @given(st.integers(1, 7), st.integers(1, 20), st.integers(1, 9), OPTIONS, st.integers(0, 999))
+@example(7, 2, 4, SHARED, 0)  # passages with several owners
 def test_formula(impl, b, p, d, drawn, seed):
     inputs, mask, target, prior = draw(b, p, d, seed)
     options = options_of(drawn, mask, target, prior.double())

@@ -55,6 +55,7 @@ def check(q, p, target, ids, temperature=0.05, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @few(4)
 @given(st.integers(1, 20), st.integers(1, 70), st.integers(1, 40), st.booleans(), st.integers(0, 99))
+@example(9, 40, 16, True, 0)
 def test_loss_and_both_gradients(dtype, b, p, d, duplicates, seed):
     q, passages, target, ids = problem(b, p, d, dtype, seed)
     check(q, passages, target, ids if duplicates else None)

@@ -163,6 +163,7 @@ def _epilogue(
             rest = tl.sum(sums) * exp2(running_max - shift, FAST)
             s = rest + exp2(z_y - shift, FAST)
             logprob = (z_y - shift) * tl.full((), LN_2, WORK) - tl.log(s)
+            logprob = tl.where(z_y == shift, -log1p(rest), logprob)  # exact for p → 1
             tl.store(logprob_ptr + row, tl.where(valid, logprob, float("nan")))
             if GRADIENT:
                 g = tl.full((), gradient_scale, WORK)

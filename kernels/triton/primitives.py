@@ -139,7 +139,7 @@ def tanh_and_grad(x):
 
 @triton.jit
 def log1p(t):
-    """log(1 + t) for 0 ≤ t ≤ 1 to rounding: log(u) · t / (u − 1) with u = 1 + t rounded (Kahan)."""
+    """log(1 + t) for t ≥ 0 to rounding: log(u) · t / (u − 1) with u = 1 + t rounded (Kahan)."""
     u = 1.0 + t
     exact = u == 1.0
     return tl.where(exact, t, tl.log(u) * (t / tl.where(exact, 1.0, u - 1.0)))
