@@ -2,6 +2,7 @@
 
     python tests/pairs.py                      every pair of TORCH and TRITON: a nightly run
     python tests/pairs.py 2.13.0+3.9.0 ...     these pairs
+    python tests/pairs.py 2.13.0 ...           these torch versions, each with every Triton
 
 A package of another version than the installed one goes into build/pairs, without dependencies, and comes first on
 the path. torch has to be a CPU build (its CUDA builds need gigabytes of packages): let pip's own variables name an
@@ -70,7 +71,8 @@ def run(torch: str, triton: str) -> tuple[bool, str]:
 
 
 def main() -> int:
-    pairs = [tuple(pair.split("+")) for pair in sys.argv[1:]] or [(a, b) for a in TORCH for b in TRITON]
+    wanted = [argument.partition("+") for argument in sys.argv[1:] or TORCH]
+    pairs = [(torch, b) for torch, _, triton in wanted for b in ([triton] if triton else TRITON)]
     failures = 0
     for torch, triton in pairs:
         begin = time.monotonic()
