@@ -384,7 +384,12 @@ class Config(Stage2Options):
 
     @property
     def needs_decoder(self) -> bool:
-        return self.stage == 1 or self.alignment_weight > 0 or self.distillation_weight > 0
+        return self.steps_need_decoder or self.distillation_weight > 0
+
+    @property
+    def steps_need_decoder(self) -> bool:
+        """Whether a step runs the decoder; otherwise all that it has to say is in scores made before the first one."""
+        return self.stage == 1 or self.alignment_weight > 0
 
     @property
     def needs_teacher_scores(self) -> bool:

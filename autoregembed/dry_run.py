@@ -194,7 +194,7 @@ def step(config: Config, models: Models, rows: list[dict]) -> Peaks:
     reference = (torch.zeros(b), torch.zeros(b, m)) if config.needs_ref_logps else None
     teacher = torch.zeros(1, b, b) if config.needs_teacher_scores else None
     rows = [{**row, "row": i, "place": i, "block": 0} for i, row in enumerate(rows)]
-    if config.stage == 2 and not config.alignment_weight:
+    if not config.steps_need_decoder:
         decoder = None
     allocations.trained = len(models.parameters())
     handles: list[Any] = [p.register_post_accumulate_grad_hook(allocations.is_gradient) for p in models.parameters()]
@@ -231,12 +231,11 @@ def scoring(config: Config, models: Models, rows: list[dict]) -> Peaks:
     with torch.no_grad(), models.inside(), allocations:
         z = models.encoder([r["query_ids"] if "query_ids" in r else r["text_ids"] for r in rows],
                            [r["suffix_ids"] for r in rows])  # fmt: skip
-        if models.decoder is None:
-            pass
-        elif config.needs_teacher_scores:
-            pair_scores(models.decoder, z, [r["target_ids"][0] for r in rows], SCORING_BUDGET)
-        elif config.needs_ref_logps:
+        decoder = models.decoder
+        if decoder is not None and config.needs_teacher_scores:
+            pair_scores(decoder, z, [r["target_ids"][0] for r in rows], SCORING_BUDGET)
+        elif decoder is not None and config.needs_ref_logps:
             owner = [i for i, r in enumerate(rows) for _ in r["target_ids"]]
-            models.decoder.logprob(z, [t for r in rows for t in r["target_ids"]], owner)
+            decoder.logprob(z, [t for r in rows for t in r["target_ids"]], owner)
     allocations.booked.clear()
     return allocations.peaks

@@ -244,8 +244,7 @@ def plan(config: Config, machine: Machine, *, exact: bool = True) -> Plan:
         steps.append((layers, dry_run.step(config, models, batch)))
         scores.append((layers, dry_run.scoring(config, models, few)))
     sharing = machine.processes if machine.fsdp else 1
-    # Without an alignment all that the decoder has to say is there before the first step.
-    decoder_stays = 0.0 if config.stage == 2 and not config.alignment_weight else w.decoder
+    decoder_stays = w.decoder if config.steps_need_decoder else 0.0
     fixed: dict[str, float] = {
         "encoder, weights": w.encoder / sharing,
         "decoder, weights": decoder_stays / sharing,

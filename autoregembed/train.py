@@ -294,8 +294,8 @@ class Run:
                 given |= {n: getattr(config, f"distillation_{n}") for n in ("candidates", "marginal_texts")}
                 given |= {"batch_size": config.batch_size, "fingerprint": fingerprint}
                 teacher_scores = cached_teacher_scores(self.encoder, decoder, self.rows, **given)
-        if config.stage == 2 and not config.alignment_weight:
-            self.decoder = None  # all that it had to say is in the scores
+        if not config.steps_need_decoder:
+            self.decoder = None
         self.encoder.train()
         self.scheduler = get_scheduler(
             config.lr_scheduler_type, self.optimizer, config.warmup_steps,

