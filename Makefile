@@ -39,11 +39,11 @@ sanitize: $(BIN)/.installed
 	cmake -S . -B build/asan -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python -DAUTOREGEMBED_SANITIZE=address,undefined
 	cmake --build build/asan --parallel $(CPUS)
 	$(call SANITIZED,asan,asan) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		$(BIN)/python -m pytest -q tests/test_native.py -k "not reason"
+		$(BIN)/python -m pytest -q tests/test_native.py tests/test_native_product.py -k "not reason"
 	cmake -S . -B build/tsan -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python -DAUTOREGEMBED_SANITIZE=thread
 	cmake --build build/tsan --parallel $(CPUS)
 	$(call SANITIZED,tsan,tsan) TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
-		$(BIN)/python -m pytest -q tests/test_native.py -k "threads or same"
+		$(BIN)/python -m pytest -q tests/test_native.py tests/test_native_product.py -k "threads or same"
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check

@@ -215,7 +215,7 @@ class Study:
             half = summaries[-1]["precision"] == "bf16"
             with torch.autocast(summaries[-1]["device"].split(":")[0], torch.bfloat16, enabled=half):
                 found = probe(encoder, self.paths["development"], self.paths["test"] if test else None)
-                if seed == self.budget["seeds"][0]:
+                if seed == self.budget["seeds"][0] and self.plan.get("decoder_probe", True):
                     paths = self.paths["development"], self.paths["held-out"]
                     found |= decoder_probe(encoder, decoder, configs[-1].beta, *paths)
             write_json(kept, found)

@@ -33,5 +33,6 @@ struct Level {
 extern const Level level_portable;  // SSE2 on x86-64, NEON on AArch64
 extern const Level level_avx2;
 extern const Level level_avx512;
+extern const Level level_avx512_bf16;  // differs in product.cpp alone
 
 }  // namespace autoregembed

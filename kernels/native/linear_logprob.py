@@ -1,8 +1,9 @@
 """Token log-probabilities of a linear head on a CPU: torch's GEMMs, and between them one C++ kernel per block.
 
-The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py; what differs is the step
+The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py. What differs is the step
 between the GEMMs, `_native.epilogue` (epilogue.cpp): two passes over a row in cache, where torch makes about eight over
-the block.
+the block. And where the processor multiplies bf16 into fp32 by an instruction of its own, the first GEMM too is ours
+(product.cpp), since torch's would round the logits to bf16.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ else:
 # Without such instructions a bf16 product is far slower than an fp32 one, widening included.
 _cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()
 MULTIPLIES_BF16 = bool(_cpu.get("avx512_bf16") or _cpu.get("amx_bf16"))
+# Of bf16 into fp32 logits; at other machine code levels `_native.product` works but gains nothing.
+PRODUCT_OF_BF16 = MULTIPLIES_BF16 and "avx512_bf16" in getattr(extension, "levels", list)()
 
 
 def describe() -> str:
@@ -66,6 +69,42 @@ def softmax_block(
     return (z.view(torch.bfloat16)[:, : z.shape[1]] if bf16 else z), rescale
 
 
-# For float16, bfloat16 and float32.
-forward = functools.partial(driver.forward, block=softmax_block)
+class Logits(driver.Logits):
+    """`driver.Logits` of bf16 operands in C++."""
+
+    widens = False
+
+    def __init__(self, h: Tensor):
+        self.h, self.threads = h, torch.get_num_threads()
+        self.packed = self._pack(h, "left")
+
+    def __call__(self, w: Tensor, out: Tensor) -> Tensor:
+        extension.product(self.packed, self._pack(w, "right"), out, self.threads)
+        return out
+
+    def _pack(self, x: Tensor, operand: str) -> Tensor:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        packed = x.new_empty(extension.rows_packed(len(x)), x.shape[1], dtype=torch.int16)
+        extension.pack(x.view(torch.int16), packed, operand, self.threads)
+        return packed
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    ignore_index: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """`driver.forward` of float16, bfloat16 and float32."""
+    ours = PRODUCT_OF_BF16 and hidden.dtype == weight.dtype == torch.bfloat16 and hidden.shape[1] % 2 == 0
+    return driver.forward(
+        hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient,
+        block=softmax_block, logits=Logits if ours else driver.Logits,
+    )  # fmt: skip
+
+
 backward = functools.partial(driver.backward, block=softmax_block)

@@ -10,11 +10,12 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "epilogue.h"
 #include "parallel.h"
+#include "product.h"
 
 namespace nb = nanobind;
 
@@ -24,42 +25,53 @@ namespace {
 template <typename T, int dims>
 using Array = nb::ndarray<T, nb::ndim<dims>, nb::device::cpu>;
 
-std::vector<std::pair<std::string, const Level*>> levels() {
-    std::vector<std::pair<std::string, const Level*>> found;
+struct Compiled {
+    std::string name;
+    const Level* epilogue;
+    const ProductLevel* product;
+};
+
+std::vector<Compiled> levels() {
+    std::vector<Compiled> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-        found.emplace_back("avx512", &level_avx512);
+#ifdef HAS_AVX512_BF16
+        if (__builtin_cpu_supports("avx512bf16")) {
+            found.push_back({"avx512_bf16", &level_avx512_bf16, &product_avx512_bf16});
+        }
+#endif
+        found.push_back({"avx512", &level_avx512, &product_avx512});
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.emplace_back("avx2", &level_avx2);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        found.push_back({"avx2", &level_avx2, &product_avx2});
+    }
 #endif
 #if defined(__aarch64__)
-    found.emplace_back("neon", &level_portable);
+    found.push_back({"neon", &level_portable, &product_portable});
 #else
-    found.emplace_back("portable", &level_portable);
+    found.push_back({"portable", &level_portable, &product_portable});
 #endif
     return found;
 }
 
-std::string level_name = levels().front().first;
-const Level* level = levels().front().second;
+Compiled level = levels().front();
 
 std::vector<std::string> level_names() {
     std::vector<std::string> names;
-    for (const auto& [name, _] : levels()) names.push_back(name);
+    for (const Compiled& candidate : levels()) names.push_back(candidate.name);
     return names;
 }
 
 void set_level(const std::string& wanted) {
     std::string names;
-    for (const auto& [name, candidate] : levels()) {
-        if (name == wanted) {
-            level_name = name;
+    for (const Compiled& candidate : levels()) {
+        if (candidate.name == wanted) {
             level = candidate;
             return;
         }
-        names += (names.empty() ? "" : ", ") + name;
+        names += (names.empty() ? "" : ", ") + candidate.name;
     }
     throw nb::value_error(("level: got '" + wanted + "', expected one of " + names).c_str());
 }
@@ -104,9 +116,62 @@ void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optio
     call.running_sumexp = dense("running_sumexp", running_sumexp, r);
     call.target_logit = dense("target_logit", target_logit, r);
     call.rescale = dense("rescale", rescale, r);
-    const Level* chosen = level;
+    const Level* chosen = level.epilogue;
     nb::gil_scoped_release release;
     parallel_for(static_cast<int64_t>(r), threads,
+                 [&](int64_t first, int64_t last) { chosen->rows(call, first, last); });
+}
+
+int64_t tiles(int64_t rows, int64_t size) { return (rows + size - 1) / size; }
+
+size_t rows_packed(size_t rows) { return tiles(rows, ROWS_MULTIPLE) * ROWS_MULTIPLE; }
+
+// bf16 comes as int16: nanobind's arrays have no bf16.
+void pack(Array<const int16_t, 2> x, Array<int16_t, 2> packed, const std::string& operand, int threads) {
+    const size_t r = x.shape(0), d = x.shape(1);
+    if (d == 0 || d % 2) refuse("x: got " + std::to_string(d) + " columns, expected an even number above 0");
+    if (x.stride(1) != 1) refuse("x: got strided rows, expected dense ones");
+    if (operand != "left" && operand != "right") refuse("operand: got '" + operand + "', expected left, right");
+    if (packed.shape(0) != rows_packed(r) || packed.shape(1) != d) {
+        refuse("packed: got (" + std::to_string(packed.shape(0)) + ", " + std::to_string(packed.shape(1)) +
+               "), expected (" + std::to_string(rows_packed(r)) + ", " + std::to_string(d) + ")");
+    }
+    if (packed.stride(1) != 1 || packed.stride(0) != static_cast<int64_t>(d)) {
+        refuse("packed: got a strided array, expected a dense one");
+    }
+    const Packing call{reinterpret_cast<const uint16_t*>(x.data()), x.stride(0), static_cast<int64_t>(r),
+                       static_cast<int64_t>(d / 2), reinterpret_cast<uint32_t*>(packed.data())};
+    const ProductLevel* chosen = level.product;
+    const bool left = operand == "left";
+    nb::gil_scoped_release release;
+    parallel_for(tiles(r, left ? chosen->left : chosen->right), threads, [&](int64_t first, int64_t last) {
+        (left ? chosen->pack_left : chosen->pack_right)(call, first, last);
+    });
+}
+
+void product(Array<const int16_t, 2> a, Array<const int16_t, 2> b, Array<float, 2> z, int threads) {
+    const size_t r = z.shape(0), v = z.shape(1);
+    if (v > 1 && z.stride(1) != 1) refuse("z: got strided rows, expected dense ones");
+    if (r > 1 && z.stride(0) < static_cast<int64_t>(v)) refuse("z: got rows that overlap");
+    for (const auto& [name, x, rows] : {std::tuple{"a", &a, r}, std::tuple{"b", &b, v}}) {
+        if (x->shape(0) != rows_packed(rows) || x->shape(1) != a.shape(1)) {
+            refuse(std::string(name) + ": got (" + std::to_string(x->shape(0)) + ", " + std::to_string(x->shape(1)) +
+                   "), expected (" + std::to_string(rows_packed(rows)) + ", " + std::to_string(a.shape(1)) + ")");
+        }
+        if (x->stride(1) != 1 || x->stride(0) != static_cast<int64_t>(x->shape(1))) {
+            refuse(std::string(name) + ": got a strided array, expected a dense one");
+        }
+    }
+    const Product call{reinterpret_cast<const uint32_t*>(a.data()),
+                       reinterpret_cast<const uint32_t*>(b.data()),
+                       z.data(),
+                       z.stride(0),
+                       static_cast<int64_t>(r),
+                       static_cast<int64_t>(v),
+                       static_cast<int64_t>(a.shape(1) / 2)};
+    const ProductLevel* chosen = level.product;
+    nb::gil_scoped_release release;
+    parallel_for(tiles(call.rows, chosen->left), threads,
                  [&](int64_t first, int64_t last) { chosen->rows(call, first, last); });
 }
 
@@ -114,7 +179,7 @@ void elementary(const std::string& name, Array<const float, 1> x, Array<float, 1
     const float* from = dense("x", x, x.shape(0));
     float* to = dense("y", y, x.shape(0));
     if (name != "exp" && name != "tanh") refuse("name: got '" + name + "', expected exp, tanh");
-    (name == "exp" ? level->exp : level->tanh)(from, to, static_cast<int64_t>(x.shape(0)));
+    (name == "exp" ? level.epilogue->exp : level.epilogue->tanh)(from, to, static_cast<int64_t>(x.shape(0)));
 }
 
 nb::dict build_info() {
@@ -124,7 +189,7 @@ nb::dict build_info() {
 #else
     info["compiler"] = "gcc " __VERSION__;
 #endif
-    info["level"] = level_name;
+    info["level"] = level.name;
     info["threads"] = parallel_backend();
     return info;
 }
@@ -146,6 +211,11 @@ NB_MODULE(_native, m) {
           nb::arg("running_max").noconvert(), nb::arg("running_sumexp").noconvert(), nb::arg("target_logit").noconvert(),
           nb::arg("rescale").noconvert(), nb::arg("threads"),
           "logits (R, C) fp32 to E in place; running_max, running_sumexp, target_logit, rescale (R,) float64 as in epilogue.h.");
+    m.def("rows_packed", &rows_packed, nb::arg("rows"), "Rows of a packed operand of that many rows.");
+    m.def("pack", &pack, nb::arg("x").noconvert(), nb::arg("packed").noconvert(), nb::arg("operand"), nb::arg("threads"),
+          "x (R, D) bf16 as the left or the right operand of `product`, into packed (rows_packed(R), D); both as int16.");
+    m.def("product", &product, nb::arg("a").noconvert(), nb::arg("b").noconvert(), nb::arg("z").noconvert(),
+          nb::arg("threads"), "z (R, C) fp32 = A Bᵀ of packed A (R, D) and B (C, D), packed at the level in use.");
     m.def("elementary", &elementary, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("y").noconvert(),
           "The vector function exp (of x ≤ 8) or tanh by itself, y (n,) = f(x (n,)).");
 }

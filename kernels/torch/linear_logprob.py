@@ -155,11 +155,19 @@ def softmax_block(
     return (e if softcap_grad is None else e.mul_(softcap_grad)), rescale
 
 
-def _logits(h: Tensor, w: Tensor, out: Tensor) -> Tensor:
-    """h Wᵀ of h (R, D) and w (C, D) in the dtype of out (R, C), and in its memory where that saves a copy."""
-    if h.dtype == w.dtype == out.dtype:
-        return torch.mm(h, w.t(), out=out)
-    return torch.mm(h, w.t(), out_dtype=out.dtype)
+class Logits:
+    """The product of rows h (R, D) with blocks of W, in the working dtype; another backend may replace it."""
+
+    widens = True  # its callers widen W where `_must_widen` says so
+
+    def __init__(self, h: Tensor):
+        self.h = h.float() if _must_widen(h) else h
+
+    def __call__(self, w: Tensor, out: Tensor) -> Tensor:
+        """h Wᵀ of w (C, D) in the dtype of out (R, C), and in its memory where that saves a copy."""
+        if self.h.dtype == w.dtype == out.dtype:
+            return torch.mm(self.h, w.t(), out=out)
+        return torch.mm(self.h, w.t(), out_dtype=out.dtype)
 
 
 def _accumulate(u: Tensor, rescale: Tensor, e: Tensor, w: Tensor, first: bool) -> None:
@@ -195,6 +203,7 @@ def forward(
     ignore_index: int,
     with_gradient: bool,
     block: SoftmaxBlock = softmax_block,
+    logits: type[Logits] = Logits,
 ) -> tuple[Tensor, Tensor]:
     """Returns logprob (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
     given = hidden
@@ -210,14 +219,15 @@ def forward(
     buffer = hidden.new_empty(height * width, dtype=work)
     for i in range(0, n, height):
         rows = slice(i, min(i + height, n))
-        h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
-        y, state = target[rows], State.start(len(h), h.device)
+        product = logits(hidden[rows])
+        y = target[rows]
+        state = State.start(len(y), y.device)
         in_place = u.dtype == work
-        total = u[rows] if in_place else hidden.new_empty(len(h) if with_gradient else 0, d, dtype=work)
+        total = u[rows] if in_place else hidden.new_empty(len(y) if with_gradient else 0, d, dtype=work)
         for j in range(0, v, width):
             w = weight[j : j + width]
-            wide = w.float() if _must_widen(w) else w
-            z = _logits(h, wide, buffer[: len(h) * len(w)].view(len(h), len(w)))
+            wide = w.float() if product.widens and _must_widen(w) else w
+            z = product(wide, buffer[: len(y) * len(w)].view(len(y), len(w)))
             some_bias = None if bias is None else bias[j : j + width]
             e, rescale = block(z, y - j, state, some_bias, softcap, scale, gradient)
             if with_gradient:
@@ -259,9 +269,10 @@ def backward(
     buffer = hidden.new_empty(min(step, n), v, dtype=work)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
-        h = hidden[rows].float() if _must_widen(hidden) else hidden[rows]
-        y, state = target[rows], State.start(len(h), h.device)
-        e, _ = block(_logits(h, w, buffer[: len(h)]), y, state, bias, softcap, scale, work)
+        product = Logits(hidden[rows])
+        y = target[rows]
+        state = State.start(len(y), y.device)
+        e, _ = block(product(w, buffer[: len(y)]), y, state, bias, softcap, scale, work)
         _, at_target, elsewhere = state.finish(softcap, scale)
         e.mul_((elsewhere * grad[rows]).to(work)[:, None])
         e.scatter_(1, y[:, None], (at_target * grad[rows]).to(work)[:, None])
@@ -269,9 +280,9 @@ def backward(
         e = e.to(w.dtype)
         d_hidden[rows] = torch.mm(e, w).to(hidden.dtype)
         if e.dtype == work:
-            d_weight.addmm_(e.t(), h)
+            d_weight.addmm_(e.t(), product.h)
         else:
-            d_weight += torch.mm(e.t(), h, out_dtype=work)
+            d_weight += torch.mm(e.t(), product.h, out_dtype=work)
     if kept is not None:
         d_hidden = torch.zeros_like(given).index_copy_(0, kept, d_hidden)
     return d_hidden, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
