@@ -15,13 +15,13 @@ import xxhash
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from autoregembed.cells import Row, as_text, require_keys, require_text
-from autoregembed.config import Stage2Options
+from autoregembed.config import Config, Stage2Options
 from autoregembed.prompt import Prompt
 from autoregembed.tables import Rows, Table, load_rows, read_rows
 
 __all__ = [
     "Rows", "alignment_rows", "check_first_row", "check_negatives", "compression_rows", "content_fingerprint",
-    "is_unpaired", "load_rows", "text_pairs", "text_rows",
+    "is_unpaired", "load_rows", "text_pairs", "text_rows", "training_rows",
 ]  # fmt: skip
 
 Columns = Mapping[str, str]  # a name that this library reads -> the column of the data
@@ -221,6 +221,14 @@ def check_first_row(rows: Rows, stage: int, columns: Columns | None = None) -> N
         _single_text(_map_columns(row, columns or {}, place), columns, place)
     else:
         (_compression_texts if stage == 1 else _alignment_texts)(row, columns, place)
+
+
+def training_rows(rows: Rows, config: Config, prompt: Prompt) -> Dataset | IterableDataset:
+    """Token ids of a run's data: texts, pairs or triplets, as its stage and its columns say."""
+    tokenize = compression_rows if config.stage == 1 else alignment_rows
+    if config.stage == 2 and is_unpaired(rows, config.column_map):
+        tokenize = text_rows
+    return tokenize(rows, prompt, columns=config.column_map, num_proc=config.num_proc)
 
 
 def is_unpaired(rows: Rows, columns: Columns | None = None) -> bool:

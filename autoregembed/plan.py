@@ -161,10 +161,7 @@ def _rows(config: Config, models: dry_run.Models, processes: int) -> Iterator[li
         k = models.encoder.num_compress_tokens
         length = models.decoder.fit_max_target_length(k, config.max_target_length)
         prompt = replace(prompt, max_target_length=length)
-    tokenize = data.compression_rows if config.stage == 1 else data.alignment_rows
-    if config.stage == 2 and data.is_unpaired(source, config.column_map):
-        tokenize = data.text_rows
-    rows = tokenize(source, prompt, columns=config.column_map, num_proc=config.num_proc)
+    rows = data.training_rows(source, config, prompt)
     if config.streaming:
         steps, size = config.max_steps or 1, config.batch_size
     else:

@@ -152,8 +152,8 @@ class Run:
         # By all at once: a wrong file is then raised by all, and the cache's own lock lets one of them write.
         self.source = data.load_rows(config.train_data, config.train_split, config.streaming)
         data.check_first_row(self.source, config.stage, config.column_map)
-        self.unpaired = config.stage == 2 and data.is_unpaired(self.source, config.column_map)
-        if self.unpaired and config.alignment_weight + config.contrastive_weight > 0:
+        unpaired = config.stage == 2 and data.is_unpaired(self.source, config.column_map)
+        if unpaired and config.alignment_weight + config.contrastive_weight > 0:
             raise ConfigError(
                 f"train_data: got texts without pairs in {config.train_data!r}, expected pairs unless "
                 "distillation_weight is the only weight above 0"
@@ -195,10 +195,8 @@ class Run:
             k = self.encoder.num_compress_tokens
             prompt = replace(prompt, max_target_length=self.decoder.fit_max_target_length(k, config.max_target_length))
         self.console.print(f"reading {config.train_data}", highlight=False, markup=False)
-        tokenize = data.compression_rows if config.stage == 1 else data.alignment_rows
-        tokenize = data.text_rows if self.unpaired else tokenize
         with self.accelerator.main_process_first():
-            self.rows = tokenize(self.source, prompt, columns=config.column_map, num_proc=config.num_proc)
+            self.rows = data.training_rows(self.source, config, prompt)
         note = data.check_negatives(self.rows, config) if config.stage == 2 else None
         if note:
             self.console.print(note)
