@@ -39,10 +39,13 @@ FINDS = [*MEANING][:8]
 def spaces(embeddings: Tensor) -> dict[str, Tensor]:
     """Embeddings (n, D) as they are, about their mean, and whitened; rows are not normalised after that.
 
-    Whitening keeps the directions that n texts can tell from noise, those with a variance above 1e-9.
+    Whitening keeps the directions that n texts can tell from noise, those with a variance above 1e-9. "whitened" is
+    left out where n ≤ D: there whitening puts all texts at the same distance from each other.
     """
     plain = embeddings.double()
     centred = plain - plain.mean(0)
+    if len(plain) <= plain.shape[1]:
+        return {"plain": plain, "centred": centred}
     values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
     kept = values > 1e-9
     return {"plain": plain, "centred": centred, "whitened": centred @ vectors[:, kept] * values[kept].rsqrt()}
@@ -66,7 +69,7 @@ def probe(
         token_budget: as in `Decoder.logprob`.
 
     Returns:
-        the numbers that `MEANING` explains, by name.
+        the numbers that `MEANING` explains, by name; without `cosine_whitened` where 2n ≤ D.
 
     Raises:
         ValueError: fewer than two pairs, or queries and passages of different numbers.
@@ -96,7 +99,7 @@ def probe(
         query, passage = (F.normalize(x, dim=-1).split(sizes) for x in space.split(sum(sizes)))
         hits = [_found(q @ p.T, 1) * len(q) for q, p in zip(query, passage, strict=True)]
         out["cosine" if name == "plain" else f"cosine_{name}"] = sum(hits) / sum(sizes)
-    return {name: out[name] for name in MEANING}
+    return {name: out[name] for name in MEANING if name in out}
 
 
 def _found(scores: Tensor, dim: int) -> float:

@@ -27,7 +27,7 @@ def test_the_shares_are_those_of_a_loop_over_pairs(trained):
     queries, passages = [sentence(i, 5) for i in range(7)], [sentence(50 + i, 4) for i in range(7)]
     encoder, decoder = Encoder.from_pretrained(trained), Decoder.from_pretrained(trained)
     found = probe(encoder, decoder, queries, passages, block=4)
-    assert [*found] == [*MEANING]
+    assert [*found] == [name for name in MEANING if name != "cosine_whitened"]  # 14 texts
     with torch.no_grad():
         z, own_z = encoder(encoder.tokenize(queries)), encoder(encoder.tokenize(passages))
         targets = decoder.tokenize(passages)
@@ -41,7 +41,8 @@ def test_the_shares_are_those_of_a_loop_over_pairs(trained):
             below += sum(scores[i, i] < float(decoder.logprob(own_z[i : i + 1], [targets[i]])) for i in block)
     wanted = {"rows": rows / 7, "columns": columns / 7, "rows_minus_marginal": marginal / 7, "a_below_b": below / 7}
     assert {name: found[name] for name in wanted} == pytest.approx(wanted)
-    assert all(0 <= found[name] <= 1 for name in (*FINDS, "variance_of_passage", "gradient_in_mean"))
+    shares = {*FINDS, "variance_of_passage", "gradient_in_mean"} & {*found}
+    assert all(0 <= found[name] <= 1 for name in shares)
 
 
 def test_a_model_that_has_learned_knows_its_own_texts(trained, model_folder):
@@ -64,6 +65,13 @@ def test_spaces_are_centred_and_white():
     torch.testing.assert_close(white.T @ white / 50, torch.eye(4, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
+def test_no_whitening_by_fewer_texts_than_directions():
+    """All cosines would be -1 / (n - 1): Spearman's correlation and the nearest neighbour would be rounding errors."""
+    x = torch.randn(5, 4, dtype=torch.float64)
+    assert [*spaces(x)] == ["plain", "centred", "whitened"]
+    assert [*spaces(x[:4])] == ["plain", "centred"]
+
+
 def test_the_command_prints_and_writes(trained, tmp_path, capsys):
     rows = [{"query": sentence(i, 5), "pos": sentence(50 + i, 4), "neg": sentence(90 + i, 4)} for i in range(9)]
     file = write_jsonl(tmp_path / "triplets.jsonl", rows)
@@ -71,7 +79,7 @@ def test_the_command_prints_and_writes(trained, tmp_path, capsys):
     assert cli.main(["probe", trained, file, "--rows", "8", "--block", "4", "--json_file", str(out)]) == 0
     kept = json.loads(out.read_text())
     assert kept["pairs"] == 8
-    assert set(MEANING) < set(kept)
+    assert set(MEANING) - {"cosine_whitened"} < set(kept)
     shown = capsys.readouterr().out
     assert "rows_minus_marginal" in shown
     assert "8 pairs in blocks of 4" in shown

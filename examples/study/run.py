@@ -314,7 +314,7 @@ def trained(config: Config) -> tuple[Encoder, Decoder]:
 def probe(encoder: Encoder, development: Path, test: Path | None) -> dict[str, float]:
     """Scores on the development pairs in three geometries, and on the test pairs."""
     scores = similarities(encoder, load_sts(str(development)))
-    out = {"development": scores["plain"], "centred": scores["centred"], "whitened": scores["whitened"]}
+    out = {"development" if name == "plain" else name: score for name, score in scores.items()}
     if test:
         out["test"] = similarities(encoder, load_sts(str(test)))["plain"]
     return out
@@ -416,7 +416,12 @@ def ablations(found: dict) -> str:
         for name, run in [*rows, *((n, a) for n, a in done.items() if a["of"] == cell)]:
             fields = {**run.get("stage1", {}), **run.get("stage2", {})}
             change = ", ".join(f"{k}: {v}" for k, v in fields.items())
-            columns = [name, change, *(f"{run[c]:.3f}" for c in SCORES), f"{mean(run['losses'][-10:]):.2f}"]
+            columns = [
+                name,
+                change,
+                *(f"{run[c]:.3f}" if c in run else "" for c in SCORES),
+                f"{mean(run['losses'][-10:]):.2f}",
+            ]
             lines.append(f"| {' | '.join(columns)} | {run['tflops']:.0f} |")
     return "\n".join(lines) + "\n"
 
