@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from conftest import sentence, write_jsonl
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "study" / "run.py"
@@ -113,3 +114,6 @@ def test_the_page_shows_what_the_committed_results_say():
     assert study.table(found) in page
     assert study.ablations(found) in page
     assert study.learning(found, study.released_ratios(root / "bench" / "results" / "bench-cpu.json")) in page
+    found = json.loads((root / "bench" / "results" / "study-distillation-cpu.json").read_text())
+    assert study.table(found) in page
+    assert study.paired(found, yaml.safe_load(SCRIPT.with_name("distillation.yaml").read_text())["paired"]) in page
