@@ -416,12 +416,8 @@ def ablations(found: dict) -> str:
         for name, run in [*rows, *((n, a) for n, a in done.items() if a["of"] == cell)]:
             fields = {**run.get("stage1", {}), **run.get("stage2", {})}
             change = ", ".join(f"{k}: {v}" for k, v in fields.items())
-            columns = [
-                name,
-                change,
-                *(f"{run[c]:.3f}" if c in run else "" for c in SCORES),
-                f"{mean(run['losses'][-10:]):.2f}",
-            ]
+            scores = [f"{run[c]:.3f}" if c in run else "" for c in SCORES]
+            columns = [name, change, *scores, f"{mean(run['losses'][-10:]):.2f}"]
             lines.append(f"| {' | '.join(columns)} | {run['tflops']:.0f} |")
     return "\n".join(lines) + "\n"
 

@@ -75,7 +75,7 @@ class Logits(driver.Logits):
     widens = False
 
     def __init__(self, h: Tensor):
-        self.h, self.threads = h, torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         self.packed = self._pack(h, "left")
 
     def __call__(self, w: Tensor, out: Tensor) -> Tensor:
@@ -89,22 +89,12 @@ class Logits(driver.Logits):
         return packed
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    ignore_index: int,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    """`driver.forward` of float16, bfloat16 and float32."""
-    ours = PRODUCT_OF_BF16 and hidden.dtype == weight.dtype == torch.bfloat16 and hidden.shape[1] % 2 == 0
-    return driver.forward(
-        hidden, weight, target, bias, softcap, scale, ignore_index, with_gradient,
-        block=softmax_block, logits=Logits if ours else driver.Logits,
-    )  # fmt: skip
+def logits(h: Tensor, weight_dtype: torch.dtype) -> driver.Logits:
+    """By the processor's product of bf16 where it has one and the operands are bf16."""
+    ours = PRODUCT_OF_BF16 and h.dtype == weight_dtype == torch.bfloat16 and h.shape[1] % 2 == 0
+    return Logits(h) if ours else driver.Logits(h, weight_dtype)
 
 
+# For float16, bfloat16 and float32.
+forward = functools.partial(driver.forward, block=softmax_block, logits=logits)
 backward = functools.partial(driver.backward, block=softmax_block)

@@ -22,6 +22,7 @@ with running_sumexp = Σ_{v≠y} e_v, the row sum is s = running_sumexp + e_y, 1
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -160,7 +161,7 @@ class Logits:
 
     widens = True  # its callers widen W where `_must_widen` says so
 
-    def __init__(self, h: Tensor):
+    def __init__(self, h: Tensor, _weight_dtype: torch.dtype):
         self.h = h.float() if _must_widen(h) else h
 
     def __call__(self, w: Tensor, out: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ def forward(
     ignore_index: int,
     with_gradient: bool,
     block: SoftmaxBlock = softmax_block,
-    logits: type[Logits] = Logits,
+    logits: Callable[[Tensor, torch.dtype], Logits] = Logits,
 ) -> tuple[Tensor, Tensor]:
     """Returns logprob (N,) in the working dtype, and U (N, D) in hidden's dtype, (0, D) unless asked for."""
     given = hidden
@@ -219,7 +220,7 @@ def forward(
     buffer = hidden.new_empty(height * width, dtype=work)
     for i in range(0, n, height):
         rows = slice(i, min(i + height, n))
-        product = logits(hidden[rows])
+        product = logits(hidden[rows], weight.dtype)
         y = target[rows]
         state = State.start(len(y), y.device)
         in_place = u.dtype == work
@@ -269,7 +270,7 @@ def backward(
     buffer = hidden.new_empty(min(step, n), v, dtype=work)
     for i in range(0, n, step):
         rows = slice(i, min(i + step, n))
-        product = Logits(hidden[rows])
+        product = Logits(hidden[rows], weight.dtype)
         y = target[rows]
         state = State.start(len(y), y.device)
         e, _ = block(product(w, buffer[: len(y)]), y, state, bias, softcap, scale, work)
