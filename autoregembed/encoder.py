@@ -482,8 +482,8 @@ class Encoder(nn.Module):
         microbatches = make_microbatches([len(s) for s in sequences], token_budget)
         if self.sharded and token_budget is not None:
             microbatches = distributed.equalize_microbatches(microbatches, weight.device)
-        if len(microbatches) == 1:
-            return self.forward(pack(sequences, weight.device))
+        if len(microbatches) == 1:  # not by `forward` again: the autocast that accelerate puts around it cannot nest
+            return self._run((packed := pack(sequences, weight.device)).ids, packed)
         z = []
         for microbatch in microbatches:
             packed = pack([sequences[i] for i in microbatch], weight.device)

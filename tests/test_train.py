@@ -148,6 +148,13 @@ def test_both_stages_learn_and_leave_a_model_that_loads(
     torch.testing.assert_close(found, encoder.encode(texts), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"token_budget": 60}])
+def test_autocast_ends_with_every_pass_of_a_run(options, model_folder, compression_file, tmp_path, quiet):
+    """What is left on would round all that the process computes from then on, the comparison of the export first."""
+    train(stage1(model_folder, compression_file, tmp_path / "out", precision="bf16", **options), quiet)
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_the_export_has_the_dtype_and_the_name_of_the_config(model_folder, compression_file, sts_file, tmp_path, quiet):
     options = {"export_dtype": "bf16", "model_name": "me/mine", "eval_data": sts_file}
     made = train(stage1(model_folder, compression_file, tmp_path / "out", **options), quiet)
