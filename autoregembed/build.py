@@ -29,6 +29,7 @@ from autoregembed.models import (
     read_recipe,
     require_source,
 )
+from autoregembed.passes import checkpoint_options
 from autoregembed.quantized import QUANTIZERS
 from autoregembed.sharing import cast_parameters
 
@@ -62,7 +63,7 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         own = not recipe and config.decoder in (None, config.model) and not start.quantization
         decoder = _decoder(config, original, copy.deepcopy(model).float() if own else None, tokenizer)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(checkpoint_options(config.gradient_checkpointing))
     # An adapter on the original model brings its compress tokens along.
     known = recipe if start.adapter is None else {k: v for k, v in recipe.items() if k != "compress_token_ids"}
     encoder = Encoder.from_model(

@@ -212,8 +212,10 @@ class Config(Stage2Options):
         precision: auto (bf16 where the GPU or CPU multiplies it in hardware, otherwise fp32), fp32, bf16, or fp16 with
             loss scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
-        gradient_checkpointing: recompute the encoder's activations in the backward.
-        decoder_gradient_checkpointing: recompute the decoder's activations in the backward.
+        gradient_checkpointing: recompute the encoder's activations in the backward. true: each layer runs again, and
+            only its input is kept. selective: matrix products and attention are kept and the rest is recomputed, which
+            halves the activations and takes little time; compiled layers do so by themselves.
+        decoder_gradient_checkpointing: the same for the decoder.
         share_prefixes: targets of the same z run the decoder's bos and the K rows of z only once. Default: where the
             model supports it and it saves time. true: always; models that do not support it are refused. false: never.
         compile: torch.compile the layers of encoder and decoder.
@@ -287,8 +289,8 @@ class Config(Stage2Options):
     ref_logps_file: str | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: Literal["auto", "flash_attention_2", "varlen", "sdpa"] = "auto"
-    gradient_checkpointing: bool = False
-    decoder_gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
+    decoder_gradient_checkpointing: bool | Literal["selective"] = False
     share_prefixes: bool | None = None
     compile: bool = False
     cuda_graphs: bool = False
@@ -339,6 +341,9 @@ class Config(Stage2Options):
         for name in ("model", "decoder", "train_data", "eval_data", "output_dir", "ref_logps_file"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, os.path.expanduser(getattr(self, name)))
+        for name in ("gradient_checkpointing", "decoder_gradient_checkpointing"):
+            if self.compile and getattr(self, name) == "selective":
+                raise ConfigError(f"{name}: got 'selective' with compile, which selects itself, expected True or False")
         if self.cuda_graphs:
             self._require_repeatable()
         if self.eval_metric and not self.eval_data:

@@ -35,7 +35,7 @@ from autoregembed.models import (
 from autoregembed.ops.linear_logprob import linear_logprob
 from autoregembed.ops.splice import splice
 from autoregembed.packing import IGNORED, Ids, ScoredPack, check_ids, index_on, pack
-from autoregembed.passes import PairwiseScores, checkpoint_layers, in_order
+from autoregembed.passes import Checkpointing, PairwiseScores, checkpoint_layers, in_order
 from autoregembed.prefixes import SharedPrefixes, choose_passes, pass_tokens, select, share_prefixes
 from autoregembed.probe import allow_shared_prefixes, use_packed_attention, verify_length
 from autoregembed.prompt import batch_token_ids
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         impl: the backend of `linear_logprob`.
         share_prefixes: targets of the same z run bos and its K rows only once; scores and gradients are the same up to
             rounding. None: where the model supports it and it saves time; True: always, where two targets share a z.
-        gradient_checkpointing: recompute the activations of each layer in the backward.
+        gradient_checkpointing: recompute activations in the backward: True or "selective", as in `Config`.
 
     Raises:
         ValueError: no eos, NaN weights, an option that is unknown or that the model does not support; the model of an
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         attention: str = "auto",
         impl: str = "auto",
         share_prefixes: bool | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
     ):
         super().__init__()
         self.shared: SharedBase | None = None
@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         require_finite(model)
         prepare_quantized(model)
         if gradient_checkpointing:
-            checkpoint_layers(model)
+            checkpoint_layers(model, gradient_checkpointing)
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         attention: str = "auto",
         impl: str = "auto",
         share_prefixes: bool | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
     ) -> Decoder:

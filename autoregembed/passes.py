@@ -1,14 +1,15 @@
-"""A frozen model's activations: those of one pass at a time, or of one layer."""
+"""A model's activations: those of one pass at a time, or of one layer."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache, partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autoregembed.derivatives import first_order_only
@@ -102,14 +103,69 @@ def sum_of_passes(
 # Layers
 
 
-def checkpoint_layers(model: Any) -> None:
-    """Makes a frozen model keep the inputs of its layers alone, and run each again in the backward.
+_aten = torch.ops.aten
+PRODUCTS = {
+    op.default: place  # of the right matrix among the arguments
+    for name, place in (("mm", 1), ("addmm", 2), ("_grouped_mm", 1), ("_scaled_mm", 1), ("_int_mm", 1))
+    if (op := getattr(_aten, name, None)) is not None
+}
+ATTENTION = ("_scaled_dot_product_", "_flash_attention_forward", "_varlen_attn", "_flash_attn_")
+MIN_TERMS = 128  # a product of fewer, like an adapter's second one, is cheaper to repeat than to keep
+
+Checkpointing: TypeAlias = 'bool | Literal["selective"]'
+
+
+def checkpoint_options(kind: Checkpointing) -> dict[str, Any]:
+    """Arguments of `torch.utils.checkpoint.checkpoint` for a layer: keep its input alone, or also what costs most.
+
+    "selective" keeps the results of matrix products and of attention kernels, which take nearly all of a layer's time,
+    and repeats the rest: norms, rope, activation functions.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in (True, "selective"):
+        raise ValueError(f"gradient_checkpointing: got {kind!r}, expected True, False or 'selective'")
+    return {"use_reentrant": False} | ({} if kind is True else {"context_fn": _Selection().contexts})
+
+
+class _Selection:
+    """Which results of a layer are kept. The last product's is not, since no gradient needs it."""
+
+    def __init__(self) -> None:
+        self.products: int | None = None  # in the layer before
+
+    def contexts(self) -> Any:
+        last, seen = self.products, {False: 0, True: 0}  # before 2.11 torch asks again where it recomputes
+
+        def policy(ctx: Any, op: Any, *args: Any, **_: Any) -> CheckpointPolicy:
+            if op in PRODUCTS:
+                seen[ctx.is_recompute] += 1
+                if not ctx.is_recompute:
+                    self.products = seen[False]
+                keep = seen[ctx.is_recompute] != last and args[PRODUCTS[op]].shape[-2] >= MIN_TERMS
+            else:
+                keep = _is_attention(op)
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return create_selective_checkpoint_contexts(policy)
+
+
+@cache
+def _is_attention(op: Any) -> bool:
+    name = op.name().partition("::")[2]
+    return name.startswith(ATTENTION) and "backward" not in name
+
+
+def checkpoint_layers(model: Any, kind: Checkpointing = True) -> None:
+    """Makes a frozen model keep of each layer what `checkpoint_options` says, and repeat the rest in the backward.
 
     Transformers' own checkpointing wants a model in training mode, with its dropout.
 
     Raises:
-        ValueError: the model does not say which modules are its layers.
+        ValueError: the model does not say which modules are its layers; an unknown kind.
     """
+    options = checkpoint_options(kind)
     names = set(getattr(model, "_no_split_modules", None) or ())
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -118,14 +174,14 @@ def checkpoint_layers(model: Any) -> None:
         inside.update(module.modules())
         if not hasattr(module, "_forward_once"):
             module._forward_once = module.forward
-            module.forward = types.MethodType(_recomputed, module)
+        module.forward = types.MethodType(partial(_recomputed, options), module)
     if not inside:
         raise ValueError(
-            f"gradient_checkpointing: got True for a {type(model).__name__}, which names no layers, expected False"
+            f"gradient_checkpointing: got {kind!r} for a {type(model).__name__}, which names no layers, expected False"
         )
 
 
-def _recomputed(layer: Any, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(options: dict[str, Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return layer._forward_once(*args, **kwargs)
-    return checkpoint(layer._forward_once, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    return checkpoint(layer._forward_once, *args, preserve_rng_state=False, **options, **kwargs)

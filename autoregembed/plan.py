@@ -283,15 +283,22 @@ def _shared(parts: Counter[str], processes: int) -> dict[str, float]:
 # What to change
 
 
+def _checkpointed(config: Config) -> list[tuple[str, str]]:
+    """The fields of checkpointing that concern a run, and the model that each is about."""
+    fields = [("gradient_checkpointing", "encoder"), ("decoder_gradient_checkpointing", "decoder")]
+    return fields if config.needs_decoder else fields[:1]
+
+
 def ways(config: Config, fsdp: bool = False) -> dict[str, str]:
     """What a config can still change to need less memory: a field and its value, and what that does."""
     found = {}
     budget = config.token_budget
     found["token_budget"] = "passes of fewer tokens, same update" if budget is None else f"below {budget}"
-    if not config.gradient_checkpointing:
-        found["gradient_checkpointing: true"] = "the encoder's layers run twice, same update"
-    if config.needs_decoder and not config.decoder_gradient_checkpointing:
-        found["decoder_gradient_checkpointing: true"] = "the decoder's layers run twice, same update"
+    for name, role in _checkpointed(config):
+        if not getattr(config, name) and not config.compile:
+            found[f"{name}: selective"] = f"the {role} repeats norms and activation functions, same update"
+        if getattr(config, name) is not True:
+            found[f"{name}: true"] = f"the {role}'s layers run twice, same update"
     if not config.lora_rank:
         found[f"lora_rank: {RANK}"] = "train adapters instead of all weights: hardly any gradients or optimizer state"
     elif config.share_base is False:
@@ -329,12 +336,14 @@ def changes(config: Config, machine: Machine, tokens: int) -> Iterator[tuple[str
     """Ways that `plan` can compute, each alone, then those that keep the update the same together."""
     budget = max(256, 2 ** int(math.log2(max(2, (config.token_budget or tokens) // 4))))
     yield f"token_budget: {budget}", replace(config, token_budget=budget), machine
-    if not config.gradient_checkpointing:
-        yield "gradient_checkpointing: true", replace(config, gradient_checkpointing=True), machine
-    both = replace(config, token_budget=budget, gradient_checkpointing=True)
-    if config.needs_decoder and not config.decoder_gradient_checkpointing:
-        yield "decoder_gradient_checkpointing: true", replace(config, decoder_gradient_checkpointing=True), machine
-        both = replace(both, decoder_gradient_checkpointing=True)
+    both = replace(config, token_budget=budget)
+    for kind in ("selective", True):
+        for name, _ in _checkpointed(config):
+            if getattr(config, name) in (kind, True) or (kind == "selective" and config.compile):
+                continue
+            change: dict[str, Any] = {name: kind}
+            yield f"{name}: {str(kind).lower()}", replace(config, **change), machine
+            both = replace(both, **change)
     yield "all of these", both, machine
     if not config.lora_rank:
         yield f"all and lora_rank: {RANK}", replace(both, lora_rank=RANK, freeze=[]), machine

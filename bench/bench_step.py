@@ -22,6 +22,7 @@ from autoregembed import Decoder, Encoder
 from autoregembed.config import Stage2Options
 from autoregembed.models import base_model
 from autoregembed.objective import stage1_loss, stage2_loss
+from autoregembed.passes import checkpoint_options
 
 from . import workload
 from .baselines.released import Released
@@ -30,6 +31,7 @@ from .harness import OURS, Case, Variant, is_gpu, synchronise, training_dtype
 BETA = TEMPERATURE = 0.1
 OPTIONS = Stage2Options(beta=BETA, temperature=TEMPERATURE)
 COMPRESS = 5
+SELECTIVE = f"{OURS}, selective checkpointing"
 
 
 class Setup:
@@ -44,6 +46,15 @@ class Setup:
         self.released = Released(
             _twin(base_model(model)), _twin(frozen), eos_token_id=self.decoder.eos_token_id,
             compress_token_ids=self.encoder.compress_token_ids, bos_token_id=self.encoder.bos_token_id,
+        )  # fmt: skip
+        checkpointed = _twin(model).train()
+        checkpointed.activation_checkpointing_enable(checkpoint_options("selective"))
+        self.selective = (
+            Encoder(
+                checkpointed, compress_token_ids=self.encoder.compress_token_ids,
+                bos_token_id=self.encoder.bos_token_id,
+            ),
+            Decoder.from_model(_twin(frozen), tokenizer, gradient_checkpointing="selective"),
         )  # fmt: skip
         generator = torch.Generator().manual_seed(1)
         negatives = len(rows[0]["target_ids"]) - 1
@@ -138,9 +149,11 @@ class Marks:
             output.last_hidden_state.register_hook(lambda g: self("head and loss"))
 
 
-def ours(setup: Setup, stage: int, micro: int, marks: Marks | None = None) -> tuple[Tensor, Tensor]:
+def ours(
+    setup: Setup, stage: int, micro: int, marks: Marks | None = None, selective: bool = False
+) -> tuple[Tensor, Tensor]:
     """Loss of the step, and the gradient of one encoder parameter; the caller drops the gradients."""
-    encoder, decoder = setup.encoder, setup.decoder
+    encoder, decoder = setup.selective if selective else (setup.encoder, setup.decoder)
     total = torch.zeros((), device=setup.device)
     hook = base_model(decoder.model).register_forward_hook(marks.on_decoder_output) if marks else None
     for part in setup.microbatches(micro):
@@ -210,13 +223,13 @@ def _work(setup: Setup, stage: int) -> tuple[float, float]:
     k = setup.encoder.num_compress_tokens
     encode = decode = supervised = 0
     for r in setup.rows:
-        fixed = len(r["suffix_ids"]) + k + len(setup.encoder.sequences([[]])[0]) - k
+        (around,) = setup.encoder.sequences([[]], [r["suffix_ids"]])
         if stage == 1:
             texts, targets = [r["query_ids"]], [r["query_ids"]]
         else:
             texts = [r["query_ids"], r["positive_ids"]]
             targets = [r["target_ids"][0], *r["target_ids"]]
-        encode += sum(len(t) + fixed for t in texts)
+        encode += sum(len(t) + len(around) for t in texts)
         decode += sum(len(t) + k for t in targets)
         supervised += sum(len(t) + 1 for t in targets)
     # Encoder: forward, gradient of inputs and of weights; frozen decoder: no weight gradient; head: two GEMMs.
@@ -268,6 +281,7 @@ def step_case(
     variants = {
         "released": Variant(lambda: partial(call, released), note="padded, from its description"),
         OURS: Variant(lambda: partial(call, ours)),
+        SELECTIVE: Variant(lambda: partial(call, partial(ours, selective=True)), note="both models"),
     }
     return Case(
         suite="step", op="step", job=f"stage{stage}", shape=shape, dtype=dtype, variants=variants,

@@ -277,7 +277,8 @@ def sharded_passes() -> None:
     z = torch.randn(2 * len(rows), 5, 32, dtype=torch.float64, generator=generator)
     make = lambda **how: Decoder(tiny_model("gpt_neox", dtype=torch.float64), **how)  # noqa: E731
     whole, found = make(share_prefixes=False), []
-    for how in ({}, {"share_prefixes": True, "gradient_checkpointing": True}):
+    ways = {"share_prefixes": True, "gradient_checkpointing": True}, {"gradient_checkpointing": "selective"}
+    for how in ({}, *ways):
         shared = make(**how)
         shared.shard(torch.device("cpu"))
         for budget in (30, 45, 1000):  # pairs apart, rows apart, one pass

@@ -14,6 +14,7 @@ OPTIONS = {
     "plain": {},
     "LoRA": {"lora_rank": 8},
     "in parts": {"gradient_checkpointing": True, "token_budget": 500, "z_norm": "match_rms"},
+    "selective": {"gradient_checkpointing": "selective", "decoder_gradient_checkpointing": "selective"},
     "distilled": {"alignment_weight": 0.0, "distillation_weight": 1.0},
 }
 CASES = [case for case in itertools.product(plan_cases.SHAPES, (1, 2), OPTIONS) if case[1:] != (1, "distilled")]

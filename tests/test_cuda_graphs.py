@@ -198,6 +198,10 @@ def test_what_cannot_be_captured_is_refused():
     for fields, match in (
         ({"token_budget": 100}, r"^token_budget: got 100 with cuda_graphs, expected None: a step in several passes"),
         ({"gradient_checkpointing": True}, "^gradient_checkpointing: got True with cuda_graphs, expected False"),
+        (
+            {"gradient_checkpointing": "selective"},
+            "^gradient_checkpointing: got 'selective' with cuda_graphs, expected",
+        ),
         ({"share_prefixes": True}, "^share_prefixes: got True with cuda_graphs"),
         ({"attention": "sdpa"}, "^attention: got 'sdpa' with cuda_graphs"),
         ({"precision": "fp16"}, "^precision: got 'fp16' with cuda_graphs"),

@@ -47,7 +47,10 @@ def files(tmp_path_factory) -> dict:
 
 STEPS = {
     "compression": {"stage": 1},
-    "compression in parts": {"stage": 1, "token_budget": 80},
+    "compression in parts": {
+        "stage": 1, "token_budget": 80, "gradient_checkpointing": "selective",
+        "decoder_gradient_checkpointing": "selective",
+    },
     "both losses": {"stage": 2, "contrastive_weight": 0.7, "hard_negatives": True},
     "both losses in parts": {"stage": 2, "contrastive_weight": 0.7, "hard_negatives": True, "token_budget": 160},
     "joint negatives in parts": {"stage": 2, "negatives": "joint", "ref_margin": "subtract", "token_budget": 120},

@@ -1,15 +1,22 @@
 """A frozen decoder keeps the activations of one pass, or of one layer, with the gradients of them all."""
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoregembed import Decoder
+from autoregembed import Decoder, Encoder, passes
+from autoregembed.adapters import add_lora
 from autoregembed.bench import harness
-from autoregembed.config import Stage2Options
+from autoregembed.config import Config, ConfigError, Stage2Options
 from autoregembed.models import base_model
 from autoregembed.objective import stage2_loss
 from autoregembed.testing import tiny_model
+from autoregembed.train import train
 
 K = 3
 
@@ -32,7 +39,7 @@ def some_z(b, width=32):
 
 def float64_model(architecture="gpt_neox", **options):
     """With norms that keep float64."""
-    return tiny_model(architecture, dtype=torch.float64, **options)
+    return tiny_model(architecture, **{"dtype": torch.float64, **options})
 
 
 def step(decoder, rows, budget, **options):
@@ -116,12 +123,21 @@ def test_the_peak_does_not_grow_with_the_negatives():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "gpt_neox"])
+@pytest.fixture
+def products_of_few_terms(monkeypatch):
+    """Are kept as well."""
+    monkeypatch.setattr(passes, "MIN_TERMS", 1)
+
+
+@pytest.mark.parametrize("kind", [True, "selective"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "gemma3_text", "gpt_neox", "mixtral"])
 @pytest.mark.parametrize("share", [True, False])
-def test_checkpointing_gives_the_same_bits(architecture, share):
-    options = {"sliding_window": 4} if architecture == "gemma3_text" else {}
+def test_checkpointing_gives_the_same_bits(architecture, share, kind, products_of_few_terms):
+    options = {"sliding_window": 4} if architecture.startswith("gemma") else {}
+    if architecture == "mixtral":  # torch has no grouped product in float64
+        options["dtype"] = torch.float32
     found = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, kind):
         decoder = Decoder(
             float64_model(architecture, **options), share_prefixes=share, gradient_checkpointing=checkpointing
         )
@@ -139,18 +155,104 @@ def test_checkpointing_gives_the_same_bits(architecture, share):
     assert twice - 1 == 2 * (once - 1), "each layer runs again in the backward, and not where there is none"
 
 
-def test_checkpointing_keeps_the_inputs_of_layers_alone():
-    peaks = []
-    for checkpointing in (False, True):
-        decoder = Decoder(tiny_model(num_hidden_layers=8), gradient_checkpointing=checkpointing)
-        z, targets = some_z(8).float().requires_grad_(), texts(*[40] * 8)
+def memory_and_products(call) -> tuple[int, Counter]:
+    """Peak bytes of a step, and how often it multiplied matrices, with how many terms a sum."""
 
-        def call(decoder=decoder, z=z, targets=targets):
-            decoder.logprob(z, targets).sum().backward()
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, op, kinds, args=(), kwargs=None):
+            if op is torch.ops.aten.mm.default:
+                found[args[1].shape[0]] += 1
+            elif "attention" in op.name() and "backward" not in op.name():
+                found["attention"] += 1
+            return op(*args, **(kwargs or {}))
 
+    found: Counter = Counter()
+    call()
+    with Products():
         call()
-        peaks.append(harness.peak_memory(call, "cpu")[0])
-    assert peaks[1] < peaks[0] / 3
+    return harness.peak_memory(call, "cpu")[0], found
+
+
+def wide_model(layers: int):
+    return tiny_model(num_hidden_layers=layers, hidden_size=128, intermediate_size=384, head_dim=32)
+
+
+@pytest.mark.parametrize(("trained", "bound"), [(True, 0.65), (False, 0.85)])
+def test_checkpointing_keeps_inputs_or_products_of_layers(trained, bound):
+    """Frozen layers keep less to begin with: no gradient of theirs needs their inputs."""
+    found = {}
+    for kind in (False, True, "selective"):
+        model, ids = wide_model(8), texts(*[40] * 8)
+        if trained:
+            if kind:
+                model.activation_checkpointing_enable(passes.checkpoint_options(kind))
+            encoder = Encoder(model, compress_token_ids=[120, 121], bos_token_id=1).train()
+        else:
+            decoder = Decoder(model, gradient_checkpointing=kind)
+            z = some_z(8, 128).float().requires_grad_()
+
+        def call():
+            score = encoder(ids).square() if trained else decoder.logprob(z, ids)  # noqa: B023
+            score.sum().backward()
+
+        found[kind] = memory_and_products(call)
+    peaks, products = ({kind: x[i] for kind, x in found.items()} for i in (0, 1))
+    assert peaks[True] < peaks[False] / 2
+    assert peaks[True] < peaks["selective"] < bound * peaks[False]
+    assert products["selective"] == products[False]
+    assert products[True].total() > products[False].total() + 8 * 6
+
+
+def test_selective_checkpointing_repeats_an_adapters_second_product():
+    """Its terms are as few as the rank. The base's products and the first one are kept."""
+    found = []
+    for kind in (False, "selective"):
+        torch.manual_seed(0)
+        model = wide_model(3)
+        if kind:
+            model.activation_checkpointing_enable(passes.checkpoint_options(kind))
+        model = add_lora(model, None, rank=4, alpha=4.0, targets="all-linear")
+        encoder = Encoder(model, compress_token_ids=[120, 121], bos_token_id=1, own_compress_rows=True).train()
+
+        def call(encoder=encoder):
+            encoder(texts(9, 7)).square().sum().backward()
+
+        found.append((memory_and_products(call)[1], [p.grad for p in encoder.parameters()]))
+    (plain, expected), (selective, gradients) = found
+    assert sum(g is not None for g in expected) == 3 * 7 * 2 + 1
+    assert all(e is None if g is None else torch.equal(g, e) for g, e in zip(gradients, expected, strict=True))
+    repeated = selective - plain
+    assert set(repeated) == {4}
+    assert 2 * 6 <= repeated[4] <= 3 * 7
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"token_budget": 60}, {"precision": "bf16"}])
+def test_a_run_with_selective_checkpointing_gives_the_same_weights(
+    stage, options, model_folder, compression_file, alignment_file, tmp_path, products_of_few_terms, quiet
+):
+    data_file, found = (compression_file, alignment_file)[stage - 1], []
+    for kind in (False, "selective"):
+        config = Config(
+            **{"precision": "fp32", **options}, stage=stage, model=model_folder, train_data=data_file, max_steps=3,
+            batch_size=6, output_dir=str(tmp_path / str(kind)), gradient_checkpointing=kind,
+            decoder_gradient_checkpointing=kind,
+        )  # fmt: skip
+        found.append(load_file(Path(train(config, quiet)["model"]) / "model.safetensors"))
+    plain, selective = found
+    assert plain.keys() == selective.keys()
+    assert all(torch.equal(plain[name], selective[name]) for name in plain)
+
+
+@pytest.mark.parametrize("field", ["gradient_checkpointing", "decoder_gradient_checkpointing"])
+def test_selective_checkpointing_of_compiled_layers_is_refused(field):
+    with pytest.raises(ConfigError, match=f"^{field}: got 'selective' with compile, which selects itself"):
+        Config(stage=1, model="m", train_data="d", output_dir="o", compile=True, **{field: "selective"})
+
+
+def test_an_unknown_kind_of_checkpointing_is_refused():
+    with pytest.raises(ValueError, match=r"^gradient_checkpointing: got 'some', expected True, False or 'selective'"):
+        Decoder(tiny_model(), gradient_checkpointing="some")
 
 
 def test_a_model_without_known_layers_is_refused():

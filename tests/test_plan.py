@@ -33,6 +33,8 @@ def test_what_needs_less_is_planned_with_less(model_folder, compression_file):
     checkpointed = planned(model_folder, compression_file, gradient_checkpointing=True)
     kept = "encoder, kept for backward"
     assert checkpointed.step[kept] < 0.5 * whole.step[kept]
+    selective = planned(model_folder, compression_file, gradient_checkpointing="selective")
+    assert checkpointed.step[kept] < selective.step[kept] < 0.8 * whole.step[kept]
     assert planned(model_folder, compression_file, lora_rank=2).step["optimizer"] < 0.5 * whole.step["optimizer"]
     sharded = planned(model_folder, compression_file, processes=4, fsdp=True)
     assert sharded.step["encoder, weights"] == whole.step["encoder, weights"] / 4
@@ -57,7 +59,7 @@ def test_reference_scores_are_planned_in_their_own_passes(model_folder, alignmen
     assert sizes[1] > 1.5 * sizes[2]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_few_layers_tell_of_many(checkpointing, tmp_path, compression_file):
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
     folder = models.save_model(tmp_path / "deep", tiny_model(num_hidden_layers=12), tokenizer, {})
