@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import importlib.util
 import inspect
@@ -18,10 +19,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from autoregembed.packing import Lengths, Packed
+from autoregembed.passes import unselected
 from autoregembed.prefixes import SharedPrefixes, select, spread
 
 # No "sdpa" in these names: Transformers would refuse it to models with a softcap, which torch's kernel does not have.
 SDPA, VARLEN, FLASH = "autoregembed_packed", "autoregembed_varlen", "flash_attention_2"
+SHORT = 128  # tokens of a text up to which attention is a small part of a layer
 LENGTHS = "pack_lengths"  # the argument by which `_sdpa` gets those of a pack
 IMPLEMENTATIONS = {"sdpa": SDPA, "varlen": VARLEN, "flash_attention_2": FLASH}
 _packed_forward: contextvars.ContextVar[Packed | None] = contextvars.ContextVar("packed_forward", default=None)
@@ -252,6 +255,16 @@ def _sdpa(
         return y.to(value.dtype), None
     # Who brings a pack of their own (a collator without padding) waits for the device here.
     runs = (kwargs.get(LENGTHS) or Lengths(cu_seqlens.diff().tolist())).runs()
+    short = max(length for length, _ in runs) <= SHORT
+    with unselected() if short else contextlib.nullcontext():
+        return _by_length(query, key, value, runs, dropout=dropout, scaling=scaling, window=window, terms=terms), None
+
+
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, runs: list[tuple[int, int]], *, dropout: float, scaling: float | None,
+    window: int | None, terms: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """(1, T, H, d): a call for every run of sequences of one length, given as (length, how many)."""
     sizes = [length * count for length, count in runs]
     # (1, H, T, d) -> per run (count, H, length, d). `split` and not slices: its backward is one concatenation.
     parts = [x.squeeze(0).transpose(0, 1).split(sizes) for x in (query, key, value)]
@@ -267,7 +280,7 @@ def _sdpa(
                 q, k, v, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
             )
         out.append(y.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)[None], None  # (1, T, H, d)
+    return torch.cat(out)[None]
 
 
 def _varlen(

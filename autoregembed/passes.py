@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from autoregembed.derivatives import first_order_only
@@ -119,7 +127,7 @@ def checkpoint_options(kind: Checkpointing) -> dict[str, Any]:
     """Arguments of `torch.utils.checkpoint.checkpoint` for a layer: keep its input alone, or also what costs most.
 
     "selective" keeps the results of matrix products and of attention kernels, which take nearly all of a layer's time,
-    and repeats the rest: norms, rope, activation functions.
+    and repeats the rest: norms, rope, activation functions, `sdpa` over short texts.
 
     Raises:
         ValueError: another kind.
@@ -149,6 +157,16 @@ class _Selection:
             return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
         return create_selective_checkpoint_contexts(policy)
+
+
+@contextlib.contextmanager
+def unselected() -> Iterator[None]:
+    """Ops inside are repeated whatever they are. To ask about each takes longer than to run it, where it is small."""
+    if isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode | _CachedTorchDispatchMode):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
 
 
 @cache

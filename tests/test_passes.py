@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autoregembed import Decoder, Encoder, passes
+from autoregembed import Decoder, Encoder, attention, passes
 from autoregembed.adapters import add_lora
 from autoregembed.bench import harness
 from autoregembed.config import Config, ConfigError, Stage2Options
@@ -177,9 +177,11 @@ def wide_model(layers: int):
     return tiny_model(num_hidden_layers=layers, hidden_size=128, intermediate_size=384, head_dim=32)
 
 
+@pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize(("trained", "bound"), [(True, 0.65), (False, 0.85)])
-def test_checkpointing_keeps_inputs_or_products_of_layers(trained, bound):
+def test_checkpointing_keeps_inputs_or_products_of_layers(trained, bound, short, monkeypatch):
     """Frozen layers keep less to begin with: no gradient of theirs needs their inputs."""
+    monkeypatch.setattr(attention, "SHORT", 40 + 3 if short else 39)
     found = {}
     for kind in (False, True, "selective"):
         model, ids = wide_model(8), texts(*[40] * 8)
@@ -199,7 +201,7 @@ def test_checkpointing_keeps_inputs_or_products_of_layers(trained, bound):
     peaks, products = ({kind: x[i] for kind, x in found.items()} for i in (0, 1))
     assert peaks[True] < peaks[False] / 2
     assert peaks[True] < peaks["selective"] < bound * peaks[False]
-    assert products["selective"] == products[False]
+    assert products["selective"] == products[False] + Counter({"attention": 8 if short else 0})
     assert products[True].total() > products[False].total() + 8 * 6
 
 
@@ -222,6 +224,7 @@ def test_selective_checkpointing_repeats_an_adapters_second_product():
     assert sum(g is not None for g in expected) == 3 * 7 * 2 + 1
     assert all(e is None if g is None else torch.equal(g, e) for g, e in zip(gradients, expected, strict=True))
     repeated = selective - plain
+    assert repeated.pop("attention") == 2 * 3  # of short texts
     assert set(repeated) == {4}
     assert 2 * 6 <= repeated[4] <= 3 * 7
 
