@@ -144,7 +144,7 @@ class _Selection:
         self.products: int | None = None  # in the layer before
 
     def contexts(self) -> Any:
-        last, seen = self.products, {False: 0, True: 0}  # before 2.11 torch asks again where it recomputes
+        last, seen = self.products, {False: 0, True: 0}  # torch 2.10 asks again where it recomputes
 
         def policy(ctx: Any, op: Any, *args: Any, **_: Any) -> CheckpointPolicy:
             if op in PRODUCTS:
