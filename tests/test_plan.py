@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import sentence, stage1
 
-from autoregembed import models, plan, train
+from autoregembed import models, passes, plan, train
 from autoregembed.cli import main
 from autoregembed.config import Config
 from autoregembed.testing import tiny_model, tiny_tokenizer
@@ -27,7 +27,8 @@ def planned(folder: str, data_file: str, **options) -> plan.Plan:
     return plan.plan(config, plan.Machine.here(options.pop("device", "cpu"), **machine))
 
 
-def test_what_needs_less_is_planned_with_less(model_folder, compression_file):
+def test_what_needs_less_is_planned_with_less(model_folder, compression_file, monkeypatch):
+    monkeypatch.setattr(passes, "MIN_TERMS", 1)
     whole = planned(model_folder, compression_file)
     assert whole.step["optimizer"] == pytest.approx(2 * whole.step["encoder, weights"], rel=0.01)
     checkpointed = planned(model_folder, compression_file, gradient_checkpointing=True)
