@@ -213,8 +213,8 @@ class Config(Stage2Options):
             loss scaling (CUDA only).
         attention: auto, flash_attention_2, varlen or sdpa.
         gradient_checkpointing: recompute the encoder's activations in the backward. true: each layer runs again, and
-            only its input is kept. selective: matrix products and attention are kept and the rest is recomputed, which
-            halves the activations and takes little time; compiled layers do so by themselves.
+            only its input is kept. selective: results of matrix products and attention kernels are kept and the rest
+            is recomputed (norms, activation functions, `sdpa` over short texts); compiled layers select by themselves.
         decoder_gradient_checkpointing: the same for the decoder.
         share_prefixes: targets of the same z run the decoder's bos and the K rows of z only once. Default: where the
             model supports it and it saves time. true: always; models that do not support it are refused. false: never.

@@ -1,4 +1,4 @@
-"""A frozen decoder keeps the activations of one pass, or of one layer, with the gradients of them all."""
+"""A model keeps the activations of one pass, or of one layer, with the gradients of them all."""
 
 from collections import Counter
 from pathlib import Path
