@@ -30,6 +30,7 @@ from autoregembed.models import (
     require_source,
 )
 from autoregembed.passes import checkpoint_options
+from autoregembed.prompt import Prompt
 from autoregembed.quantized import QUANTIZERS
 from autoregembed.sharing import cast_parameters
 
@@ -108,6 +109,14 @@ def build_models(config: Config, *, with_decoder: bool = True) -> tuple[Encoder,
         **original,
     }
     return encoder, decoder, tokenizer, encoder.recipe
+
+
+def prompt_of(config: Config, encoder: Encoder, decoder: Decoder | None) -> Prompt:
+    """What the encoder reads around a text, with targets as long as `config` and the decoder allow."""
+    if decoder is None:
+        return encoder.prompt
+    length = decoder.fit_max_target_length(encoder.num_compress_tokens, config.max_target_length)
+    return replace(encoder.prompt, max_target_length=length)
 
 
 def on_plain_weights(config: Config, encoder: Encoder) -> Encoder:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from autoregembed import data, dry_run, sampling
 from autoregembed.attention import SDPA, VARLEN
-from autoregembed.build import build_models
+from autoregembed.build import build_models, prompt_of
 from autoregembed.config import Config
 from autoregembed.loading import without_values
 from autoregembed.models import base_model
@@ -156,12 +156,7 @@ def _bytes(parameters: Any) -> float:
 def _rows(config: Config, models: dry_run.Models, processes: int) -> Iterator[list[dict]]:
     """Batches of the run's first steps, in process 0."""
     source = data.load_rows(config.train_data, config.train_split, config.streaming)
-    prompt = models.encoder.prompt
-    if models.decoder is not None:
-        k = models.encoder.num_compress_tokens
-        length = models.decoder.fit_max_target_length(k, config.max_target_length)
-        prompt = replace(prompt, max_target_length=length)
-    rows = data.training_rows(source, config, prompt)
+    rows = data.training_rows(source, config, prompt_of(config, models.encoder, models.decoder))
     if config.streaming:
         steps, size = config.max_steps or 1, config.batch_size
     else:

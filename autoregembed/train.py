@@ -26,7 +26,7 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from autoregembed import data, distributed, loading, plan, sampling
-from autoregembed.build import build_models, create_optimizer, fill_optimizer, placeholder_optimizer
+from autoregembed.build import build_models, create_optimizer, fill_optimizer, placeholder_optimizer, prompt_of
 from autoregembed.checkpoint import (
     TrainState,
     latest_checkpoint,
@@ -190,10 +190,8 @@ class Run:
         require_writable_folder(self.out, "output_dir", size=results + checkpoint)
 
     def tokenize_data(self) -> None:
-        config, prompt = self.config, self.encoder.prompt
-        if self.decoder is not None:
-            k = self.encoder.num_compress_tokens
-            prompt = replace(prompt, max_target_length=self.decoder.fit_max_target_length(k, config.max_target_length))
+        config = self.config
+        prompt = prompt_of(config, self.encoder, self.decoder)
         self.console.print(f"reading {config.train_data}", highlight=False, markup=False)
         with self.accelerator.main_process_first():
             self.rows = data.training_rows(self.source, config, prompt)
