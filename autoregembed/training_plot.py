@@ -33,7 +33,9 @@ def draw_training(
     found = {int(step): values.get(eval_metric or "") for step, values in evaluations.items()}
     scores = {step: value for step, value in found.items() if value is not None}
     # No pyplot: it would choose a backend for the whole process.
-    figure = Figure(figsize=(9 if scores else 5, 3.6), layout="constrained", dpi=120)
+    width = 9 if scores else 5
+    figure = Figure(figsize=(width, 3.6), dpi=120)
+    figure.subplots_adjust(0.65 / width, 0.14, 1 - 0.15 / width, 0.9, 0.2)  # `constrained` takes as long as the drawing
     axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
     names = [name for name in _PARTS if any(row.get(name) is not None for row in rows)]
     for name in names if len(names) != 2 else names[:1]:  # a single part is the loss itself, but for its weight
@@ -51,6 +53,7 @@ def draw_training(
         axes[1].set(xlabel="step", title=metric.title)
         axes[1].set_ylabel("more is better" if metric.higher else "less is better")
     for axis in axes:
+        axis.title.set_fontsize("medium")  # the longest title is as wide as its axes
         axis.spines[["top", "right"]].set_visible(False)
     with atomic_file(folder / "training.png") as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})

@@ -90,7 +90,7 @@ def options_of(architecture: str, stage: int, data_file: str, folder: Path, **op
     models.save_model(folder / "start", tiny_model(architecture, **shape), tokenizer, {})
     return {
         "stage": stage, "model": str(folder / "start"), "train_data": data_file, "precision": "fp32",
-        "output_dir": str(folder / "out"), "batch_size": 32, "max_steps": 3, "instruction": "Go.", **options,
+        "output_dir": str(folder / "out"), "batch_size": 32, "max_steps": 2, "instruction": "Go.", **options,
     }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def test_reference_scores_are_planned_in_their_own_passes(model_folder, alignmen
     assert sizes[1] > 1.5 * sizes[2]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+@pytest.mark.parametrize("checkpointing", [False, "selective"])
 def test_few_layers_tell_of_many(checkpointing, tmp_path, compression_file):
     tokenizer = tiny_tokenizer([sentence(i, 12) for i in range(50)])
     folder = models.save_model(tmp_path / "deep", tiny_model(num_hidden_layers=12), tokenizer, {})
@@ -84,7 +84,7 @@ def test_the_command_plans_stages_that_have_not_run(model_folder, compression_fi
     assert "stage 1: " in printed
     assert "stage 2: " in printed
     assert not (tmp_path / "out").exists()
-    assert main(["plan", *files, "--model", model_folder, "--batch_size", "4", "--memory", "0.001"]) == 1
+    assert main(["plan", files[0], "--model", model_folder, "--batch_size", "4", "--memory", "0.001"]) == 1
     printed = capsys.readouterr().out
     assert "does not fit" in printed
     assert "all and lora_rank: 16" in printed

@@ -292,8 +292,7 @@ def test_a_constant_schedule_can_be_made_longer(model_folder, compression_file, 
         train(longer, quiet)
 
 
-@pytest.mark.parametrize("metric", ["spearman", "mean_cosine"])
-@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize(("metric", "lora_rank"), [("spearman", 2), ("mean_cosine", 0)])
 def test_the_model_of_the_best_evaluation_is_kept(
     metric, lora_rank, model_folder, compression_file, sts_file, tmp_path, quiet, monkeypatch
 ):
@@ -529,7 +528,7 @@ def test_our_kernels_add_no_floats_in_an_order_of_their_own():
 def test_kills_failing_disks_and_flipped_bits():
     """A small part of what `python tests/crash.py` does in full."""
     script = Path(__file__).with_name("crash.py")
-    options = {"trials": 3, "faults": 5, "full-disks": 2, "damages": 300}
+    options = {"trials": 2, "faults": 3, "full-disks": 1, "damages": 300}
     arguments = [x for name, value in options.items() for x in (f"--{name}", str(value))]
     result = subprocess.run(
         [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=600, check=False,
@@ -540,7 +539,7 @@ def test_kills_failing_disks_and_flipped_bits():
     for line in result.stdout.splitlines():
         if line.startswith("{"):
             counts |= json.loads(line)
-    assert counts["trials"] == 3
-    assert counts["EIO injected"] + counts["ENOSPC injected"] >= 5
-    assert counts["file size limits"] == 2
+    assert counts["trials"] == 2
+    assert counts["EIO injected"] + counts["ENOSPC injected"] >= 3
+    assert counts["file size limits"] == 1
     assert counts["damages refused"] > 300

@@ -1,28 +1,26 @@
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from conftest import sentence, write_jsonl
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "study" / "run.py"
 
 
-def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path, model_folder):
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("study", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(study, tmp_path, model_folder):
     triplets = [{"query": sentence(i, 9), "pos": sentence(i + 50, 5), "neg": sentence(i + 400, 6)} for i in range(300)]
     pairs = [{"sentence1": sentence(i, 5), "sentence2": sentence(i + 1, 6), "score": i % 5} for i in range(20)]
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--budget",
-        "quick",
-        "--model",
-        model_folder,
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    command = ["--budget", "quick", "--model", model_folder, "--output", str(tmp_path / "out")]
     command += ["--triplets", write_jsonl(tmp_path / "t.jsonl", triplets)]
     command += ["--development", write_jsonl(tmp_path / "d.jsonl", pairs), "--test", str(tmp_path / "d.jsonl")]
     command += ["--only", "stage1", "stage1-alignment", "infonce-compute", "--ablations", "token-mean", "four-joint"]
@@ -33,7 +31,7 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path
     command += ["--step-results", str(tmp_path / "steps.json")]
 
     def run(*more: str) -> dict:
-        subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL)
+        study.main([*command, *more])
         file = f"results{'-of-seeds-' * bool(more)}{''.join(more[1:])}.json"
         return json.loads((tmp_path / "out" / file).read_text())
 
@@ -68,23 +66,22 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(tmp_path
     assert stage2[5:7] == [f"{sum(seconds) / 60:.1f}", f"{(2 * seconds[0] + 3 * seconds[1]) / 60:.1f}"]
 
 
-def test_a_cell_after_another_starts_from_its_model_and_differences_are_by_seed(tmp_path, model_folder):
+def test_a_cell_after_another_starts_from_its_model_and_differences_are_by_seed(study, tmp_path, model_folder):
     triplets = [{"query": sentence(i, 9), "pos": sentence(i + 50, 5), "neg": sentence(i + 400, 6)} for i in range(400)]
     pairs = [{"sentence1": sentence(i, 5), "sentence2": sentence(i + 1, 6), "score": i % 5} for i in range(20)]
     out, file = tmp_path / "out", write_jsonl(tmp_path / "d.jsonl", pairs)
-    command = [sys.executable, str(SCRIPT), "--plan", "distillation.yaml", "--budget", "quick", "--model", model_folder]
+    command = ["--plan", "distillation.yaml", "--budget", "quick", "--model", model_folder]
     command += ["--triplets", write_jsonl(tmp_path / "t.jsonl", triplets), "--development", file, "--test", file]
     command += ["--output", str(out), "--only"]
     names = ["stage1", "texts", "infonce-128", "texts-infonce-128"]
-    refused = subprocess.run([*command, names[3]], capture_output=True, text=True)
-    assert refused.returncode == 1
-    assert "--only: got 'texts-infonce-128' without 'texts'" in refused.stderr
-    subprocess.run([*command, *names], check=True, stdout=subprocess.DEVNULL)
+    with pytest.raises(SystemExit, match="--only: got 'texts-infonce-128' without 'texts'"):
+        study.main([*command, names[3]])
+    study.main([*command, *names])
     found = json.loads((out / "results.json").read_text())
     steps = {name: [[run["steps"] for run in seed["runs"]] for seed in cell] for name, cell in found["cells"].items()}
-    assert steps == dict(zip(names, ([[4]] * 2, [[4, 2]] * 2, [[4, 64]] * 2, [[4, 2, 64]] * 2), strict=True))
+    assert steps == dict(zip(names, ([[4]] * 2, [[4, 2]] * 2, [[4, 16]] * 2, [[4, 2, 16]] * 2), strict=True))
     configs = [json.loads(f.read_text()) for f in out.glob("runs/*/config.json")]
-    (last,) = (c for c in configs if c["max_steps"] == 64 and c["seed"] == 1 and "texts" in source(c["model"]))
+    (last,) = (c for c in configs if c["max_steps"] == 16 and c["seed"] == 1 and "texts" in source(c["model"]))
     assert source(last["model"]) == ["texts", "reconstruct"]
     # A cell's difference is that of the same seed, and its standard error that of the differences.
     (row,) = (r for r in (out / "paired.md").read_text().splitlines() if r.startswith("| texts-infonce-128 |"))
@@ -104,10 +101,7 @@ def source(model: str) -> list[str]:
     return [Path(run["train_data"]).stem, *source(run["model"])]
 
 
-def test_the_page_shows_what_the_committed_results_say():
-    spec = importlib.util.spec_from_file_location("study", SCRIPT)
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+def test_the_page_shows_what_the_committed_results_say(study):
     root = SCRIPT.parents[2]
     found = json.loads((root / "bench" / "results" / "study-cpu.json").read_text())
     page = (root / "docs" / "explanation" / "study.md").read_text(encoding="utf-8")

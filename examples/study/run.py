@@ -485,7 +485,7 @@ def plot(found: dict, file: Path | BinaryIO) -> None:
     figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--triplets", required=True)
     parser.add_argument("--development", required=True)
@@ -507,7 +507,7 @@ def main() -> None:
         help="to share the work among processes; a run without it, at the end, collects what they have done",
     )
     parser.add_argument("--step-results", type=Path, help="JSON of `autoregembed bench`, for learning.md")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     study = Study(options)
