@@ -5,8 +5,8 @@
 Targets: forward + backward take at most 1.12 of the two bare GEMMs and are 2.3 times faster than eager. The epilogue,
 the step between the GEMMs, is at least 4 times faster than the best torch formulation. On rows of all V logits, in
 memory, it reaches at least 60% of the bandwidth of an in-place product or a copy of the same logits; on a block as the
-op uses it, in cache, arithmetic bounds it. Where the processor multiplies bf16 (avx512_bf16), the head in bf16 takes at
-most 0.6 of the two fp32 GEMMs.
+op uses it, in cache, arithmetic bounds it. Where the processor has a matrix unit for bf16 (AMX), the head in bf16 takes
+at most 0.6 of the two fp32 GEMMs.
 
 Unlike `autoregembed bench`, this command leaves glibc's allocator as it is, so eager pays page faults for its logits.
 """

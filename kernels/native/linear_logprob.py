@@ -2,8 +2,8 @@
 
 The driver, its mathematics and its interface are those of kernels/torch/linear_logprob.py. What differs is the step
 between the GEMMs, `_native.epilogue` (epilogue.cpp): two passes over a row in cache, where torch makes about eight over
-the block. And where the processor multiplies bf16 into fp32 by an instruction of its own, the first GEMM too is ours
-(product.cpp), since torch's would round the logits to bf16.
+the block. And where the processor has a matrix unit for bf16 (AMX), the first GEMM too is ours (product.cpp), since
+torch's would round the logits to bf16.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ else:
 # Without such instructions a bf16 product is far slower than an fp32 one, widening included.
 _cpu: dict = getattr(torch.cpu, "get_capabilities", dict)()
 MULTIPLIES_BF16 = bool(_cpu.get("avx512_bf16") or _cpu.get("amx_bf16"))
-# Of bf16 into fp32 logits; at other machine code levels `_native.product` works but gains nothing.
-PRODUCT_OF_BF16 = MULTIPLIES_BF16 and "avx512_bf16" in getattr(extension, "levels", list)()
+# At other machine code levels `_native.product` is an emulation.
+PRODUCT_OF_BF16 = MULTIPLIES_BF16 and "amx_bf16" in getattr(extension, "levels", list)()
 
 
 def describe() -> str:
@@ -84,14 +84,14 @@ class Logits(driver.Logits):
 
     def _pack(self, x: Tensor, operand: str) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
-        packed = x.new_empty(extension.rows_packed(len(x)), x.shape[1], dtype=torch.int16)
+        packed = x.new_empty(extension.packed_shape(*x.shape), dtype=torch.int16)
         extension.pack(x.view(torch.int16), packed, operand, self.threads)
         return packed
 
 
 def logits(h: Tensor, weight_dtype: torch.dtype) -> driver.Logits:
-    """By the processor's product of bf16 where it has one and the operands are bf16."""
-    ours = PRODUCT_OF_BF16 and h.dtype == weight_dtype == torch.bfloat16 and h.shape[1] % 2 == 0
+    """By the processor's matrix unit where it has one and the operands are bf16."""
+    ours = PRODUCT_OF_BF16 and h.dtype == weight_dtype == torch.bfloat16
     return Logits(h) if ours else driver.Logits(h, weight_dtype)
 
 

@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
@@ -16,6 +17,12 @@
 #include "epilogue.h"
 #include "parallel.h"
 #include "product.h"
+
+#ifdef HAS_AMX_BF16
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace nb = nanobind;
 
@@ -31,21 +38,33 @@ struct Compiled {
     const ProductLevel* product;
 };
 
+#ifdef HAS_AMX_BF16
+// The processor has the unit, and Linux lets this process save its registers (from 5.16 on; asked for once).
+bool amx_bf16() {
+    static const bool usable = [] {
+        unsigned a, b, c, d;
+        const unsigned tile = 1u << 24, bf16 = 1u << 22;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & tile) == 0 || (d & bf16) == 0) return false;
+        const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    }();
+    return usable;
+}
+#endif
+
 std::vector<Compiled> levels() {
     std::vector<Compiled> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-#ifdef HAS_AVX512_BF16
-        if (__builtin_cpu_supports("avx512bf16")) {
-            found.push_back({"avx512_bf16", &level_avx512_bf16, &product_avx512_bf16});
-        }
+#ifdef HAS_AMX_BF16
+        if (amx_bf16()) found.push_back({"amx_bf16", &level_avx512, &product_amx_bf16});
 #endif
-        found.push_back({"avx512", &level_avx512, &product_avx512});
+        found.push_back({"avx512", &level_avx512, &product_portable});
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        found.push_back({"avx2", &level_avx2, &product_avx2});
+        found.push_back({"avx2", &level_avx2, &product_portable});
     }
 #endif
 #if defined(__aarch64__)
@@ -122,57 +141,55 @@ void epilogue(Array<float, 2> logits, Array<const int64_t, 1> target, std::optio
                  [&](int64_t first, int64_t last) { chosen->rows(call, first, last); });
 }
 
-int64_t tiles(int64_t rows, int64_t size) { return (rows + size - 1) / size; }
+int64_t tiles(size_t size) { return (static_cast<int64_t>(size) + TILE - 1) / TILE; }
 
-size_t rows_packed(size_t rows) { return tiles(rows, ROWS_MULTIPLE) * ROWS_MULTIPLE; }
+std::tuple<int64_t, int64_t> packed_shape(size_t rows, size_t columns) {
+    return {tiles(rows) * TILE, tiles(columns) * TILE};
+}
+
+std::string shape(int64_t rows, int64_t columns) {
+    return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
+}
+
+template <typename T>
+void require_packed(const char* name, const Array<T, 2>& x, size_t rows, size_t columns) {
+    const auto [r, d] = packed_shape(rows, columns);
+    if (static_cast<int64_t>(x.shape(0)) != r || static_cast<int64_t>(x.shape(1)) != d) {
+        refuse(std::string(name) + ": got " + shape(x.shape(0), x.shape(1)) + ", expected " + shape(r, d));
+    }
+    if (x.stride(1) != 1 || x.stride(0) != d) refuse(std::string(name) + ": got a strided array, expected a dense one");
+}
 
 // bf16 comes as int16: nanobind's arrays have no bf16.
 void pack(Array<const int16_t, 2> x, Array<int16_t, 2> packed, const std::string& operand, int threads) {
     const size_t r = x.shape(0), d = x.shape(1);
-    if (d == 0 || d % 2) refuse("x: got " + std::to_string(d) + " columns, expected an even number above 0");
-    if (x.stride(1) != 1) refuse("x: got strided rows, expected dense ones");
+    if (d == 0) refuse("x: got no column, expected at least one");
+    if (d > 1 && x.stride(1) != 1) refuse("x: got strided rows, expected dense ones");
     if (operand != "left" && operand != "right") refuse("operand: got '" + operand + "', expected left, right");
-    if (packed.shape(0) != rows_packed(r) || packed.shape(1) != d) {
-        refuse("packed: got (" + std::to_string(packed.shape(0)) + ", " + std::to_string(packed.shape(1)) +
-               "), expected (" + std::to_string(rows_packed(r)) + ", " + std::to_string(d) + ")");
-    }
-    if (packed.stride(1) != 1 || packed.stride(0) != static_cast<int64_t>(d)) {
-        refuse("packed: got a strided array, expected a dense one");
-    }
+    require_packed("packed", packed, r, d);
     const Packing call{reinterpret_cast<const uint16_t*>(x.data()), x.stride(0), static_cast<int64_t>(r),
-                       static_cast<int64_t>(d / 2), reinterpret_cast<uint32_t*>(packed.data())};
-    const ProductLevel* chosen = level.product;
-    const bool left = operand == "left";
+                       static_cast<int64_t>(d), reinterpret_cast<uint16_t*>(packed.data())};
+    const auto chosen = operand == "left" ? level.product->pack_left : level.product->pack_right;
     nb::gil_scoped_release release;
-    parallel_for(tiles(r, left ? chosen->left : chosen->right), threads, [&](int64_t first, int64_t last) {
-        (left ? chosen->pack_left : chosen->pack_right)(call, first, last);
-    });
+    parallel_for(tiles(r), threads, [&](int64_t first, int64_t last) { chosen(call, first, last); });
 }
 
 void product(Array<const int16_t, 2> a, Array<const int16_t, 2> b, Array<float, 2> z, int threads) {
-    const size_t r = z.shape(0), v = z.shape(1);
+    const size_t r = z.shape(0), v = z.shape(1), d = a.shape(1);
     if (v > 1 && z.stride(1) != 1) refuse("z: got strided rows, expected dense ones");
     if (r > 1 && z.stride(0) < static_cast<int64_t>(v)) refuse("z: got rows that overlap");
-    for (const auto& [name, x, rows] : {std::tuple{"a", &a, r}, std::tuple{"b", &b, v}}) {
-        if (x->shape(0) != rows_packed(rows) || x->shape(1) != a.shape(1)) {
-            refuse(std::string(name) + ": got (" + std::to_string(x->shape(0)) + ", " + std::to_string(x->shape(1)) +
-                   "), expected (" + std::to_string(rows_packed(rows)) + ", " + std::to_string(a.shape(1)) + ")");
-        }
-        if (x->stride(1) != 1 || x->stride(0) != static_cast<int64_t>(x->shape(1))) {
-            refuse(std::string(name) + ": got a strided array, expected a dense one");
-        }
-    }
-    const Product call{reinterpret_cast<const uint32_t*>(a.data()),
-                       reinterpret_cast<const uint32_t*>(b.data()),
+    require_packed("a", a, r, d);
+    require_packed("b", b, v, d);
+    const Product call{reinterpret_cast<const uint16_t*>(a.data()),
+                       reinterpret_cast<const uint16_t*>(b.data()),
                        z.data(),
                        z.stride(0),
                        static_cast<int64_t>(r),
                        static_cast<int64_t>(v),
-                       static_cast<int64_t>(a.shape(1) / 2)};
-    const ProductLevel* chosen = level.product;
+                       tiles(d)};
+    const auto chosen = level.product->rows;
     nb::gil_scoped_release release;
-    parallel_for(tiles(call.rows, chosen->left), threads,
-                 [&](int64_t first, int64_t last) { chosen->rows(call, first, last); });
+    parallel_for(tiles(r), threads, [&](int64_t first, int64_t last) { chosen(call, first, last); });
 }
 
 void elementary(const std::string& name, Array<const float, 1> x, Array<float, 1> y) {
@@ -211,11 +228,11 @@ NB_MODULE(_native, m) {
           nb::arg("running_max").noconvert(), nb::arg("running_sumexp").noconvert(), nb::arg("target_logit").noconvert(),
           nb::arg("rescale").noconvert(), nb::arg("threads"),
           "logits (R, C) fp32 to E in place; running_max, running_sumexp, target_logit, rescale (R,) float64 as in epilogue.h.");
-    m.def("rows_packed", &rows_packed, nb::arg("rows"), "Rows of a packed operand of that many rows.");
+    m.def("packed_shape", &packed_shape, nb::arg("rows"), nb::arg("columns"), "Shape of a packed operand.");
     m.def("pack", &pack, nb::arg("x").noconvert(), nb::arg("packed").noconvert(), nb::arg("operand"), nb::arg("threads"),
-          "x (R, D) bf16 as the left or the right operand of `product`, into packed (rows_packed(R), D); both as int16.");
+          "x (R, D) bf16 as the left or the right operand of `product`, into packed packed_shape(R, D); both as int16.");
     m.def("product", &product, nb::arg("a").noconvert(), nb::arg("b").noconvert(), nb::arg("z").noconvert(),
-          nb::arg("threads"), "z (R, C) fp32 = A Bᵀ of packed A (R, D) and B (C, D), packed at the level in use.");
+          nb::arg("threads"), "z (R, C) fp32 = A Bᵀ of packed A (R, D) and B (C, D).");
     m.def("elementary", &elementary, nb::arg("name"), nb::arg("x").noconvert(), nb::arg("y").noconvert(),
           "The vector function exp (of x ≤ 8) or tanh by itself, y (n,) = f(x (n,)).");
 }

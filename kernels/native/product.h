@@ -1,39 +1,37 @@
-// The head's first GEMM with bf16 operands and fp32 logits, Z = A Bᵀ, at every machine code level.
+// The head's first GEMM with bf16 operands and fp32 logits, Z = A Bᵀ, on the matrix unit (AMX) or as its emulation.
 #pragma once
 
 #include <cstdint>
 
 namespace autoregembed {
 
-// The unit of both structs is the pair (2p, 2p + 1) of bf16 along D, in 32 bits.
+// A packed operand is (ceil(rows / TILE), ceil(columns / TILE), TILE · TILE) bf16, zeros past the end.
+constexpr int64_t TILE = 32;
+
 struct Packing {
-    const uint16_t* from;  // (R, D) bf16, D even
+    const uint16_t* from;  // (R, D) bf16
     int64_t row_stride;    // in bf16
-    int64_t rows, pairs;   // R, D / 2
-    uint32_t* to;          // (R rounded up to a multiple of ROWS_MULTIPLE, D / 2)
+    int64_t rows, columns;
+    uint16_t* to;
 };
 
 struct Product {
-    const uint32_t *a, *b;  // packed as left and as right operand
+    const uint16_t *a, *b;  // packed as left and as right operand
     float* z;               // (R, C) out
     int64_t z_stride;       // in floats
-    int64_t rows, columns, pairs;
+    int64_t rows, columns;
+    int64_t steps;  // ceil(D / TILE)
 };
 
-// Rows of a packed operand are a multiple of its tile's, which differs between levels and divides this.
-constexpr int64_t ROWS_MULTIPLE = 96;
-
-// product.cpp compiled with one level's flags. `pack_*` and `rows` take a range of tiles of `left` or `right` rows.
+// product.cpp compiled with one level's flags. All functions take a range of tiles of rows; packed operands are the same
+// at every level.
 struct ProductLevel {
-    int64_t left, right;
     void (*pack_left)(const Packing&, int64_t first, int64_t last);
     void (*pack_right)(const Packing&, int64_t first, int64_t last);
     void (*rows)(const Product&, int64_t first, int64_t last);
 };
 
 extern const ProductLevel product_portable;
-extern const ProductLevel product_avx2;
-extern const ProductLevel product_avx512;
-extern const ProductLevel product_avx512_bf16;
+extern const ProductLevel product_amx_bf16;
 
 }  // namespace autoregembed
