@@ -91,7 +91,7 @@ def test_improbable_positives(p, options):
         other = passages[(target[row] + 1) % p]
         q[row] = other / other.norm()
         passages[target[row]] = angle * q[row] + (1 - abs(angle)) * 0.3 * passages[target[row]]
-    for temperature in (0.012, 0.004):
+    for temperature in (0.012, 0.004) if p < 1024 else (0.004,):
         check(q.bfloat16(), passages.bfloat16(), target, None, temperature, **options)
 
 
