@@ -48,6 +48,18 @@ def test_the_study_runs_goes_on_where_it_was_cut_and_counts_what_it_ran(study, t
     assert compute["infonce-compute"][0] > 1.5 * compute["stage1"][0]
     times = {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
     assert run() == first
+    # What is there can be seen before all of it is: without the second seed of one cell, and without an ablation.
+    hidden = {}
+    for config in (first["cells"]["stage1-alignment"][1], first["ablations"]["four-joint"]):
+        folder = (tmp_path / "out" / config["export"]).parent
+        hidden[folder] = folder.rename(folder.with_suffix(".hidden"))
+    study.main([*command, "--collect"])
+    part = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert part["cells"] == {**first["cells"], "stage1-alignment": first["cells"]["stage1-alignment"][:1]}
+    assert list(part["ablations"]) == ["token-mean"]
+    for folder, elsewhere in hidden.items():
+        elsewhere.rename(folder)
+    assert run() == first
     assert times == {path: path.stat().st_mtime_ns for path in runs.glob("*/summary.json")}
     assert "| stage1-alignment | 2 |" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "study.svg").read_text().count("<svg") == 1

@@ -138,6 +138,10 @@ def by_size(cells: dict[str, dict]) -> dict[str, dict]:
     return out
 
 
+class NotRun(Exception):
+    """`--collect` needs a run that is not done."""
+
+
 class Study:
     """The chain of runs behind each cell; every run lies in a folder named by a hash of all that it depends on."""
 
@@ -192,6 +196,8 @@ class Study:
 
     def run(self, config: Config) -> dict:
         done = Path(config.output_dir) / "summary.json"
+        if self.options.collect and not done.is_file():
+            raise NotRun(config.output_dir)
         if not done.is_file():
             self.console.rule(
                 f"{config.output_dir}: stage {config.stage}, {config.max_steps} steps, seed {config.seed}"
@@ -212,6 +218,8 @@ class Study:
                 self.config(2, changes[2], seed, None)
             )
         before = cell.get("after")
+        if before and before not in self.best:
+            raise NotRun(before)
         configs = self.chain(self.plan["cells"][before], seed, self.best[before]) if before else []
         for stage, change in changes.items():
             configs.append(self.config(stage, change, seed, configs[-1] if configs else None))
@@ -286,10 +294,15 @@ class Study:
         first = self.budget["seeds"][0]
         for seed in self.options.seeds or self.budget["seeds"]:
             for name in wanted:
-                if name not in best:
-                    rates = self.budget["rates"] if "stage2" in cells[name] else [None]
-                    best[name] = max(rates, key=lambda r: self.last(cells[name], first, r)) if rates[1:] else rates[0]
-                found["cells"].setdefault(name, []).append(self.result(cells[name], seed, best[name]))
+                try:
+                    if name not in best:
+                        rates = self.budget["rates"] if "stage2" in cells[name] else [None]
+                        scores = [self.last(cells[name], first, r) for r in rates] if rates[1:] else [0.0]
+                        best[name] = rates[scores.index(max(scores))]
+                    result = self.result(cells[name], seed, best[name])
+                except NotRun:
+                    continue
+                found["cells"].setdefault(name, []).append(result)
                 write_json(out, found)
         changes = self.plan.get("ablations", {}) if not self.options.only or self.options.ablations else {}
         for name, change in changes.items():
@@ -302,7 +315,10 @@ class Study:
             }
             if cell.get("stage1", {}).get("data") == "tasks" and not self.options.tasks:
                 continue
-            result = self.result(cell, first, best[change["of"]], test=False)
+            try:
+                result = self.result(cell, first, best[change["of"]], test=False)
+            except NotRun:
+                continue
             found.setdefault("ablations", {})[name] = {**change, **result}
             write_json(out, found)
         return found
@@ -533,6 +549,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=[],
         help="to share the work among processes; a run without it, at the end, collects what they have done",
     )
+    parser.add_argument("--collect", action="store_true", help="runs nothing; leaves out what is not done")
     parser.add_argument("--step-results", type=Path, help="JSON of `autoregembed bench`, for learning.md")
     options = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
