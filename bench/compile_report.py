@@ -103,7 +103,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         if dtype in (BF16, FP32):
             every, pair = "query_to_doc,query_to_query,doc_to_query,doc_to_doc", "query_to_doc,doc_to_query"
             y, tau = meta(4096, dtype=torch.int64), meta(dtype=FP32)
-            # Options in pairs: their whole product takes a minute of compilation and no other path of the kernels.
+            # Each option with some of the others: their whole product takes a minute of compilation for each part.
             for d, trained, *more in (
                 (768, True, "query_to_doc", False, 0.1), (636, False, "query_to_doc", False, 0.1),
                 (768, False, every, False, 0.1), (636, True, every, False, 0.1), (768, True, every, False, None),

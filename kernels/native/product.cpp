@@ -125,7 +125,7 @@ void pack(const Packing& c, int64_t first, int64_t last) {
     }
 }
 
-// Z (TILE, TILE) of a tile and a panel: sums over `steps`, added to what is there unless they are the first.
+// Z (TILE, TILE) of a tile of A and one of B: sums over `steps`, added to what is there unless they are the first.
 INLINE void tile([[maybe_unused]] Unit& unit, const uint16_t* a, const uint16_t* b, int64_t steps, float* z,
                  int64_t z_stride, bool first) {
     const int64_t stride = 4 * z_stride;
